@@ -1,0 +1,88 @@
+"""Time of a private training step against a plain one, at equal work: same rows, same microbatches, same model.
+
+    python benchmarks/dp_overhead.py --json OUT
+
+Contenders: `plain` sums gradients of the loss, `private` clips each row onto the grid, sums, draws the noise and divides. Both then apply
+Adam. Runs alternate; the ratio of medians is `dp_over_non_dp`.
+"""
+import argparse
+import json
+import os
+import pathlib
+import platform
+import statistics
+import tempfile
+import time
+
+import numpy as np
+
+from dpsynth.data import TokenStore
+from dpsynth.finetune import Trainer
+from dpsynth.models import load_model, setup_tuning
+from dpsynth.privacy import Mechanism, Randomness
+from dpsynth.settings import Settings
+
+
+def token_rows(model, count, length):
+    """Rows that fill the sequence, of random ordinary tokens."""
+    rng, prompt = np.random.default_rng(0), model.prompt_ids("[imdb][positive]:")
+    for _ in range(count):
+        yield prompt, rng.integers(300, model.vocabulary_size, length - len(prompt)).tolist()
+
+
+def make_trainer(settings, store, epsilon):
+    """A trainer whose batches always hold every row, so that both contenders do the same work."""
+    model = load_model("tiny", seed=0)
+    setup_tuning(model, settings)
+    mechanism = Mechanism(num_units=len(store), expected_batch_size=len(store), steps=100, noise_multiplier=1.0 if epsilon < np.inf else 0.0,
+                          delta=1e-5, target_epsilon=np.inf)
+    return Trainer(model, store, settings, mechanism, Randomness(os.urandom(32), "benchmark"))
+
+
+def timed(trainer):
+    began = time.perf_counter()
+    trainer.update()
+    for array in trainer.trainable:
+        array.block_until_ready()
+    return time.perf_counter() - began
+
+
+def compare(settings, rows, repeats):
+    """Medians in seconds of `repeats` alternating updates of both contenders."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = load_model("tiny")
+        store = TokenStore.write(pathlib.Path(folder) / "tokens", token_rows(model, rows, settings.sequence_length))
+        trainers = {"plain": make_trainer(settings, store, np.inf), "private": make_trainer(settings, store, 1.0)}
+        for trainer in trainers.values():
+            timed(trainer)
+        times = {name: [] for name in trainers}
+        for _ in range(repeats):
+            for name, trainer in trainers.items():
+                times[name].append(timed(trainer))
+    return {name: {"median_seconds": statistics.median(t), "rows_per_second": rows / statistics.median(t)} for name, t in times.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--microbatch", type=int, default=16)
+    args = parser.parse_args()
+    report = {"name": "dp_overhead", "machine": f"{platform.machine()}, {os.cpu_count()} cores", "contenders": {}, "ratios": {}}
+    print(f"{'tuning':8} {'contender':9} {'s/update':>9} {'rows/s':>8}")
+    for tuning in ("lora", "full"):
+        settings = Settings(tuning=tuning, sequence_length=args.length, microbatch_size=args.microbatch)
+        result = compare(settings, args.rows, args.repeats)
+        for name, figures in result.items():
+            print(f"{tuning:8} {name:9} {figures['median_seconds']:9.3f} {figures['rows_per_second']:8.1f}")
+        report["contenders"][tuning] = result
+        report["ratios"]["dp_over_non_dp" if tuning == "lora" else "dp_over_non_dp_full"] = result["private"]["median_seconds"] / result["plain"]["median_seconds"]
+    print(report["ratios"])
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

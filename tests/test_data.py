@@ -1,0 +1,416 @@
+"""What the notebook of dpsynth.data cannot check about itself: real files, real libraries, crashes."""
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dpsynth import data
+from dpsynth.data import Records, TokenStore, from_frame, load
+from dpsynth.settings import DataError, Settings
+
+KEY = bytes(range(32))
+
+
+def table(n, prefix="review"):
+    texts = [f"{prefix} {i}, “é” \u2028 \"quoted\"\nnext" for i in range(n)]
+    return pd.DataFrame({"text": texts, "label": [i % 2 for i in range(n)], "stars": 3})
+
+
+def save(frame, path):
+    kind = path.suffix
+    if kind in (".csv", ".tsv"):
+        frame.to_csv(path, index=False, sep="," if kind == ".csv" else "\t")
+    elif kind == ".parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_json(path, orient="records", lines=kind == ".jsonl", force_ascii=False)
+    return str(path)
+
+
+def message(settings, function=load):
+    with pytest.raises(DataError) as caught:
+        function(settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+# files
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet", "CSV"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
+    path, frame = tmp_path / f"train.{kind.lower()}", table(20)
+    save(frame, path)
+    path = path.rename(tmp_path / f"renamed.{kind}")
+    splits = load(Settings(data=str(path), test_data=save(table(6, "held"), tmp_path / "test.parquet")))
+    assert splits.train.texts == frame["text"].tolist()
+    assert splits.train.labels.tolist() == frame["label"].tolist() and splits.train.labels.dtype == np.int64
+    assert list(splits.train.frame.columns) == ["text", "label"]
+    assert len(splits.test) == 6 and splits.test.name == "test.parquet"
+    assert json.loads(json.dumps(splits.train.source))["rows"] == 20 and splits.train.source["held_out"] is False
+
+
+def test_byte_order_mark_crlf_and_long_fields(tmp_path):
+    long = "x" * 200_000
+    path = write(tmp_path / "a.csv", b"\xef\xbb\xbf" + f"text,label\r\n{long},0\r\nNA,1\r\n".encode())
+    train = load(Settings(data=path, test_data=path)).train
+    assert train.texts == [long, "NA"]
+
+
+def test_columns_and_labels_are_found_by_role(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"body": "Fine.", "mood": "good"}\n{"mood": 0, "body": "Dull."}\n')
+    train = load(Settings(data=path, test_data=path, text_column="body", label_column="mood", label_names="bad, good")).train
+    assert train.texts == ["Fine.", "Dull."] and train.labels.tolist() == [1, 0] and train.label_names == ("bad", "good")
+
+
+def test_unlabelled_rows(tmp_path):
+    path = write(tmp_path / "a.csv", "text\nFine.\nDull.\n")
+    train = load(Settings(data=path, test_data=path, label_column="")).train
+    assert train.labels.tolist() == [0, 0] and list(train.frame.columns) == ["text"] and train.label_names == ("",)
+
+
+def test_binary_parquet_columns_are_decoded(tmp_path):
+    path = save(pd.DataFrame({"text": [b"caf\xc3\xa9", b"bar"], "label": [b"positive", b"negative"]}), tmp_path / "a.parquet")
+    assert load(Settings(data=path, test_data=path)).train.texts == ["café", "bar"]
+    path = save(pd.DataFrame({"text": [b"bar", b"caf\xe9"], "label": [0, 1]}), tmp_path / "b.parquet")
+    assert message(Settings(data=path)) == f"{path}, row 1 (from 0), column text: not valid UTF-8"
+
+
+BROKEN = {
+    "long.csv": ("text,label\nDull.,0\na, b, c,0\n", "long.csv, line 3: expected 2 fields, saw 4; quote a text that contains ','"),
+    "short.csv": ("text,label\nDull.,0\nA joy.\n", "short.csv, line 3: expected 2 fields, saw 1"),
+    "short.tsv": ("text\tlabel\n\"two\nlines\"\t0\nA joy.\n", "short.tsv, line 4: expected 2 fields, saw 1"),
+    "open.csv": ('text,label\nDull.,0\n"A joy.,1\nFine.,1\n', "open.csv, line 3: broken row (unexpected end of data)"),
+    "latin.csv": (b"text,label\nDull.,0\ncaf\xe9,1\n", "latin.csv, line 3: not valid UTF-8; save the file as UTF-8"),
+    "empty.csv": ("", "empty.csv: empty file"),
+    "header.csv": ("text,label\n", "header.csv: no rows"),
+    "twice.csv": ("text,label,text\na,0,b\n", "twice.csv: column 'text' occurs 2 times; rename one"),
+    "blank.csv": ("text,label\nDull.,0\n ,0\n,1\n", "blank.csv, line 3, column text: empty (and 1 more such rows)"),
+    "meh.csv": ("text,label\nDull.,negative\n\nHm.,meh\n", "meh.csv, line 4, column label: 'meh' is not one of negative, positive"),
+    "case.csv": ("text,label\nDull.,Negative\n", "case.csv, line 2, column label: 'Negative' is not one of negative, positive"),
+    "unlabelled.csv": ("text,label\nDull.,\n", "unlabelled.csv, line 2, column label: missing"),
+    "columns.csv": ("review,stars\nDull.,1\n", "columns.csv: no column 'text'; it has review, stars; set text_column"),
+    "target.csv": ("text,stars\nDull.,1\n", "target.csv: no column 'label'; it has text, stars; set label_column"),
+    "bad.jsonl": ('{"text": "a", "label": 1}\n\n{"text": }\n', "bad.jsonl, line 3: not JSON (Expecting value at column 10)"),
+    "list.jsonl": ('["a", 1]\n', 'list.jsonl, line 1: expected an object such as {"text": …}, got list'),
+    "none.jsonl": ('{"text": "a", "label": 1}\n\n{"label": 1}\n', "none.jsonl, line 3, column text: missing"),
+    "number.jsonl": ('{"text": 7, "label": 1}\n', "number.jsonl, line 1, column text: expected a text, got int"),
+    "pair.jsonl": ('{"text": "\\ud83d", "label": 1}\n', "pair.jsonl, line 1, column text: not valid UTF-8"),
+    "two.jsonl": ('{"text": "a", "label": 2}\n', "two.jsonl, line 1, column label: 2 is not one of 0 to 1 (negative, positive)"),
+    "true.jsonl": ('{"text": "a", "label": true}\n', "true.jsonl, line 1, column label: True is not one of 0 to 1 (negative, positive)"),
+    "nil.jsonl": ("", "nil.jsonl: no rows"),
+    "void.jsonl": ("{}\n", "void.jsonl: no column 'text'; it has none; set text_column"),
+    "object.json": ('{"text": "a"}', "object.json: expected a list of objects, got dict"),
+    "mixed.json": ('[{"text": "a", "label": 1}, 3]', 'mixed.json, row 1 (from 0): expected an object such as {"text": …}, got int'),
+    "bad.json": ('[{"text": "a",\n "label": }]', "bad.json, line 2: not JSON (Expecting value at column 11)"),
+    "row.json": ('[{"text": "a", "label": 1}, {"text": "b", "label": 9}]',
+                 "row.json, row 1 (from 0), column label: 9 is not one of 0 to 1 (negative, positive)"),
+    "a.xlsx": ("text,label\n", "a.xlsx: unknown kind of file; expected .csv, .tsv, .json, .jsonl, .parquet"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_one_line_that_says_where(tmp_path, name):
+    content, expected = BROKEN[name]
+    write(tmp_path / name, content)
+    assert message(Settings(data=name)) == expected
+
+
+def test_missing_file_folder_and_not_parquet(tmp_path):
+    assert message(Settings(data="no.csv")).startswith("no.csv: no such file")
+    (tmp_path / "folder.csv").mkdir()
+    assert message(Settings(data="folder.csv")).startswith("folder.csv: a folder")
+    write(tmp_path / "a.parquet", "text,label\n")
+    assert message(Settings(data="a.parquet")).startswith("a.parquet: not a Parquet file")
+    save(table(3), tmp_path / "b.csv")
+    assert message(Settings(data="b.csv", test_data="no.csv")).startswith("no.csv: no such file")
+
+
+def test_many_rows_are_named_by_the_line_an_editor_shows(tmp_path):
+    rows = ["text,label"] + [f"row {i},{'meh' if i == 15 else 1}" for i in range(100)]
+    write(tmp_path / "reviews.csv", "\n".join(rows))
+    assert message(Settings(data="reviews.csv")) == "reviews.csv, line 17, column label: 'meh' is not one of negative, positive"
+
+
+def test_names_that_are_numbers_are_never_positions(tmp_path):
+    path = write(tmp_path / "a.csv", "text,label\na,1\nb,3\n")
+    assert load(Settings(data=path, test_data=path, label_names="1,2,3")).train.labels.tolist() == [0, 2]
+    path = save(pd.DataFrame({"text": ["a", "b"], "label": [1, 0]}), tmp_path / "a.parquet")
+    assert "0 is not one of 1, 2, 3" in message(Settings(data=path, label_names="1,2,3"))
+
+
+# splits
+
+def test_held_out_rows_are_disjoint_reproducible_and_seeded(tmp_path):
+    path = save(table(100), tmp_path / "a.csv")
+    first, again, other = (load(Settings(data=path, test_fraction=0.3, seed=s)) for s in (1, 1, 2))
+    assert len(first.train) == 70 and len(first.test) == 30
+    assert not set(first.train.texts) & set(first.test.texts)
+    assert first.test.texts == again.test.texts != other.test.texts
+    kept, held = ([table(100)["text"].tolist().index(t) for t in side.texts] for side in (first.train, first.test))
+    assert kept == sorted(kept) and held == sorted(held) and held != list(range(30))
+
+
+def test_sizes_take_a_random_subset_in_order(tmp_path):
+    path, whole = save(table(200), tmp_path / "a.csv"), table(200)["text"].tolist()
+    small, large = (load(Settings(data=path, test_data=path, train_size=n, test_size=7)) for n in (20, 50))
+    order = [whole.index(t) for t in small.train.texts]
+    assert len(order) == 20 and order == sorted(order) and order != list(range(20))
+    assert set(small.train.texts) < set(large.train.texts)
+    assert len(small.test) == 7 and small.train.source["rows"] == 200 and small.train.source["used"] == 20
+
+
+def test_which_rows_are_taken_does_not_depend_on_what_is_in_them(tmp_path):
+    frame = table(100)
+    changed = frame.copy()
+    changed.loc[40, "text"] = frame.loc[3, "text"]
+    a, b = (from_frame(f, Settings(train_size=50, duplicates="drop", label_column="")) for f in (frame, changed))
+    assert len(set(a.train.texts) ^ set(b.train.texts)) <= 1 and len(set(a.test.texts) ^ set(b.test.texts)) <= 2
+
+
+def test_one_row_cannot_be_split(tmp_path):
+    write(tmp_path / "a.csv", "text,label\nFine.,1\n")
+    assert message(Settings(data="a.csv")) == "a.csv: 1 row cannot be divided into training and test rows; set test_data"
+
+
+@pytest.mark.parametrize("duplicates, left, dropped", [("keep", 6, 0), ("drop", 4, 2)])
+def test_copies_are_counted_and_dropped_on_request(duplicates, left, dropped):
+    train = pd.DataFrame({"text": ["a", "b", "a", "a", "c", "a"], "label": [0, 1, 0, 1, 1, 0]})
+    test = pd.DataFrame({"text": ["b", "b", "z"], "label": [1, 1, 0]})
+    splits = from_frame(train, Settings(duplicates=duplicates), test=test)
+    assert len(splits.train) == left and len(splits.test) == 3
+    found = {k: splits.train.source[k] for k in ("duplicates", "duplicates_dropped", "train_rows_in_test")}
+    assert found == {"duplicates": 2, "duplicates_dropped": dropped, "train_rows_in_test": 1}
+
+
+def test_from_frame_ignores_the_index_and_names_the_row():
+    frame = table(4).set_index(pd.Index([7, 7, 7, 7], name="line"))
+    assert from_frame(frame, Settings(), test=frame).train.texts == table(4)["text"].tolist()
+    frame = frame.assign(label=[0.0, 1.0, np.nan, 1.0])
+    assert message(None, lambda _: from_frame(frame, Settings(), name="visits")) == "visits, row 2 (from 0), column label: missing"
+    assert "no column 'text'; it has label, stars" in message(None, lambda _: from_frame(frame[["label", "stars"]], Settings()))
+
+
+def test_nullable_and_categorical_columns():
+    frame = pd.DataFrame({"text": pd.array(["a", "b"], "string"), "label": pd.Categorical(["positive", "negative"])})
+    assert from_frame(frame, Settings(), test=frame).train.labels.tolist() == [1, 0]
+    frame["label"] = pd.array([1, None], "Int64")
+    assert "row 1 (from 0), column label: missing" in message(None, lambda _: from_frame(frame, Settings()))
+
+
+# records
+
+def test_repr_shows_no_row():
+    records = from_frame(table(10), Settings()).train
+    assert "review" not in repr(records) and "8 rows" in repr(records) and "duplicates" not in repr(records)
+
+
+def test_take_keeps_order_and_renumbers():
+    records = from_frame(table(10), Settings(), test=table(2)).train.take([5, 2])
+    assert records.texts == [table(10)["text"][i] for i in (5, 2)] and records.frame.index.tolist() == [0, 1]
+
+
+def test_fingerprint():
+    records = from_frame(table(30), Settings(), test=table(2)).train
+    print_ = records.fingerprint(KEY)
+    assert len(print_) == 64 and int(print_, 16)
+    assert records.take(np.random.default_rng(0).permutation(30)).fingerprint(KEY) == print_
+    others = [records.take([*range(30), 3]), records.take([*range(30), 3, 3]), records.take(range(29))]
+    relabelled = Records(records.frame.assign(label=1 - records.frame["label"]), "x", records.label_names, {})
+    assert len({r.fingerprint(KEY) for r in (records, relabelled, *others)}) == 5
+    assert records.fingerprint(KEY[::-1]) != print_
+    for key in (b"", b"short", bytes(65)):
+        with pytest.raises(DataError, match="16 to 64 bytes"):
+            records.fingerprint(key)
+
+
+# libraries
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with two prepared TensorFlow data sets, one of them under the name of the tutorial's."""
+    pytest.importorskip("importlib_resources", reason="tensorflow-datasets needs it to prepare data, and does not require it")
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    folder = tmp_path_factory.mktemp("tfds")
+    features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "label": tfds.features.ClassLabel(names=["neg", "pos"])})
+
+    def rows(n, prefix):
+        return tf.data.Dataset.from_tensor_slices({"text": [f"{prefix} {i} é" for i in range(n)], "label": np.arange(n) % 2})
+
+    for name, splits in (("imdb_reviews", {"train": rows(30, "train"), "test": rows(8, "test")}), ("alone", {"train": rows(10, "only")})):
+        config = {"config": "plain_text"} if name == "imdb_reviews" else {}
+        tfds.dataset_builders.store_as_tfds_dataset(
+            name=name, version="1.0.0", features=features, split_datasets=splits, data_dir=folder, **config)
+    return str(folder)
+
+
+def test_tfds_keeps_the_official_split(prepared):
+    splits = load(Settings(data="tfds:imdb_reviews", data_dir=prepared))
+    assert sorted(splits.train.texts) == sorted(f"train {i} é" for i in range(30))
+    assert sorted(splits.test.texts) == sorted(f"test {i} é" for i in range(8))
+    assert all(int(text.split()[1]) % 2 == label for text, label in zip(splits.train.texts, splits.train.labels))
+    assert splits.train.source["kind"] == "tfds" and splits.train.source["held_out"] is False
+    assert load(Settings(data="tfds:imdb_reviews", data_dir=prepared)).train.texts == splits.train.texts
+
+
+def test_tfds_without_a_test_split_holds_rows_out(prepared, tmp_path):
+    splits = load(Settings(data="tfds:alone", data_dir=prepared))
+    assert (len(splits.train), len(splits.test)) == (8, 2) and splits.train.source["held_out"]
+    replaced = load(Settings(data="tfds:alone", data_dir=prepared, test_data=save(table(3), tmp_path / "t.csv")))
+    assert (len(replaced.train), len(replaced.test)) == (10, 3)
+
+
+def test_tfds_column_that_is_not_there(prepared):
+    assert message(Settings(data="tfds:alone", data_dir=prepared, text_column="body")) == (
+        "tfds:alone: no column 'body'; it has label, text; set text_column")
+
+
+def test_tfds_unknown_or_unreachable(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    said = message(Settings(data="tfds:no_such_set", data_dir=str(tmp_path)))
+    assert said.startswith(f"tfds:no_such_set: not found in {tmp_path}") and "set data_dir" in said
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("Max retries exceeded\nwith url")
+
+    monkeypatch.setattr(tfds, "load", offline)
+    said = message(Settings(data="tfds:imdb_reviews"))
+    assert "ConnectionError: Max retries exceeded)" in said and "download it once" in said
+
+
+def test_hf_needs_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert message(Settings(data="hf:imdb")) == 'hf:imdb: needs the extra `hf`: pip install "dpsynth[hf]"'
+    assert message(Settings(data="hf:")) == "data: hf: names no data set; write hf:NAME"
+
+
+def test_hf_folder(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    save(table(12), tmp_path / "set" / "train.parquet")
+    save(table(4, "held"), tmp_path / "set" / "test.parquet")
+    splits = load(Settings(data=f"hf:{tmp_path / 'set'}", data_dir=str(tmp_path / "cache")))
+    assert splits.train.texts == table(12)["text"].tolist() and len(splits.test) == 4
+    assert "no column 'body'" in message(Settings(data=f"hf:{tmp_path / 'set'}", data_dir=str(tmp_path / "cache"), text_column="body"))
+    assert "set data_dir" in message(Settings(data=f"hf:{tmp_path / 'nowhere'}", data_dir=str(tmp_path / "cache")))
+
+
+def test_demo():
+    splits = load(Settings(train_size=40, test_size=20))
+    assert len(splits.train) == 40 and len(splits.test) == 20 and splits.train.name == "demo"
+    assert splits.train.source["rows"] == 4000 and splits.test.source["rows"] == 2000
+    assert set(splits.train.labels) == {0, 1}
+    assert load(Settings(train_size=40, seed=1)).train.texts != splits.train.texts
+
+
+def test_slow_libraries_are_imported_only_on_demand():
+    code = "import sys, dpsynth.data; print({'tensorflow', 'tensorflow_datasets', 'datasets', 'keras', 'jax'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
+    assert done.stdout.strip() == "set()"
+
+
+# tokens
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(pathlib.Path(data.__file__).parents[1])}
+
+
+def pairs(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return [(rng.integers(1, 9, rng.integers(0, 4)).tolist(), rng.integers(1, 60_000, rng.integers(1, 12)).tolist()) for _ in range(n)]
+
+
+def test_store_returns_what_was_written(tmp_path):
+    rows = pairs(50)
+    store = TokenStore.write(tmp_path / "store", iter(rows))
+    again = TokenStore(tmp_path / "store")
+    assert len(again) == 50 and isinstance(store._ids, np.memmap)
+    for i, (prompt, response) in enumerate(rows):
+        ids, prompt_length = again.row(i)
+        assert ids.tolist() == prompt + response and ids.dtype == np.int32 and prompt_length == len(prompt)
+    assert again.lengths.tolist() == [len(p) + len(r) for p, r in rows]
+    assert again.prompt_lengths.tolist() == [len(p) for p, _ in rows]
+    assert (tmp_path / "store").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("length", [1, 6, 40])
+def test_batch_against_rows_one_by_one(tmp_path, length):
+    store = TokenStore.write(tmp_path / "store", pairs(30))
+    indices = [3, -1, 29, 0, 3, -1]
+    batch = store.batch(indices, length)
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+        "tokens": ((6, length), np.int32), "prompt_length": ((6,), np.int32), "total_length": ((6,), np.int32)}
+    for i, tokens, prompt, total in zip(indices, batch["tokens"], batch["prompt_length"], batch["total_length"]):
+        ids, prompt_length = store.row(i) if i >= 0 else (np.zeros(0, int), 0)
+        assert tokens.tolist() == (ids.tolist() + [0] * length)[:length]
+        assert (prompt, total) == (min(prompt_length, length), min(len(ids), length))
+
+
+def test_batch_edges(tmp_path):
+    store = TokenStore.write(tmp_path / "store", pairs(3))
+    assert store.batch([], 4)["tokens"].shape == (0, 4)
+    assert not store.batch([-1], 4)["tokens"].any()
+    for indices in ([-2, 0], [0, 3]):
+        with pytest.raises(IndexError):
+            store.batch(indices, 4)
+    with pytest.raises(IndexError):
+        store.row(3)
+
+
+def test_a_row_or_a_store_without_tokens_is_refused(tmp_path):
+    for rows, expected in (([], "no rows"), ([([1], [2]), ([], [])], "row 1 ")):
+        with pytest.raises(DataError, match=expected):
+            TokenStore.write(tmp_path / "store", rows)
+        assert not list(tmp_path.iterdir())
+
+
+def test_killed_while_writing_leaves_no_store(tmp_path):
+    code = ("import os, sys; from dpsynth.data import TokenStore\n"
+            "def rows():\n    for i in range(5000):\n        yield [2], list(range(1, 100))\n    os._exit(9)\n"
+            "TokenStore.write(sys.argv[1], rows())")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "store")], env=environment())
+    assert done.returncode == 9 and not (tmp_path / "store").exists()
+    with pytest.raises(DataError, match="no token store here"):
+        TokenStore(tmp_path / "store")
+    assert len(TokenStore.write(tmp_path / "store", pairs(4))) == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["store"]
+
+
+def test_a_failed_write_keeps_the_old_store_and_a_good_one_replaces_it(tmp_path):
+    def fails_half_way():
+        yield [2], [3]
+        raise RuntimeError("tokenizer")
+
+    TokenStore.write(tmp_path / "store", pairs(4))
+    with pytest.raises(RuntimeError, match="tokenizer"):
+        TokenStore.write(tmp_path / "store", fails_half_way())
+    assert len(TokenStore(tmp_path / "store")) == 4
+    assert len(TokenStore.write(tmp_path / "store", pairs(7))) == 7
+
+
+def test_a_damaged_store_is_an_error(tmp_path):
+    folder = tmp_path / "store"
+    TokenStore.write(folder, pairs(4))
+    np.save(folder / "offsets.npy", np.array([0, 1, 2, 3, 4]))
+    with pytest.raises(DataError, match="do not fit together"):
+        TokenStore(folder)
+    (folder / "ids.npy").write_bytes((folder / "ids.npy").read_bytes()[:-4])
+    with pytest.raises(DataError, match="damaged"):
+        TokenStore(folder)
