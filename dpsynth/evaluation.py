@@ -126,7 +126,7 @@ def _first_line(error):
     """The first line of an exception's message, or its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
-# %% ../nbs/10_evaluation.ipynb #8ee72284
+# %% ../nbs/10_evaluation.ipynb #a556371b
 class SentenceEmbedder:
     """A sentence-transformers model by name or folder. Texts are cut to `length` tokens or the model's own limit."""
     pooling = OWN_POOLING
@@ -147,7 +147,8 @@ class SentenceEmbedder:
         try:
             model = module.SentenceTransformer(self.path)
         except Exception as error:  # torch, transformers and huggingface_hub raise a dozen unrelated types here
-            raise ModelError(f"embedder {self.name!r} cannot be loaded: {_first_line(error)} (a name needs a network; a local folder works without)") from error
+            advice = "a name needs a network; a local folder works without"
+            raise ModelError(f"embedder {self.name!r} cannot be loaded: {_first_line(error)} ({advice})") from error
         model.max_seq_length = min(self.length, model.max_seq_length or self.length)
         return model
 
@@ -373,7 +374,7 @@ def disjoint_halves(records, seed):
     first, second = split_reference(len(records), seed=seed)
     return records.take(first), records.take(second)
 
-# %% ../nbs/10_evaluation.ipynb #cbdafb1c
+# %% ../nbs/10_evaluation.ipynb #fa2a8ce1
 def _ngrams(texts, n):
     """Counter of the n-grams of words, none across texts."""
     counts = collections.Counter()
@@ -390,18 +391,19 @@ def _distinct(texts, n):
 
 def text_statistics(texts):
     """dict of `tokens_mean`, `tokens_median` (words by blanks), `distinct_1`, `distinct_2` (distinct n-grams over all n-grams) and
-    `duplicates` (share of texts that are an exact copy of an earlier one)."""
+    `duplicate_texts` (share of texts that are an exact copy of an earlier one)."""
     lengths = [len(text.split()) for text in texts]
     return {"tokens_mean": float(np.mean(lengths)), "tokens_median": float(np.median(lengths)), "distinct_1": _distinct(texts, 1),
-            "distinct_2": _distinct(texts, 2), "duplicates": 1 - len(set(texts)) / len(texts)}
+            "distinct_2": _distinct(texts, 2), "duplicate_texts": 1 - len(set(texts)) / len(texts)}
 
-# %% ../nbs/10_evaluation.ipynb #8d5e47fd
+# %% ../nbs/10_evaluation.ipynb #b1d216f4
 def ngram_distance(p_texts, q_texts, n):
     """Total variation, 0 to 1, between the n-gram frequencies of two sets of texts; 1 if only one of them has any."""
     p, q = _ngrams(p_texts, n), _ngrams(q_texts, n)
     if not p or not q:
         return float(bool(p) != bool(q))
-    return 0.5 * sum(abs(p[g] / p.total() - q[g] / q.total()) for g in p.keys() | q.keys())
+    p_total, q_total = p.total(), q.total()
+    return 0.5 * sum(abs(p[g] / p_total - q[g] / q_total) for g in p.keys() | q.keys())
 
 # %% ../nbs/10_evaluation.ipynb #45d0fbeb
 def plot_lengths(synthetic, reference):
@@ -485,14 +487,15 @@ def _utility_metrics(texts, labels, reference, settings):
         return metrics, [f"utility not measured: {error}"]
     return {f"utility_{k}": v for k, v in result.items()}, []
 
-# %% ../nbs/10_evaluation.ipynb #759511d6
+# %% ../nbs/10_evaluation.ipynb #d2d177bc
 def cautions(size, num_texts, num_reference, settings):
     """What to keep in mind about a MAUVE of `size` texts out of `num_texts` and `num_reference`: list of lines."""
     embedders, lines = [e for e in (settings.embedder, settings.second_embedder) if e], []
     if size < SMALL_MAUVE:
-        lines.append(f"MAUVE compared {size} texts: below {SMALL_MAUVE} it is optimistic and noisy; compare it only with scores of the same size")
+        lines.append(f"MAUVE compared {size} texts: below {SMALL_MAUVE} it is optimistic and noisy; compare only scores of equal size")
     if size < settings.num_mauve_samples:
-        lines.append(f"MAUVE compared {size} texts, not {settings.num_mauve_samples}: there are {num_texts} synthetic and {num_reference} reference rows")
+        there = f"{num_texts} synthetic and {num_reference} reference rows"
+        lines.append(f"MAUVE compared {size} texts, not {settings.num_mauve_samples}: there are {there}")
     if size == num_texts == num_reference:
         lines.append("MAUVE used all rows in every trial: its std shows the clustering only, not the choice of rows")
     if settings.generator in ("finetune", "prompt") and settings.model in embedders:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ORDER', 'TEMPLATE', 'TYPES', 'OWN_ERRORS', 'reading_order', 'config_files', 'read_configs', 'check_template',
            'first_difference', 'is_done', 'describe', 'collect', 'results_table', 'kernel_manager', 'seconds_left',
-           'outcome', 'one_line', 'execute', 'run', 'preflight', 'check_writable', 'describe_end']
+           'outcome', 'one_line', 'execute', 'remove_progress', 'run', 'preflight', 'check_writable', 'describe_end']
 
-# %% ../nbs/14_experiments.ipynb #a8e0d4d6
+# %% ../nbs/14_experiments.ipynb #f75d275e
 import csv
 import importlib.resources
 import io
@@ -18,13 +18,14 @@ import sys
 import tempfile
 import time
 
+import nbformat
 import papermill
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from .runs import now, prepare_folder, read_json, read_settings, read_status, write_status
+from .runs import now, prepare_folder, quiet_libraries, read_json, read_settings, read_status, write_status, write_text
 from .settings import PrivacyError, Settings, SettingsError, load_settings, resolve, result_settings
 
 # %% ../nbs/14_experiments.ipynb #1a0f35d2
@@ -57,24 +58,27 @@ def read_configs(paths, overrides=()):
         experiments[settings.experiment] = path, settings
     return [settings for _, settings in experiments.values()]
 
-# %% ../nbs/14_experiments.ipynb #c8906c93
+# %% ../nbs/14_experiments.ipynb #95ed7cef
 TEMPLATE = str(importlib.resources.files("dpsynth") / "assets" / "experiment.ipynb")
 TYPES = {int: "int", float: "float", bool: "bool"}
 
 
-def check_template(path=TEMPLATE):
-    """Raise SettingsError unless the `parameters` cell has exactly the settings, with their types."""
-    known = {name: p["inferred_type_name"] for name, p in papermill.inspect_notebook(str(path)).items()}
+def check_template(path=None):
+    """Raise SettingsError unless the `parameters` cell of a notebook has exactly the settings, with their types."""
+    path = str(path or TEMPLATE)
+    known = {name: p["inferred_type_name"] for name, p in papermill.inspect_notebook(path).items()}
     wanted = {name: TYPES.get(field.annotation, "str") for name, field in Settings.model_fields.items()}
     wrong = [name for name in {**wanted, **known} if known.get(name) != wanted.get(name)]
     if wrong:
         raise SettingsError(f"{path}: its parameters cell and the settings differ in {wrong[0]!r}; `make export` brings them together")
 
-# %% ../nbs/14_experiments.ipynb #9ba8d6f5
+# %% ../nbs/14_experiments.ipynb #6771a5bd
 def first_difference(old, new):
-    """`(name, old value, new value)` of the first setting that matters and differs; None if there is none."""
+    """`(name, old value, new value)` of the first setting that matters and differs, as texts; None if there is none."""
     old, new = json.loads(result_settings(old)), json.loads(result_settings(new))
-    return next(((name, old.get(name), new[name]) for name in new if old.get(name) != new[name]), None)
+    changed = [name for name in new if old.get(name) != new[name]]
+    plain = lambda value: f"{value:g}" if isinstance(value, float) else repr(value) if isinstance(value, str) else str(value)
+    return (changed[0], plain(old.get(changed[0])), plain(new[changed[0]])) if changed else None
 
 
 def is_done(settings, folder):
@@ -189,14 +193,18 @@ def _csv_table(rows):
 def _json_table(rows):
     return json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False)
 
-# %% ../nbs/14_experiments.ipynb #143b28e7
-def kernel_manager(out):
-    """A kernel manager class for this interpreter, whose kernels write their runs to `out`."""
+# %% ../nbs/14_experiments.ipynb #50ed8310
+def kernel_manager(folder):
+    """A kernel manager class for this interpreter, whose kernels write the run of `folder`."""
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=40"]
-    env = {"DPSYNTH_OUT": str(out)}
+    env = {"DPSYNTH_OUT": str(folder.parent.absolute())}
 
     class ThisPython(AsyncKernelManager):
         kernel_spec = KernelSpec(argv=command, display_name="Python 3 (ipykernel)", language="python", env=env)
+
+        async def start_kernel(self, **options):
+            with open(folder / "private" / "kernel.log", "ab") as log:
+                await super().start_kernel(stderr=log, **options)
     return ThisPython
 
 
@@ -211,7 +219,7 @@ def outcome(error, timeout):
     if isinstance(error, CellTimeoutError):
         return "timeout", f"stopped at the limit of {timeout:g} s"
     if isinstance(error, DeadKernelError):
-        return "killed", "the kernel died: killed from outside, or out of memory"
+        return "killed", "the kernel died: killed from outside, or out of memory; private/kernel.log may say more"
     if isinstance(error, PapermillExecutionError):
         return "failed", one_line(error.ename, error.evalue)
     return "failed", one_line(type(error).__name__, str(error))
@@ -225,7 +233,7 @@ def one_line(name, message):
 
 OWN_ERRORS = ("SettingsError", "DataError", "ModelError", "BudgetError", "PrivacyError")
 
-# %% ../nbs/14_experiments.ipynb #65d18769
+# %% ../nbs/14_experiments.ipynb #a4e2444e
 def execute(settings, folder, timeout=None):
     """Run the template with these settings into a run folder; returns the state it ended in. Never raises but on interrupt."""
     prepare_folder(settings, folder)
@@ -234,24 +242,35 @@ def execute(settings, folder, timeout=None):
     logging.getLogger("papermill").addHandler(logging.NullHandler())
     try:
         papermill.execute_notebook(
-            TEMPLATE, _literal(folder / "notebook.ipynb"), settings.model_dump(), kernel_name="python3",
-            kernel_manager_class=kernel_manager(folder.parent.absolute()), timeout_func=seconds_left(timeout),
-            progress_bar=sys.stderr.isatty())
+            TEMPLATE, _literal(folder / "notebook.ipynb"), settings.model_dump(), kernel_name="python3", progress_bar=False,
+            kernel_manager_class=kernel_manager(folder), timeout_func=seconds_left(timeout),
+            stderr_file=sys.stderr if sys.stderr.isatty() else None)
         state, reason = "done", ""
     except KeyboardInterrupt:
         write_status(folder, "killed", "interrupted; run again to resume", started)
         raise
     except Exception as error:
         state, reason = outcome(error, timeout)
+    remove_progress(folder / "notebook.ipynb")
     write_status(folder, state, reason, started)
     return state
+
+
+def remove_progress(path):
+    """Take what cells wrote to stderr out of an executed notebook, if there is one."""
+    if path.exists():
+        notebook = nbformat.read(path, 4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        write_text(path, nbformat.writes(notebook))
 
 
 def _literal(path):
     """A path in which papermill finds no placeholder."""
     return str(path).replace("{", "{{").replace("}", "}}")
 
-# %% ../nbs/14_experiments.ipynb #dfd64b67
+# %% ../nbs/14_experiments.ipynb #5322bc19
 def run(configs, out="runs", overrides=(), timeout=None, say=print):
     """Run every experiment of `configs` (YAML files, or folders of them) into `out/<experiment>`.
 
@@ -279,7 +298,8 @@ def preflight(experiments):
     """Look for everything that would make one of the experiments fail. Raises DpsynthError."""
     if not experiments:
         return
-    from dpsynth.pipeline import Survey, remember
+    with quiet_libraries():
+        from dpsynth.pipeline import Survey, remember
     look = remember()
     for settings in experiments:
         Survey(settings, load=look)

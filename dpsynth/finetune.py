@@ -116,8 +116,8 @@ def make_mean_loss(model):
         return rows(batch["tokens"], batch["prompt_length"], batch["total_length"])
     return jax.jit(losses)
 
-# %% ../nbs/07_finetune.ipynb #7498b3ac
-def bucket_lengths(sequence_length, count=6):
+# %% ../nbs/07_finetune.ipynb #5a92dd43
+def bucket_lengths(sequence_length, count=4):
     """Shapes for rows of at most `sequence_length` tokens: increasing, the last one is the limit."""
     step = max(16, math.ceil(sequence_length / count / 16) * 16)
     return [*range(step, sequence_length, step), sequence_length]

@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['DATA_SETTINGS', 'device_name', 'load_stage', 'guarantee', 'fit_stage', 'load_generator', 'rows_file', 'read_rows',
-           'real_rows', 'write_rows', 'sample_stage', 'sample_again', 'reference_rows', 'evaluate_stage',
-           'quiet_libraries', 'is_remote', 'load_tokenizer', 'count_parameters', 'check_prompts', 'check_embedder',
-           'check_rows', 'Survey', 'remember', 'device_speed', 'token_lengths', 'estimate_memory',
-           'estimate_operations', 'estimate']
+           'real_rows', 'write_rows', 'sample_stage', 'sample_again', 'reference_rows', 'evaluate_stage', 'is_remote',
+           'is_prepared', 'load_tokenizer', 'count_parameters', 'check_prompts', 'check_embedder', 'check_rows',
+           'Survey', 'remember', 'device_speed', 'token_lengths', 'estimate_memory', 'estimate_operations', 'estimate']
 
-# %% ../nbs/13b_pipeline.ipynb #a1aef180
-import contextlib
+# %% ../nbs/13b_pipeline.ipynb #6f1ddd9b
 import functools
 import importlib.util
 import json
@@ -26,7 +24,7 @@ from .finetune import finetune_run, prepare_model
 from .formats import TextFormat
 from .models import load_adapter, load_model, preset_path, tuning_mode
 from .privacy import make_mechanism
-from .runs import prepare_folder, read_json, record, timed
+from .runs import prepare_folder, quiet_libraries, read_json, record, timed
 from .sampling import sample_to_file
 from .settings import DataError, ModelError, SettingsError
 
@@ -159,35 +157,35 @@ def evaluate_stage(settings, folder, splits):
         numbers = evaluate(texts, labels, reference_rows(settings, splits), settings, pathlib.Path(folder).parent / ".embeddings")
     return record(folder, **numbers)
 
-# %% ../nbs/13b_pipeline.ipynb #738ab8fd
-@contextlib.contextmanager
-def quiet_libraries():
-    """Silence what TensorFlow and SentencePiece print to the process's stderr while they load; exceptions pass."""
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-
-
+# %% ../nbs/13b_pipeline.ipynb #c7fbfd95
 def is_remote(name):
-    """Whether data or a preset of this name has to be fetched from somewhere."""
-    if name.startswith(("tfds:", "hf:")) or "://" in name:
-        return True
+    """Whether a preset of this name exists and has to be fetched from somewhere."""
     import keras_hub
-    return name != "tiny" and not pathlib.Path(name).exists() and name in keras_hub.models.Backbone.presets
+    return name != "tiny" and not pathlib.Path(name).exists() and ("://" in name or name in keras_hub.models.Backbone.presets)
+
+
+def is_prepared(settings):
+    """Whether the rows can be read without downloading them. Raises DataError for a TFDS name that does not exist."""
+    kind, _, name = settings.data.partition(":")
+    if kind != "tfds":
+        return True
+    with quiet_libraries():
+        import tensorflow_datasets as tfds
+        try:
+            return tfds.builder(name, data_dir=settings.data_dir or None).is_prepared()
+        except tfds.core.DatasetNotFoundError:
+            raise DataError(f"{settings.data}: TensorFlow Datasets has no data set of this name") from None
 
 
 def _open_preset(kind, name, **kwargs):
     try:
         return kind.from_preset(preset_path(name), **kwargs)
     except Exception as error:  # keras_hub and the hubs raise a dozen unrelated types here
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = "unknown preset; a name that keras_hub knows, a folder, or `tiny`" if lines[0].startswith("Unknown preset") else lines[0][:160]
-        raise ModelError(f"model {name!r} cannot be loaded: {reason}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if reason.startswith("Unknown preset"):
+            raise ModelError(f"preset {name!r}: there is none of this name; expected a name that keras_hub knows, a folder, or `tiny`") from error
+        advice = "; it needs a network and the credentials of its hub" if is_remote(name) else ""
+        raise ModelError(f"preset {name!r} cannot be loaded: {reason[:100]}{advice}") from error
 
 
 @functools.lru_cache(maxsize=4)
@@ -245,7 +243,7 @@ def check_rows(settings, splits):
     if len(reference_rows(settings, splits)) < 2:
         raise DataError(f"{settings.data}: {len(splits.test)} test rows are too few to evaluate against")
 
-# %% ../nbs/13b_pipeline.ipynb #07c55732
+# %% ../nbs/13b_pipeline.ipynb #44ff78eb
 class Survey:
     """Findings of a preflight. `lenient` notes in `unknown` what is remote and cannot be reached, instead of raising.
 
@@ -255,9 +253,7 @@ class Survey:
 
     def __init__(self, settings, *, lenient=False, data=True, load=load):
         self.settings, self.lenient, self.unknown = settings, lenient, []
-        self.splits = self._try(settings.data, lambda: load(settings)) if data else None
-        if self.splits is not None:
-            check_rows(settings, self.splits)
+        self.splits = self._load(load) if data else self.unknown.append("rows, and what depends on their number")
         uses_model = not settings.generator.startswith("real")
         self.tokenizer = self._try(settings.model, lambda: load_tokenizer(settings.model)) if uses_model else None
         self.prompt_length = check_prompts(settings, self.tokenizer) if self.tokenizer else None
@@ -268,10 +264,18 @@ class Survey:
     def _try(self, name, look):
         try:
             return look()
-        except (DataError, ModelError) as error:
+        except ModelError as error:
             if not self.lenient or not is_remote(name):
                 raise
             self.unknown.append(str(error))
+
+    def _load(self, load):
+        if self.lenient and not is_prepared(self.settings):
+            self.unknown.append(f"{self.settings.data}: not on this machine yet; `dpsynth run` downloads it")
+            return None
+        splits = load(self.settings)
+        check_rows(self.settings, splits)
+        return splits
 
     def _mechanism(self):
         if self.settings.generator == "finetune" and self.splits is not None:

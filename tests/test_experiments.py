@@ -1,0 +1,272 @@
+"""The runner: what a notebook is given, how runs end, what a second call does, and the table of it all.
+
+The templates here are small notebooks that import nothing slow; the real one runs in test_cli.py.
+"""
+import csv
+import io
+import json
+import math
+import os
+import sys
+
+import nbformat
+import papermill
+import pytest
+import yaml
+
+from dpsynth import experiments
+from dpsynth.experiments import TEMPLATE, check_template, collect, execute, read_configs, results_table, run
+from dpsynth.runs import now, prepare_folder, read_json, read_settings, read_status, timed, write_json, write_status
+from dpsynth.settings import DataError, PrivacyError, Settings, SettingsError, make_settings, parameters_cell
+
+REPORT = """
+import json, os, pathlib, sys
+folder = pathlib.Path(os.environ["DPSYNTH_OUT"]) / experiment
+calls = folder / "calls"
+calls.write_text(calls.read_text() + "x" if calls.exists() else "x")
+print("progress", file=sys.stderr)
+"""
+
+
+@pytest.fixture
+def template(tmp_path, monkeypatch):
+    """Make a template out of code and let the runner use it; preflight is left out, as it looks at real data."""
+    def make(code, parameters=None, tags=("parameters",)):
+        cells = [nbformat.v4.new_code_cell(parameters or parameters_cell(), metadata={"tags": list(tags)}), nbformat.v4.new_code_cell(REPORT + code)]
+        path = tmp_path / "template.ipynb"
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}), path)
+        monkeypatch.setattr(experiments, "TEMPLATE", str(path))
+        monkeypatch.setattr(experiments, "preflight", lambda experiments: None)
+        return path
+    return make
+
+
+def config(folder, name, **values):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    return folder / f"{name}.yaml"
+
+
+# what the notebook is given
+
+
+def test_every_value_arrives_as_it_is(template, tmp_path):
+    template("(folder / 'seen.json').write_text(json.dumps([sys.executable, os.getcwd(), {n: repr(globals()[n]) for n in %r}]))" % list(Settings.model_fields))
+    hard = "{label} \"quoted\" 'single' \\ back\\nslash\n\ttabbed\r\n– é 漢 \U0001f600 = # {braces} %d ${x} `x`\u2028end"
+    settings = make_settings({"experiment": "hard", "prompt": hard, "epsilon": "inf", "delta": 1e-30, "utility": False, "seed": 2**31 - 1, "data": "a=b,c.csv"})
+    assert execute(settings, tmp_path / "runs{0}" / "hard") == "done"
+    executable, cwd, seen = read_json(tmp_path / "runs{0}" / "hard" / "seen.json")
+    assert seen == {n: repr(v) for n, v in settings.model_dump().items()}
+    assert executable == sys.executable and cwd == os.getcwd()
+
+
+def test_executed_notebook_keeps_no_progress(template, tmp_path):
+    template("print('shown')")
+    execute(Settings(experiment="e"), tmp_path / "e")
+    outputs = [o for c in nbformat.read(tmp_path / "e" / "notebook.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs]
+    assert [o.text for o in outputs] == ["shown\n"]
+
+
+@pytest.mark.parametrize("change", [
+    lambda cell: cell.replace("epsilon: float = 10.0", "epsilom: float = 10.0"), lambda cell: cell.replace("seed: int", "seed: float"),
+    lambda cell: cell + "\nextra: int = 1", lambda cell: cell.replace("delta: float", "# delta: float")])
+def test_template_that_differs_from_the_settings_is_refused(template, change):
+    with pytest.raises(SettingsError, match="parameters cell"):
+        check_template(template("", parameters=change(parameters_cell())))
+
+
+def test_template_without_the_tag_is_refused(template, tmp_path):
+    path = template("", tags=())
+    with pytest.raises(SettingsError, match="parameters cell"):
+        run([config(tmp_path / "c", "a")], tmp_path / "runs")
+    assert not (tmp_path / "runs").exists() and path.exists()
+
+
+def test_the_template_is_the_packaged_one(repo):
+    source = repo / "nbs" / "templates" / "experiment.ipynb"
+    check_template(source)
+    assert source.read_bytes() == open(TEMPLATE, "rb").read()
+    cell = next(c for c in nbformat.read(source, 4).cells if "parameters" in c.metadata.get("tags", ()))
+    assert cell.source == parameters_cell()
+    assert set(papermill.inspect_notebook(str(source))) == set(Settings.model_fields)
+
+
+# how runs end
+
+
+ENDINGS = """
+import time
+again = len(calls.read_text()) > 1
+if experiment == "b_fails" and not again: raise ValueError("no such thing\\nsecond line")
+if experiment == "c_refuses": raise __import__("dpsynth.settings").settings.DataError("train.csv, row 3: no label")
+if experiment == "d_dies" and not again: os.kill(os.getpid(), 9)
+if experiment == "e_sleeps" and not again: time.sleep(600)
+"""
+
+
+def test_one_bad_run_does_not_stop_the_others(template, tmp_path):
+    template(ENDINGS)
+    names = ["a_works", "b_fails", "c_refuses", "d_dies", "e_sleeps", "f_works"]
+    for name in names:
+        config(tmp_path / "sweep", name, epsilon=3, batch_size=64)
+    lines = []
+    rows = run([tmp_path / "sweep"], tmp_path / "runs", timeout=8, say=lines.append)
+    assert [r["experiment"] for r in rows] == names and len(lines) == 6
+    assert {r["experiment"]: r["status"] for r in rows} == {"a_works": "done", "b_fails": "failed", "c_refuses": "failed", "d_dies": "killed",
+                                                            "e_sleeps": "timeout", "f_works": "done"}
+    reasons = {r["experiment"]: r["reason"] for r in rows}
+    assert reasons["a_works"] == "" and reasons["b_fails"] == "ValueError: no such thing" and reasons["c_refuses"] == "train.csv, row 3: no label"
+    assert "kernel died" in reasons["d_dies"] and "8 s" in reasons["e_sleeps"]
+    table = results_table(rows)
+    assert "failed: train.csv, row 3: no label" in table and table.count("\n") == 7
+    assert rows == collect(tmp_path / "runs")
+
+    rows = run([tmp_path / "sweep"], tmp_path / "runs", say=lines.append)  # finishes what is missing
+    assert [r["status"] for r in rows] == ["done", "done", "failed", "done", "done", "done"]
+    calls = {name: len((tmp_path / "runs" / name / "calls").read_text()) for name in names}
+    assert calls == {"a_works": 1, "b_fails": 2, "c_refuses": 2, "d_dies": 2, "e_sleeps": 2, "f_works": 1}
+
+
+def test_memory_settings_may_change_and_do_not_start_a_done_run_again(template, tmp_path):
+    template("")
+    path = config(tmp_path / "c", "a", epsilon=3)
+    run([path], tmp_path / "runs")
+    assert [r["status"] for r in run([path], tmp_path / "runs", ["microbatch_size=2", "sample_batch_size=3"])] == ["done"]
+    assert (tmp_path / "runs" / "a" / "calls").read_text() == "x"
+
+
+@pytest.mark.parametrize("epsilon, override, kind", [
+    (10, "epsilon=3", PrivacyError), (10, "seed=7", PrivacyError), (10, "epsilon=inf", PrivacyError), (math.inf, "epsilon=3", PrivacyError),
+    (math.inf, "top_p=0.5", SettingsError)])
+@pytest.mark.parametrize("state", ["done", "failed", "running"])
+def test_changed_settings_are_refused(template, tmp_path, epsilon, override, kind, state):
+    template("")
+    path = config(tmp_path / "c", "dp_ft", epsilon=epsilon)
+    folder = prepare_folder(read_configs([path])[0], tmp_path / "runs" / "dp_ft")
+    write_status(folder, state)
+    before = (folder / "settings.yaml").read_bytes()
+    with pytest.raises(kind) as caught:
+        run([path], tmp_path / "runs", [override])
+    name = override.partition("=")[0]
+    assert f"{folder} was made with {name}=" in str(caught.value) and "\n" not in str(caught.value)
+    assert (folder / "settings.yaml").read_bytes() == before and not (folder / "notebook.ipynb").exists()
+
+
+def test_refusal_reads_like_a_sentence(template, tmp_path):
+    template("")
+    prepare_folder(Settings(epsilon=10), tmp_path / "dp_ft")
+    with pytest.raises(PrivacyError, match=r"was made with epsilon=10, not 3; choose another --out or remove it"):
+        run([config(tmp_path / "c", "dp_ft")], tmp_path, ["epsilon=3"])
+
+
+def test_all_configurations_are_checked_before_anything_runs(template, tmp_path):
+    template("")
+    config(tmp_path / "c", "a")
+    config(tmp_path / "c", "b", epsilom=3)
+    with pytest.raises(SettingsError, match=r"b\.yaml.*did you mean 'epsilon'"):
+        run([tmp_path / "c"], tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_two_experiments_of_one_name_are_refused(template, tmp_path):
+    template("")
+    with pytest.raises(SettingsError, match="already defined"):
+        run([config(tmp_path / "c", "a"), config(tmp_path / "d", "a")], tmp_path / "runs")
+
+
+# status
+
+
+def test_running_counts_only_while_its_process_lives(tmp_path):
+    folder = prepare_folder(Settings(), tmp_path / "e")
+    assert read_status(folder)["state"] == "partial"
+    claim = lambda pid, started: write_json(folder / "status.json", {"state": "running", "reason": "", "started": started, "pid": pid})
+    claim(os.getppid(), now())
+    assert read_status(folder)["state"] == "running"
+    claim(2**22 + 7, now())
+    assert read_status(folder)["state"] == "killed"
+    claim(os.getppid(), "2001-01-01T00:00:00+00:00")  # the number belongs to a younger process
+    assert read_status(folder)["state"] == "killed"
+
+
+def test_a_run_is_not_started_twice(template, tmp_path):
+    template("")
+    path = config(tmp_path / "c", "a")
+    folder = prepare_folder(read_configs([path])[0], tmp_path / "runs" / "a")
+    write_json(folder / "status.json", {"state": "running", "reason": "", "started": now(), "pid": os.getppid()})
+    with pytest.raises(SettingsError, match=f"process {os.getppid()} is running it"):
+        run([path], tmp_path / "runs")
+
+
+def test_private_folder_is_closed_to_others(tmp_path):
+    folder = prepare_folder(Settings(), tmp_path / "e")
+    assert (folder / "private").stat().st_mode & 0o777 == 0o700
+    (folder / "private").chmod(0o755)
+    prepare_folder(Settings(), folder)
+    assert (folder / "private").stat().st_mode & 0o777 == 0o700
+    assert read_settings(folder) == Settings() and "jax" in (folder / "settings.yaml").read_text().splitlines()[0]
+
+
+def test_seconds_add_up_over_attempts(tmp_path):
+    write_json(tmp_path / "metrics.json", {"seconds_fit": 100.0, "seconds": 120.0})
+    with pytest.raises(ZeroDivisionError), timed(tmp_path, "fit"):
+        1 / 0
+    numbers = read_json(tmp_path / "metrics.json")
+    assert 100 <= numbers["seconds_fit"] < 101 and 120 <= numbers["seconds"] < 121
+
+
+def test_broken_json_is_named(tmp_path):
+    (tmp_path / "metrics.json").write_text('{"seconds": ')
+    with pytest.raises(DataError, match="metrics.json: not valid JSON"):
+        read_json(tmp_path / "metrics.json")
+
+
+# the table
+
+
+SCHEMA = {"experiment", "status", "private", "epsilon", "delta", "num_samples", "mauve_mean", "mauve_std", "mauve_embedder", "rejected", "seconds"}
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    numbers = {"mauve_mean": 0.795, "mauve_std": 0.01, "mauve_embedder": "tiny", "num_samples": 10000, "rejected": 3, "seconds": 12.0,
+               "utility_accuracy": 0.8, "warnings": ["small"], "rejected_reasons": {"empty": 3}}
+    kinds = {"use_train": {"generator": "real_train"}, "dp_ft": {"epsilon": 10}, "non_dp_ft": {"epsilon": "inf"}, "aaa": {"generator": "prompt"},
+             "baseline_without_examples": {"generator": "prompt"}}
+    for name, values in kinds.items():
+        folder = prepare_folder(make_settings({"experiment": name, **values}), tmp_path / "runs" / name)
+        write_json(folder / "metrics.json", numbers | ({"epsilon": 9.99, "delta": 1e-5} if name == "dp_ft" else {}))
+        write_status(folder, "done")
+    write_status(prepare_folder(make_settings({"experiment": "dp_ft_eps1", "epsilon": 1}), tmp_path / "runs" / "dp_ft_eps1"), "failed", "a | b")
+    return tmp_path / "runs"
+
+
+def test_rows_have_the_schema_and_the_order(sweep):
+    rows = collect(sweep)
+    assert [r["experiment"] for r in rows] == ["baseline_without_examples", "dp_ft", "non_dp_ft", "use_train", "aaa", "dp_ft_eps1"]
+    assert all(SCHEMA <= set(r) for r in rows)
+    assert {r["experiment"]: (r["private"], r["epsilon"], r["delta"]) for r in rows} == {
+        "baseline_without_examples": (False, None, None), "dp_ft": (True, 9.99, 1e-5), "non_dp_ft": (False, None, None), "use_train": (False, None, None),
+        "aaa": (False, None, None), "dp_ft_eps1": (True, 1.0, None)}
+
+
+def test_tables_say_the_same_in_every_format(sweep):
+    rows = collect(sweep)
+    assert json.loads(results_table(rows, "json")) == rows
+    read = list(csv.DictReader(io.StringIO(results_table(rows, "csv"))))
+    assert [r["experiment"] for r in read] == [r["experiment"] for r in rows] and read[1]["epsilon"] == "9.99" and "warnings" not in read[0]
+    for form in ("table", "markdown"):
+        text = results_table(rows, form)
+        assert text.count("not private") == 4 and text.count("0.795 ± 0.010") == 5 and text.count("small") == 1 and "failed: a" in text
+    assert "a \\| b" in results_table(rows, "markdown")
+    with pytest.raises(SettingsError, match="pdf"):
+        results_table(rows, "pdf")
+
+
+def test_results_can_be_read_from_a_file(sweep, tmp_path):
+    (tmp_path / "kept.json").write_text(results_table(collect(sweep), "json"))
+    assert collect(tmp_path / "kept.json") == collect(sweep)
+    assert collect(sweep / "dp_ft") == [r for r in collect(sweep) if r["experiment"] == "dp_ft"]
+    for missing in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(SettingsError):
+            collect(missing)
