@@ -10,7 +10,7 @@ __all__ = ['LENGTH_STEP', 'BATCH_TOKENS', 'ACCELERATOR_TOKENS', 'OWN_POOLING', '
            'mauve_repeated', 'split_reference', 'disjoint_halves', 'text_statistics', 'ngram_distance', 'plot_lengths',
            'train_on_synthetic', 'cautions', 'evaluate']
 
-# %% ../nbs/10_evaluation.ipynb #4b0e7bd0
+# %% ../nbs/10_evaluation.ipynb #0e4cfcd7
 import collections
 import concurrent.futures
 import contextlib
@@ -20,6 +20,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
 import pathlib
 import random
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 
-from .models import load_model, preset_hash  # before jax: dpsynth selects Keras' JAX backend
+from .models import load_embedder, preset_hash  # before jax: dpsynth selects Keras' JAX backend
 from .settings import DataError, ModelError, SettingsError
 
 import jax
@@ -72,7 +73,7 @@ def pool(states, mask, pooling):
         return jnp.take_along_axis(states, (counts - 1)[:, None, None], axis=1)[:, 0]
     return jnp.where(mask[..., None] > 0, states, 0).sum(1) / counts[:, None]
 
-# %% ../nbs/10_evaluation.ipynb #2e6fd252
+# %% ../nbs/10_evaluation.ipynb #8dcffebf
 OWN_POOLING = "model"
 
 
@@ -90,7 +91,7 @@ class KerasEmbedder:
 
     @functools.cached_property
     def model(self):
-        return load_model(self.name)
+        return load_embedder(self.name)
 
     @functools.cached_property
     def _vectors(self):
@@ -301,7 +302,7 @@ class MauveResult:
     seeds: tuple[int, ...]
     seconds: float
 
-# %% ../nbs/10_evaluation.ipynb #0c36638b
+# %% ../nbs/10_evaluation.ipynb #8674955d
 @contextlib.contextmanager
 def _without_faiss_advice():
     sys.stderr.flush()
@@ -318,7 +319,7 @@ def _without_faiss_advice():
 
 
 def mauve_score(p_features, q_features, seed):
-    """MAUVE of two sets of vectors float[n, d], with n/10 clusters; `seed` starts k-means. The same on every machine."""
+    """MAUVE of two sets of vectors float[n, d], with n/10 clusters; `seed` starts k-means. The same for any number of cores."""
     import mauve
     import threadpoolctl
     with threadpoolctl.threadpool_limits(1), _without_faiss_advice():
@@ -396,14 +397,14 @@ def text_statistics(texts):
     return {"tokens_mean": float(np.mean(lengths)), "tokens_median": float(np.median(lengths)), "distinct_1": _distinct(texts, 1),
             "distinct_2": _distinct(texts, 2), "duplicate_texts": 1 - len(set(texts)) / len(texts)}
 
-# %% ../nbs/10_evaluation.ipynb #b1d216f4
+# %% ../nbs/10_evaluation.ipynb #554f5644
 def ngram_distance(p_texts, q_texts, n):
     """Total variation, 0 to 1, between the n-gram frequencies of two sets of texts; 1 if only one of them has any."""
     p, q = _ngrams(p_texts, n), _ngrams(q_texts, n)
     if not p or not q:
         return float(bool(p) != bool(q))
     p_total, q_total = p.total(), q.total()
-    return 0.5 * sum(abs(p[g] / p_total - q[g] / q_total) for g in p.keys() | q.keys())
+    return 0.5 * math.fsum(abs(p[g] / p_total - q[g] / q_total) for g in p.keys() | q.keys())
 
 # %% ../nbs/10_evaluation.ipynb #45d0fbeb
 def plot_lengths(synthetic, reference):

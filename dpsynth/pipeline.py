@@ -8,7 +8,7 @@ __all__ = ['DATA_SETTINGS', 'device_name', 'load_stage', 'guarantee', 'fit_stage
            'is_prepared', 'load_tokenizer', 'count_parameters', 'check_prompts', 'check_embedder', 'check_rows',
            'Survey', 'remember', 'device_speed', 'token_lengths', 'estimate_memory', 'estimate_operations', 'estimate']
 
-# %% ../nbs/13b_pipeline.ipynb #6f1ddd9b
+# %% ../nbs/13b_pipeline.ipynb #298211b8
 import functools
 import importlib.util
 import json
@@ -17,12 +17,13 @@ import os
 import pathlib
 import shutil
 import time
+import types
 
 from .data import load
 from .evaluation import disjoint_halves, evaluate
 from .finetune import finetune_run, prepare_model
 from .formats import TextFormat
-from .models import load_adapter, load_model, preset_path, tuning_mode
+from .models import load_adapter, load_model, preset_path, setup_tuning
 from .privacy import make_mechanism
 from .runs import prepare_folder, quiet_libraries, read_json, record, timed
 from .sampling import sample_to_file
@@ -157,7 +158,7 @@ def evaluate_stage(settings, folder, splits):
         numbers = evaluate(texts, labels, reference_rows(settings, splits), settings, pathlib.Path(folder).parent / ".embeddings")
     return record(folder, **numbers)
 
-# %% ../nbs/13b_pipeline.ipynb #c7fbfd95
+# %% ../nbs/13b_pipeline.ipynb #70807d6c
 def is_remote(name):
     """Whether a preset of this name exists and has to be fetched from somewhere."""
     import keras_hub
@@ -197,17 +198,21 @@ def load_tokenizer(name):
 
 
 def count_parameters(settings):
-    """`(all, trained)` numbers of parameters of a preset, without making them. Raises ModelError."""
+    """`(all, trained)` numbers of parameters of a preset, without making them.
+
+    Raises:
+        ModelError: the preset cannot be loaded. SettingsError: it cannot be tuned as the settings say.
+    """
     import keras_hub
     counts = []
 
     def build():
         backbone = _open_preset(keras_hub.models.Backbone, settings.model, load_weights=False)
-        total = backbone.count_params()
-        if tuning_mode(settings) == "lora":
-            targets = None if settings.lora_targets == "all" else [t.strip() for t in settings.lora_targets.split(",")]
-            backbone.enable_lora(settings.lora_rank, target_layer_names=targets)
-        counts.extend([total, sum(math.prod(v.shape) for v in backbone.trainable_variables)])
+        counts.append(backbone.count_params())
+        if settings.generator == "finetune":
+            bare = types.SimpleNamespace(backbone=backbone, _flatten_layers=backbone._flatten_layers)
+            setup_tuning(types.SimpleNamespace(causal_lm=bare, name=settings.model), settings)
+        counts.append(sum(math.prod(v.shape) for v in backbone.trainable_variables))
         return 0
     jax.eval_shape(build)
     return tuple(counts)
@@ -243,11 +248,11 @@ def check_rows(settings, splits):
     if len(reference_rows(settings, splits)) < 2:
         raise DataError(f"{settings.data}: {len(splits.test)} test rows are too few to evaluate against")
 
-# %% ../nbs/13b_pipeline.ipynb #44ff78eb
+# %% ../nbs/13b_pipeline.ipynb #c5837f09
 class Survey:
     """Findings of a preflight. `lenient` notes in `unknown` what is remote and cannot be reached, instead of raising.
 
-    Attributes: `splits`, `tokenizer`, `prompt_length`, `mechanism` (each None where it does not apply or is not known),
+    Attributes: `splits`, `tokenizer`, `prompt_length`, `parameters` (all, trained), `mechanism` (each None where it does not apply or is not known),
     `unknown` (list of lines).
     """
 
@@ -257,6 +262,7 @@ class Survey:
         uses_model = not settings.generator.startswith("real")
         self.tokenizer = self._try(settings.model, lambda: load_tokenizer(settings.model)) if uses_model else None
         self.prompt_length = check_prompts(settings, self.tokenizer) if self.tokenizer else None
+        self.parameters = count_parameters(settings) if self.tokenizer else None
         for name in filter(None, (settings.embedder, settings.second_embedder)):
             self._try(name, lambda: check_embedder(name))
         self.mechanism = self._mechanism()
@@ -298,7 +304,7 @@ def remember():
         return last[key]
     return look
 
-# %% ../nbs/13b_pipeline.ipynb #7befa94b
+# %% ../nbs/13b_pipeline.ipynb #0fb69199
 def device_speed(size=1024, repeats=4):
     """Operations per second of the default device in a float32 matrix product."""
     product, x = jax.jit(lambda a: a @ a), jax.numpy.ones((size, size))
@@ -330,7 +336,7 @@ def estimate_operations(settings, mechanism, total, mean_length):
 
 def estimate(survey):
     """dict of `parameters`, `trained`, `memory` (bytes) and `seconds` of a surveyed run with a model."""
-    total, trained = count_parameters(survey.settings)
+    total, trained = survey.parameters
     length = min(token_lengths(survey).mean() + survey.prompt_length, survey.settings.sequence_length)
     operations = estimate_operations(survey.settings, survey.mechanism, total, length)
     return {"parameters": total, "trained": trained if survey.mechanism else 0, "memory": estimate_memory(survey.settings, total, trained),

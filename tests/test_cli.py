@@ -52,7 +52,7 @@ REFUSED = {
     "batch larger than the data": ({"batch_size": 1000}, "batch_size"), "prompt without placeholder": ({"prompt": "review:"}, "{label}"),
     "sequence shorter than the prompt": ({"sequence_length": 8}, "sequence_length"), "preset that does not exist": ({"model": "gemma3_13b"}, "gemma3_13b"),
     "preset folder that does not exist": ({"model": "./no/such/preset"}, "./no/such/preset"), "embedder that does not exist": ({"embedder": "no-such"}, "no-such"),
-    "noise that does not suffice": ({"noise_multiplier": 0.01}, "noise_multiplier"), "less than one update": ({"epochs": 0.01}, "epochs"),
+    "noise that does not suffice": ({"noise_multiplier": 0.7, "epsilon": 1}, "noise_multiplier"), "less than one update": ({"epochs": 0.01}, "epochs"),
     "missing file": ({"data": "no-such.csv"}, "no-such.csv"), "missing test file": ({"test_data": "no-such.csv"}, "no-such.csv"),
     "missing column": ({"text_column": "review"}, "review"), "label not in the names": ({"label_names": "bad,good"}, "label"),
     "adapter on a layer that is not there": ({"lora_targets": "qurey"}, "qurey")}

@@ -250,7 +250,7 @@ def evaluate(measure, params, work, name, prepared, rows=32, length=256, batches
         with torch.no_grad():
             values.append(float(measure(params, torch.from_numpy(window))))
     nats, figures = float(np.mean(values)), prepared[name]
-    return round(nats, 4), round(nats / np.log(2) * figures["tokens"] / figures["bytes"], 4)
+    return round(nats, 4), round(float(nats / np.log(2) * figures["tokens"] / figures["bytes"]), 4)
 
 
 def save_state(path, params, optimizers, step, log):
