@@ -142,8 +142,8 @@ def report(speeds, tokens, arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="file for the result")
-    parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contenders", default="dpsynth,keras_hub,keras_hub_k,transformers")

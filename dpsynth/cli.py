@@ -50,7 +50,7 @@ def results(args):
     from dpsynth.experiments import collect, results_table
     print(results_table(collect(args.runs), args.format))
 
-# %% ../nbs/15_cli.ipynb #f230b881
+# %% ../nbs/15_cli.ipynb #1f0660a3
 def check(args):
     """Look at configurations without running them."""
     from dpsynth import experiments
@@ -60,7 +60,8 @@ def check(args):
     look = pipeline.remember()
     for settings in all_settings:
         survey = pipeline.Survey(settings, lenient=True, data=not args.no_data, load=look)
-        print(f"{settings.experiment}: {settings.generator}, {'epsilon ' + format(settings.epsilon, 'g') if settings.private else 'NOT PRIVATE'}")
+        guarantee = f"epsilon {settings.epsilon:g}" if settings.private else "NOT PRIVATE"
+        print(f"{settings.experiment}: {settings.generator}, {guarantee}")
         for topic, finding in findings(survey):
             print(f"  {topic:12} {finding}")
 
@@ -135,19 +136,19 @@ def evaluate(args):
     pipeline.evaluate_stage(settings, args.run, pipeline.load_stage(settings, args.run))
     print(results_table(collect(args.run)))
 
-# %% ../nbs/15_cli.ipynb #e44a09ad
+# %% ../nbs/15_cli.ipynb #f6b7934b
 def verify(args):
     """Recompute what a certificate claims."""
     from dpsynth.privacy import verify
     found = verify(args.certificate)
-    print(f"{args.certificate}: holds; epsilon {found['epsilon']:.6g} (replace-one {found['epsilon_replace_one']:.6g}) at delta {found['delta']:.3g}")
+    print("{}: holds; epsilon {epsilon:.6g} (replace-one {epsilon_replace_one:.6g}) at delta {delta:.3g}".format(args.certificate, **found))
 
 
 def settings(args):
     """Print every setting with its default and meaning."""
     print(settings_table())
 
-# %% ../nbs/15_cli.ipynb #6940a99f
+# %% ../nbs/15_cli.ipynb #81d97fdb
 def complain(message):
     """The one line of a failure."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
@@ -170,7 +171,7 @@ def _verb(verbs, function, *positional):
 
 
 def _sweep_options(verb, out=None):
-    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting in every configuration; may be repeated")
+    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting everywhere; may be repeated")
     if out:
         verb.add_argument("--out", default=out, help="folder of the run folders (default: %(default)s)")
         verb.add_argument("--timeout", type=positive, metavar="SECONDS", help="stop each run after so many seconds")

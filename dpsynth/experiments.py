@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'TEMPLATE', 'TYPES', 'OWN_ERRORS', 'reading_order', 'config_files', 'read_configs', 'check_template',
-           'first_difference', 'is_done', 'describe', 'collect', 'results_table', 'kernel_manager', 'seconds_left',
-           'outcome', 'one_line', 'execute', 'remove_progress', 'run', 'preflight', 'check_writable', 'describe_end']
+           'first_difference', 'is_done', 'describe', 'collect', 'results_table', 'plot_results', 'kernel_manager',
+           'seconds_left', 'outcome', 'one_line', 'execute', 'remove_progress', 'run', 'preflight', 'check_writable',
+           'describe_end']
 
 # %% ../nbs/14_experiments.ipynb #f75d275e
 import csv
@@ -128,7 +129,7 @@ def collect(runs):
         raise SettingsError(f"{runs}: no run in this folder; `dpsynth run CONFIG --out {runs}` makes one")
     return [describe(folder) for folder in folders]
 
-# %% ../nbs/14_experiments.ipynb #391e9cc7
+# %% ../nbs/14_experiments.ipynb #0460545e
 def results_table(rows, format="table"):
     """Rows of `collect` as text: `table`, `markdown`, `csv` or `json`. Raises SettingsError for another format."""
     writers = {"table": _text_table, "markdown": _markdown_table, "csv": _csv_table, "json": _json_table}
@@ -164,8 +165,9 @@ def _shown(rows):
 
 def _notes(rows):
     """What the scores must be read with: embedders, and each warning once."""
-    embedders = {row[k] for row in rows for k in ("mauve_embedder", "mauve2_embedder") if row.get(k)}
-    return [*(["embedded by " + ", ".join(sorted(embedders))] if embedders else []), *dict.fromkeys(w for r in rows for w in r.get("warnings") or ())]
+    embedders = sorted({row[k] for row in rows for k in ("mauve_embedder", "mauve2_embedder") if row.get(k)})
+    warnings = dict.fromkeys(warning for row in rows for warning in row.get("warnings") or ())
+    return [*(["embedded by " + ", ".join(embedders)] if embedders else []), *warnings]
 
 
 def _text_table(rows):
@@ -192,6 +194,21 @@ def _csv_table(rows):
 
 def _json_table(rows):
     return json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False)
+
+# %% ../nbs/14_experiments.ipynb #694c9a7b
+def plot_results(rows):
+    """MAUVE of each run with its standard deviation, as a matplotlib Figure; runs without a score are named with their reason."""
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.4 * len(rows)), layout="constrained")
+    for place, row in enumerate(rows):
+        if row["mauve_mean"] is None:
+            axes.text(0.01, place, row["reason"] or row["status"], va="center")
+        else:
+            axes.barh(place, row["mauve_mean"], xerr=row["mauve_std"], color="C0" if row["private"] else "C7", capsize=3)
+    axes.set(yticks=range(len(rows)), yticklabels=[row["experiment"] for row in rows], xlim=(0, 1.02), xlabel="MAUVE (blue: private)")
+    axes.invert_yaxis()
+    plt.close(figure)
+    return figure
 
 # %% ../nbs/14_experiments.ipynb #50ed8310
 def kernel_manager(folder):

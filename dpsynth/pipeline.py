@@ -84,7 +84,7 @@ def load_generator(settings, folder):
     load_adapter(model, adapter)
     return model
 
-# %% ../nbs/13b_pipeline.ipynb #81215612
+# %% ../nbs/13b_pipeline.ipynb #00e6d1b2
 def rows_file(settings, folder):
     """Where the rows of a run are: released, or private where they are real."""
     place = "private" if settings.generator.startswith("real") else "release"
@@ -108,9 +108,9 @@ def real_rows(settings, splits):
 
 def write_rows(records, path):
     """Write records as rows of the form that sampling has."""
-    rows = zip(records.texts, records.labels.tolist())
-    lines = [json.dumps({"index": i, "label": records.label_names[label], "text": text}, ensure_ascii=False) for i, (text, label) in enumerate(rows)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    names = [records.label_names[label] for label in records.labels]
+    rows = ({"index": i, "label": name, "text": text} for i, (name, text) in enumerate(zip(names, records.texts)))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def sample_stage(settings, folder, splits, model):
@@ -158,7 +158,7 @@ def evaluate_stage(settings, folder, splits):
         numbers = evaluate(texts, labels, reference_rows(settings, splits), settings, pathlib.Path(folder).parent / ".embeddings")
     return record(folder, **numbers)
 
-# %% ../nbs/13b_pipeline.ipynb #70807d6c
+# %% ../nbs/13b_pipeline.ipynb #e372e202
 def is_remote(name):
     """Whether a preset of this name exists and has to be fetched from somewhere."""
     import keras_hub
@@ -184,7 +184,7 @@ def _open_preset(kind, name, **kwargs):
     except Exception as error:  # keras_hub and the hubs raise a dozen unrelated types here
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if reason.startswith("Unknown preset"):
-            raise ModelError(f"preset {name!r}: there is none of this name; expected a name that keras_hub knows, a folder, or `tiny`") from error
+            raise ModelError(f"preset {name!r}: no such preset; expected a name that keras_hub knows, a folder, or `tiny`") from error
         advice = "; it needs a network and the credentials of its hub" if is_remote(name) else ""
         raise ModelError(f"preset {name!r} cannot be loaded: {reason[:100]}{advice}") from error
 
@@ -217,13 +217,13 @@ def count_parameters(settings):
     jax.eval_shape(build)
     return tuple(counts)
 
-# %% ../nbs/13b_pipeline.ipynb #2fe12429
+# %% ../nbs/13b_pipeline.ipynb #18f5f2fe
 def check_prompts(settings, tokenizer):
     """Raise SettingsError if a prompt leaves no room for a response; returns the length of the longest prompt."""
     prompts = TextFormat(settings.prompt, settings.labels).prompts
     longest = max(len(ids) for ids in tokenizer(prompts)) + 1
     if longest + 1 >= settings.sequence_length:
-        raise SettingsError(f"setting sequence_length: {settings.sequence_length} is not longer than the prompt, which has {longest} tokens")
+        raise SettingsError(f"setting sequence_length: {settings.sequence_length} leaves no room after the prompt, which has {longest} tokens")
     return longest
 
 
@@ -248,12 +248,12 @@ def check_rows(settings, splits):
     if len(reference_rows(settings, splits)) < 2:
         raise DataError(f"{settings.data}: {len(splits.test)} test rows are too few to evaluate against")
 
-# %% ../nbs/13b_pipeline.ipynb #c5837f09
+# %% ../nbs/13b_pipeline.ipynb #2ca66a54
 class Survey:
     """Findings of a preflight. `lenient` notes in `unknown` what is remote and cannot be reached, instead of raising.
 
-    Attributes: `splits`, `tokenizer`, `prompt_length`, `parameters` (all, trained), `mechanism` (each None where it does not apply or is not known),
-    `unknown` (list of lines).
+    Attributes: `splits`, `tokenizer`, `prompt_length`, `parameters` (all, trained) and `mechanism`, each None where it does not
+    apply or is not known; `unknown` (list of lines).
     """
 
     def __init__(self, settings, *, lenient=False, data=True, load=load):

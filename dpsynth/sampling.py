@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DRAW_BLOCK', 'STEPS', 'ROUNDS', 'BLOCK', 'SPARE_BLOCK', 'MANY_ROWS', 'DECIDING', 'assign_prompts', 'Choice',
            'penalize', 'keep_top_k', 'outranking', 'in_nucleus', 'draw', 'sample_nucleus', 'samplable', 'choose',
-           'compiled', 'Prompts', 'position_axes', 'pad_prompts', 'build_prefill', 'prefill', 'adapted_layers',
+           'kept', 'Prompts', 'position_axes', 'pad_prompts', 'build_prefill', 'prefill', 'adapted_layers',
            'merged_weights', 'adapters_off', 'product', 'evaluate', 'reorder_products', 'Slots', 'Block', 'refill',
            'record', 'token_key', 'decode_step', 'cut_cache', 'paste_cache', 'build_look', 'shrink', 'empty_slots',
            'boundaries', 'Sample', 'Decoder', 'progress_bar', 'sample_stream', 'to_row', 'whole_lines', 'cut',
@@ -122,10 +122,10 @@ def choose(key, logits, seen, allowed, choice):
         scores = keep_top_k(scores, min(choice.top_k, scores.shape[0]))
     return sample_nucleus(key, jnp.exp(scores - scores.max()), choice.top_p)
 
-# %% ../nbs/08_sampling.ipynb #ac42ea2d
-def compiled(model, build, *arguments):
+# %% ../nbs/08_sampling.ipynb #dd7cb443
+def kept(model, build, *arguments):
     """`build(model, *arguments)`, made once for each model, its stop tokens, and arguments."""
-    made, wanted = vars(model).setdefault("compiled", {}), (build, model.stop_ids, *arguments)
+    made, wanted = vars(model).setdefault("kept", {}), (build, model.stop_ids, *arguments)
     if wanted not in made:
         made[wanted] = build(model, *arguments)
     return made[wanted]
@@ -171,7 +171,7 @@ def build_prefill(model):
 def prefill(model, weights, prompts, max_length):
     """`Prompts` of a list of texts; every one passes through the model once."""
     tokens, length = pad_prompts(model, prompts, max_length)
-    step = compiled(model, build_prefill)
+    step = kept(model, build_prefill)
     caches = [step(weights, jnp.asarray(row)) for row in tokens]
     seen = np.zeros((len(tokens), model.causal_lm.backbone.vocabulary_size), bool)
     for mask, row, n in zip(seen, tokens, length):
@@ -308,7 +308,7 @@ def decode_step(model, weights, slots, block, allowed, choice):
     token, cache = jax.vmap(one)(slots.token, slots.cache, slots.position, slots.row, slots.seen)
     return record(slots._replace(cache=cache), block, token, model.stop_ids)
 
-# %% ../nbs/08_sampling.ipynb #b778ecdc
+# %% ../nbs/08_sampling.ipynb #df2a1dd9
 STEPS, ROUNDS = 8, 2
 
 
@@ -347,13 +347,12 @@ def shrink(slots, size):
     return slots._replace(**{name: jax.tree.map(lambda leaf: leaf[order], getattr(slots, name)) for name in parts})
 
 
-def empty_slots(model, choice, slots, rows, max_length):
-    """`Slots` with nothing in them."""
-    cache = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), model.empty_cache(1, max_length))
-    seen = model.causal_lm.backbone.vocabulary_size if choice.repetition_penalty != 1 else 0
-    zeros = jnp.zeros(slots, "int32")
-    return Slots(cache, zeros, zeros + 0, zeros - 1, jnp.zeros((slots, seen), bool), jnp.zeros((rows, max_length), "int32"),
-                 jnp.zeros(rows, "int32"), jnp.zeros(rows, bool), jnp.int32(0))
+def empty_slots(row_cache, slots, rows, max_length, vocabulary):
+    """`Slots` with nothing in them, from a batch-1 cache of zeros; `vocabulary` is 0 where seen tokens need not be known."""
+    cache = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), row_cache)
+    token, position, length = (jnp.zeros(size, "int32") for size in (slots, slots, rows))
+    return Slots(cache, token, position, jnp.full(slots, -1, "int32"), jnp.zeros((slots, vocabulary), bool),
+                 jnp.zeros((rows, max_length), "int32"), length, jnp.zeros(rows, bool), jnp.int32(0))
 
 # %% ../nbs/08_sampling.ipynb #6df3fafa
 BLOCK, SPARE_BLOCK = 512, 64
@@ -364,7 +363,7 @@ def boundaries(num_samples):
     size = -(-num_samples // -(-num_samples // BLOCK))
     return sorted({*range(0, num_samples, size), *range(num_samples, 2 * num_samples, min(SPARE_BLOCK, num_samples)), 2 * num_samples})
 
-# %% ../nbs/08_sampling.ipynb #ccff5ee5
+# %% ../nbs/08_sampling.ipynb #707af7e0
 MANY_ROWS = 128
 
 
@@ -389,8 +388,9 @@ class Decoder:
         self.model, self.weights, self.key = model, merged_weights(model), jax.random.key(seed)
         with adapters_off(model):
             self.prompts = prefill(model, self.weights, prompts, max_length)
-        self.look, self.prompt_lengths = compiled(model, build_look, choice), np.asarray(self.prompts.length)
-        self.new_slots = functools.partial(empty_slots, model, choice, slots, rows, max_length)
+        self.look, self.prompt_lengths = kept(model, build_look, choice), np.asarray(self.prompts.length)
+        vocabulary = model.causal_lm.backbone.vocabulary_size if choice.repetition_penalty != 1 else 0
+        self.new_slots = functools.partial(empty_slots, kept(model, type(model).empty_cache, 1, max_length), slots, rows, max_length, vocabulary)
         self.slots, self.rows, self.max_length = slots, rows, max_length
 
     def block(self, first, assignment):

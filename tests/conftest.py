@@ -1,4 +1,5 @@
 """What all tests share: the environment, the place of the repository, and the command line as a function."""
+
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -11,12 +12,15 @@ import pathlib
 
 import pytest
 
+REPO = pathlib.Path(__file__).resolve().parent.parent
+os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])  # for processes that tests start
+
 Outcome = collections.namedtuple("Outcome", "code out err")
 
 
 @pytest.fixture(scope="session")
 def repo():
-    return pathlib.Path(__file__).resolve().parent.parent
+    return REPO
 
 
 @pytest.fixture
@@ -28,16 +32,19 @@ def dpsynth(capsys):
         capsys.readouterr()
         code = main([str(a) for a in arguments])
         return Outcome(code, *capsys.readouterr())
+
     return call
 
 
 @pytest.fixture
 def refused(dpsynth):
     """Run a command line that must be refused; returns the one line that says why."""
+
     def call(*arguments):
         code, _, err = dpsynth(*arguments)
         assert code == 2, err
         assert err.startswith("error: ") and err.count("\n") == 1, err
         assert "Traceback" not in err
         return err
+
     return call

@@ -1,4 +1,5 @@
 """The command line: what is refused, in one line and before anything is written; and a whole sweep through the real template."""
+
 import csv
 import json
 import os
@@ -16,8 +17,22 @@ from dpsynth import __version__
 from dpsynth.settings import Settings
 
 LABELS = ["negative", "positive"]
-SMALL = {"train_size": 80, "test_size": 60, "sequence_length": 32, "batch_size": 20, "microbatch_size": 8, "epochs": 1, "tuning": "lora", "lora_rank": 2,
-         "num_samples": 12, "sample_batch_size": 4, "num_mauve_samples": 12, "num_mauve_trials": 2, "embed_length": 32, "validation_size": 8}
+SMALL = {
+    "train_size": 80,
+    "test_size": 60,
+    "sequence_length": 32,
+    "batch_size": 20,
+    "microbatch_size": 8,
+    "epochs": 1,
+    "tuning": "lora",
+    "lora_rank": 2,
+    "num_samples": 12,
+    "sample_batch_size": 4,
+    "num_mauve_samples": 12,
+    "num_mauve_trials": 2,
+    "embed_length": 32,
+    "validation_size": 8,
+}
 
 
 @pytest.fixture
@@ -34,7 +49,7 @@ def rows(tmp_path):
 def config(tmp_path, rows):
     """A configuration that would run."""
     path = tmp_path / "dp_ft.yaml"
-    path.write_text(yaml.safe_dump({**SMALL, "data": str(rows), "train_size": 0, "test_size": 0}))
+    path.write_text(yaml.safe_dump({**SMALL, "epsilon": 2, "data": str(rows), "train_size": 0, "test_size": 0}))
     return path
 
 
@@ -47,15 +62,25 @@ def lines(path, *more):
 
 
 REFUSED = {
-    "unknown setting": ({"epsilom": 3}, "did you mean 'epsilon'"), "mistyped number": ({"batch_size": "many"}, "batch_size"),
-    "epsilon 0": ({"epsilon": 0}, "epsilon"), "epsilon below 0": ({"epsilon": -3}, "epsilon"), "delta too large": ({"delta": 0.1}, "delta"),
-    "batch larger than the data": ({"batch_size": 1000}, "batch_size"), "prompt without placeholder": ({"prompt": "review:"}, "{label}"),
-    "sequence shorter than the prompt": ({"sequence_length": 8}, "sequence_length"), "preset that does not exist": ({"model": "gemma3_13b"}, "gemma3_13b"),
-    "preset folder that does not exist": ({"model": "./no/such/preset"}, "./no/such/preset"), "embedder that does not exist": ({"embedder": "no-such"}, "no-such"),
-    "noise that does not suffice": ({"noise_multiplier": 0.7, "epsilon": 1}, "noise_multiplier"), "less than one update": ({"epochs": 0.01}, "epochs"),
-    "missing file": ({"data": "no-such.csv"}, "no-such.csv"), "missing test file": ({"test_data": "no-such.csv"}, "no-such.csv"),
-    "missing column": ({"text_column": "review"}, "review"), "label not in the names": ({"label_names": "bad,good"}, "label"),
-    "adapter on a layer that is not there": ({"lora_targets": "qurey"}, "qurey")}
+    "unknown setting": ({"epsilom": 3}, "did you mean 'epsilon'"),
+    "mistyped number": ({"batch_size": "many"}, "batch_size"),
+    "epsilon 0": ({"epsilon": 0}, "epsilon"),
+    "epsilon below 0": ({"epsilon": -3}, "epsilon"),
+    "delta too large": ({"delta": 0.1}, "delta"),
+    "batch larger than the data": ({"batch_size": 1000}, "batch_size"),
+    "prompt without placeholder": ({"prompt": "review:"}, "{label}"),
+    "sequence shorter than the prompt": ({"sequence_length": 8}, "sequence_length"),
+    "preset that does not exist": ({"model": "gemma3_13b"}, "gemma3_13b"),
+    "preset folder that does not exist": ({"model": "./no/such/preset"}, "./no/such/preset"),
+    "embedder that does not exist": ({"embedder": "no-such"}, "no-such"),
+    "noise that does not suffice": ({"noise_multiplier": 0.7, "epsilon": 1}, "noise_multiplier"),
+    "less than one update": ({"epochs": 0.01}, "epochs"),
+    "missing file": ({"data": "no-such.csv"}, "no-such.csv"),
+    "missing test file": ({"test_data": "no-such.csv"}, "no-such.csv"),
+    "missing column": ({"text_column": "review"}, "review"),
+    "label not in the names": ({"label_names": "bad,good"}, "label"),
+    "adapter on a layer that is not there": ({"lora_targets": "qurey"}, "qurey"),
+}
 
 
 @pytest.mark.parametrize("values, word", REFUSED.values(), ids=REFUSED)
@@ -67,9 +92,17 @@ def test_wrong_settings_are_refused_before_anything_is_written(refused, config, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("content, word", [
-    ("", "empty"), ("text,label\n", "no rows"), ("text,label\nfine,positive\nfine,positive,more\n", "line 3"), ("text,label\n,positive\n", "line 2"),
-    ('text,label\n"never closed,positive\n', "line 2"), ("text,label\nfine,perhaps\nfine,positive\n", "perhaps")])
+@pytest.mark.parametrize(
+    "content, word",
+    [
+        ("", "empty"),
+        ("text,label\n", "no rows"),
+        ("text,label\nfine,positive\nfine,positive,more\n", "line 3"),
+        ("text,label\n,positive\n", "line 2"),
+        ('text,label\n"never closed,positive\n', "line 2"),
+        ("text,label\nfine,perhaps\nfine,positive\n", "perhaps"),
+    ],
+)
 def test_broken_data_is_refused_with_its_place(refused, config, tmp_path, content, word):
     (tmp_path / "broken.csv").write_text(content)
     line = refused("run", config, "--set", f"data={tmp_path / 'broken.csv'}", "--out", tmp_path / "runs")
@@ -83,11 +116,29 @@ def test_output_that_cannot_be_written_is_refused(refused, config, tmp_path):
     assert (tmp_path / "file").read_text() == ""
 
 
-@pytest.mark.parametrize("arguments", [
-    [], ["dance"], ["run"], ["run", "no-such.yaml"], ["run", "no-such", "--timeout", "-1"], ["results", "no-such"], ["results", "--format", "pdf"],
-    ["fit", "no-such"], ["sample", "no-such"], ["sample", "no-such", "--rows", "0"], ["sample", "no-such", "--rows", "1.5"], ["evaluate", "no-such"],
-    ["verify", "no-such.json"], ["check", "no-such.yaml"], ["demo", "--set", "epsilon"], ["demo", "--set", "epsilom=3"], ["run", "--no-such"]],
-    ids=lambda a: " ".join(a) or "nothing")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["dance"],
+        ["run"],
+        ["run", "no-such.yaml"],
+        ["run", "no-such", "--timeout", "-1"],
+        ["results", "no-such"],
+        ["results", "--format", "pdf"],
+        ["fit", "no-such"],
+        ["sample", "no-such"],
+        ["sample", "no-such", "--rows", "0"],
+        ["sample", "no-such", "--rows", "1.5"],
+        ["evaluate", "no-such"],
+        ["verify", "no-such.json"],
+        ["check", "no-such.yaml"],
+        ["demo", "--set", "epsilon"],
+        ["demo", "--set", "epsilom=3"],
+        ["run", "--no-such"],
+    ],
+    ids=lambda a: " ".join(a) or "nothing",
+)
 def test_wrong_usage_is_one_line(refused, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(*arguments)
@@ -134,12 +185,19 @@ def test_check_reports_and_writes_nothing(dpsynth, repo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = dpsynth("check", repo / "configs" / "demo")
     assert (code, err) == (0, "")
-    assert out.count("4,000 to train on, 2,000 to test on") == 6 and out.count("NOT PRIVATE") == 5 and "noise multiplier" in out and "GiB" in out
+    assert (
+        out.count("4,000 to train on, 2,000 to test on") == 6
+        and out.count("NOT PRIVATE") == 5
+        and "noise multiplier" in out
+        and "GiB" in out
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_check_names_what_is_not_on_this_machine(dpsynth, repo, tmp_path):
-    code, out, err = dpsynth("check", repo / "configs" / "imdb" / "use_train.yaml", "--set", f"data_dir={tmp_path}", "--set", "embedder=tiny")
+    code, out, err = dpsynth(
+        "check", repo / "configs" / "imdb" / "use_train.yaml", "--set", f"data_dir={tmp_path}", "--set", "embedder=tiny"
+    )
     assert (code, err) == (0, "") and "not checked  tfds:imdb_reviews" in out
     code, out, _ = dpsynth("check", repo / "configs" / "demo" / "dp_ft.yaml", "--no-data")
     assert code == 0 and "not checked  rows" in out and "to train on" not in out
@@ -152,13 +210,19 @@ def test_check_names_what_is_not_on_this_machine(dpsynth, repo, tmp_path):
 def sweep(tmp_path_factory):
     """Three experiments on the built-in set, run by a process of its own in a folder of its own: (folder of the runs, process)."""
     home = tmp_path_factory.mktemp("sweep")
-    kinds = {"dp_ft": {"epsilon": 8}, "baseline_without_examples": {"generator": "prompt"}, "upper_bound": {"generator": "real_test"}}
+    kinds = {"dp_ft": {"epsilon": 2}, "baseline_without_examples": {"generator": "prompt"}, "upper_bound": {"generator": "real_test"}}
     for name, values in kinds.items():
         (home / f"{name}.yaml").write_text(yaml.safe_dump({**SMALL, **values}))
     call = "import sys; from dpsynth.cli import main; sys.exit(main())"
     path = os.pathsep.join([str(pathlib.Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", call, "run", ".", "--out", "runs"], cwd=home, capture_output=True, text=True, timeout=900,
-                          env={**os.environ, "PYTHONPATH": path})
+    done = subprocess.run(
+        [sys.executable, "-c", call, "run", ".", "--out", "runs"],
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     return home / "runs", done
 
 
@@ -175,8 +239,18 @@ def test_results_have_the_numbers(sweep, dpsynth):
     rows = {row["experiment"]: row for row in json.loads(out)}
     assert code == 0 and list(rows) == ["baseline_without_examples", "dp_ft", "upper_bound"]
     dp = rows["dp_ft"]
-    assert dp["private"] and 7 < dp["epsilon"] <= 8 and dp["delta"] == pytest.approx(80 ** -1.2) and dp["steps"] == 4 and dp["noise_multiplier"] > 0
-    assert not rows["upper_bound"]["private"] and rows["upper_bound"]["epsilon"] is None and rows["baseline_without_examples"]["epsilon"] is None
+    assert (
+        dp["private"]
+        and 1.9 < dp["epsilon"] <= 2
+        and dp["delta"] == pytest.approx(80**-1.2)
+        and dp["steps"] == 4
+        and dp["noise_multiplier"] > 0
+    )
+    assert (
+        not rows["upper_bound"]["private"]
+        and rows["upper_bound"]["epsilon"] is None
+        and rows["baseline_without_examples"]["epsilon"] is None
+    )
     for row in rows.values():
         assert 0 < row["mauve_mean"] <= 1 and row["mauve_embedder"] == "tiny" and 0 < row["num_samples"] <= 12 and row["rejected"] >= 0
         assert row["seconds"] == pytest.approx(sum(row.get(f"seconds_{s}", 0) for s in ("load", "fit", "sample", "evaluate")), abs=0.1)
@@ -186,9 +260,14 @@ def test_results_have_the_numbers(sweep, dpsynth):
 
 def test_nothing_of_the_training_rows_is_outside_private(sweep):
     from dpsynth.data import load
+
     folder = sweep[0] / "dp_ft"
     texts = load(Settings(train_size=80, test_size=60)).train.texts
-    shown = {p: p.read_text(encoding="utf-8") for p in folder.rglob("*") if p.suffix in (".ipynb", ".json", ".jsonl", ".md", ".yaml") and "private" not in p.parts}
+    shown = {
+        p: p.read_text(encoding="utf-8")
+        for p in folder.rglob("*")
+        if p.suffix in (".ipynb", ".json", ".jsonl", ".md", ".yaml") and "private" not in p.parts
+    }
     assert folder / "notebook.ipynb" in shown and folder / "release" / "synthetic.jsonl" in shown
     for path, content in shown.items():
         assert not [t for t in texts if json.dumps(t, ensure_ascii=False)[1:40] in content], path
@@ -197,21 +276,29 @@ def test_nothing_of_the_training_rows_is_outside_private(sweep):
 
 def test_folders_hold_what_they_should(sweep):
     dp, real = sweep[0] / "dp_ft", sweep[0] / "upper_bound"
-    assert {"adapter.npz", "certificate.json", "certificate.md", "synthetic.jsonl", "synthetic.parquet"} <= {p.name for p in (dp / "release").iterdir()}
+    assert {"adapter.npz", "certificate.json", "certificate.md", "synthetic.jsonl", "synthetic.parquet"} <= {
+        p.name for p in (dp / "release").iterdir()
+    }
     assert list((real / "release").iterdir()) == [] and (real / "private" / "synthetic.jsonl").exists()
     for folder in (dp, real):
         assert (folder / "private").stat().st_mode & 0o777 == 0o700
     assert (dp / "private" / "secret").stat().st_mode & 0o777 == 0o600
     secret = (dp / "private" / "secret").read_bytes()
-    assert not any(secret in p.read_bytes() or secret.hex() in p.read_bytes().decode("latin-1") for p in dp.rglob("*") if p.is_file() and p.parent.name != "private")
+    assert not any(
+        secret in p.read_bytes() or secret.hex() in p.read_bytes().decode("latin-1")
+        for p in dp.rglob("*")
+        if p.is_file() and p.parent.name != "private"
+    )
     assert set(yaml.safe_load((dp / "settings.yaml").read_text())) == set(Settings.model_fields)
 
 
 def test_executed_notebook_is_the_template_with_these_values(sweep):
     notebook = nbformat.read(sweep[0] / "dp_ft" / "notebook.ipynb", 4)
     injected = next(c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", ()))
-    assert "epsilon = 8.0" in injected.source
-    assert "Privacy certificate" in str(notebook.cells) and not any(o.get("name") == "stderr" for c in notebook.cells for o in c.get("outputs", ()))
+    assert "epsilon = 2.0" in injected.source
+    assert "Privacy certificate" in str(notebook.cells) and not any(
+        o.get("name") == "stderr" for c in notebook.cells for o in c.get("outputs", ())
+    )
 
 
 def test_a_second_call_does_nothing(sweep, dpsynth):
@@ -223,7 +310,7 @@ def test_a_second_call_does_nothing(sweep, dpsynth):
 
 def test_another_epsilon_in_the_same_folder_is_refused(sweep, refused):
     line = refused("run", sweep[0].parent / "dp_ft.yaml", "--out", sweep[0], "--set", "epsilon=3")
-    assert "dp_ft was made with epsilon=8, not 3; choose another --out or remove it" in line
+    assert "dp_ft was made with epsilon=2, not 3; choose another --out or remove it" in line
 
 
 def test_certificate_verifies_and_a_smaller_claim_does_not(sweep, dpsynth, tmp_path):
@@ -243,7 +330,9 @@ def test_more_rows_from_the_adapter_alone(sweep, dpsynth, refused):
     path = folder / "release" / "synthetic-9.jsonl"
     more = [json.loads(line) for line in path.read_text().splitlines()]
     assert code == 0 and out.strip() == str(path) and 0 < len(more) <= 5 and {row["label"] for row in more} <= set(LABELS)
-    assert (folder / "release" / "synthetic.jsonl").read_bytes() == rows and not set(path.read_text().splitlines()) & set(rows.decode().splitlines())
+    assert (folder / "release" / "synthetic.jsonl").read_bytes() == rows and not set(path.read_text().splitlines()) & set(
+        rows.decode().splitlines()
+    )
     assert "choose another --seed" in refused("sample", folder, "--rows", 5, "--seed", 9)
     assert not [p for p in (folder / "release").iterdir() if p.name.startswith(".")]
     assert "real rows" in refused("sample", sweep[0] / "upper_bound", "--rows", 5)

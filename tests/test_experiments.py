@@ -2,6 +2,7 @@
 
 The templates here are small notebooks that import nothing slow; the real one runs in test_cli.py.
 """
+
 import csv
 import io
 import json
@@ -31,13 +32,21 @@ print("progress", file=sys.stderr)
 @pytest.fixture
 def template(tmp_path, monkeypatch):
     """Make a template out of code and let the runner use it; preflight is left out, as it looks at real data."""
+
     def make(code, parameters=None, tags=("parameters",)):
-        cells = [nbformat.v4.new_code_cell(parameters or parameters_cell(), metadata={"tags": list(tags)}), nbformat.v4.new_code_cell(REPORT + code)]
+        cells = [
+            nbformat.v4.new_code_cell(parameters or parameters_cell(), metadata={"tags": list(tags)}),
+            nbformat.v4.new_code_cell(REPORT + code),
+        ]
         path = tmp_path / "template.ipynb"
-        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}), path)
+        nbformat.write(
+            nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}),
+            path,
+        )
         monkeypatch.setattr(experiments, "TEMPLATE", str(path))
         monkeypatch.setattr(experiments, "preflight", lambda experiments: None)
         return path
+
     return make
 
 
@@ -51,9 +60,14 @@ def config(folder, name, **values):
 
 
 def test_every_value_arrives_as_it_is(template, tmp_path):
-    template("(folder / 'seen.json').write_text(json.dumps([sys.executable, os.getcwd(), {n: repr(globals()[n]) for n in %r}]))" % list(Settings.model_fields))
+    template(
+        "(folder / 'seen.json').write_text(json.dumps([sys.executable, os.getcwd(), {n: repr(globals()[n]) for n in %r}]))"
+        % list(Settings.model_fields)
+    )
     hard = "{label} \"quoted\" 'single' \\ back\\nslash\n\ttabbed\r\n– é 漢 \U0001f600 = # {braces} %d ${x} `x`\u2028end"
-    settings = make_settings({"experiment": "hard", "prompt": hard, "epsilon": "inf", "delta": 1e-30, "utility": False, "seed": 2**31 - 1, "data": "a=b,c.csv"})
+    settings = make_settings(
+        {"experiment": "hard", "prompt": hard, "epsilon": "inf", "delta": 1e-30, "utility": False, "seed": 2**31 - 1, "data": "a=b,c.csv"}
+    )
     assert execute(settings, tmp_path / "runs{0}" / "hard") == "done"
     executable, cwd, seen = read_json(tmp_path / "runs{0}" / "hard" / "seen.json")
     assert seen == {n: repr(v) for n, v in settings.model_dump().items()}
@@ -67,9 +81,15 @@ def test_executed_notebook_keeps_no_progress(template, tmp_path):
     assert [o.text for o in outputs] == ["shown\n"]
 
 
-@pytest.mark.parametrize("change", [
-    lambda cell: cell.replace("epsilon: float = 10.0", "epsilom: float = 10.0"), lambda cell: cell.replace("seed: int", "seed: float"),
-    lambda cell: cell + "\nextra: int = 1", lambda cell: cell.replace("delta: float", "# delta: float")])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cell: cell.replace("epsilon: float = 10.0", "epsilom: float = 10.0"),
+        lambda cell: cell.replace("seed: int", "seed: float"),
+        lambda cell: cell + "\nextra: int = 1",
+        lambda cell: cell.replace("delta: float", "# delta: float"),
+    ],
+)
 def test_template_that_differs_from_the_settings_is_refused(template, change):
     with pytest.raises(SettingsError, match="parameters cell"):
         check_template(template("", parameters=change(parameters_cell())))
@@ -112,10 +132,20 @@ def test_one_bad_run_does_not_stop_the_others(template, tmp_path):
     lines = []
     rows = run([tmp_path / "sweep"], tmp_path / "runs", timeout=8, say=lines.append)
     assert [r["experiment"] for r in rows] == names and len(lines) == 6
-    assert {r["experiment"]: r["status"] for r in rows} == {"a_works": "done", "b_fails": "failed", "c_refuses": "failed", "d_dies": "killed",
-                                                            "e_sleeps": "timeout", "f_works": "done"}
+    assert {r["experiment"]: r["status"] for r in rows} == {
+        "a_works": "done",
+        "b_fails": "failed",
+        "c_refuses": "failed",
+        "d_dies": "killed",
+        "e_sleeps": "timeout",
+        "f_works": "done",
+    }
     reasons = {r["experiment"]: r["reason"] for r in rows}
-    assert reasons["a_works"] == "" and reasons["b_fails"] == "ValueError: no such thing" and reasons["c_refuses"] == "train.csv, row 3: no label"
+    assert (
+        reasons["a_works"] == ""
+        and reasons["b_fails"] == "ValueError: no such thing"
+        and reasons["c_refuses"] == "train.csv, row 3: no label"
+    )
     assert "kernel died" in reasons["d_dies"] and "8 s" in reasons["e_sleeps"]
     table = results_table(rows)
     assert "failed: train.csv, row 3: no label" in table and table.count("\n") == 7
@@ -135,9 +165,16 @@ def test_memory_settings_may_change_and_do_not_start_a_done_run_again(template, 
     assert (tmp_path / "runs" / "a" / "calls").read_text() == "x"
 
 
-@pytest.mark.parametrize("epsilon, override, kind", [
-    (10, "epsilon=3", PrivacyError), (10, "seed=7", PrivacyError), (10, "epsilon=inf", PrivacyError), (math.inf, "epsilon=3", PrivacyError),
-    (math.inf, "top_p=0.5", SettingsError)])
+@pytest.mark.parametrize(
+    "epsilon, override, kind",
+    [
+        (10, "epsilon=3", PrivacyError),
+        (10, "seed=7", PrivacyError),
+        (10, "epsilon=inf", PrivacyError),
+        (math.inf, "epsilon=3", PrivacyError),
+        (math.inf, "top_p=0.5", SettingsError),
+    ],
+)
 @pytest.mark.parametrize("state", ["done", "failed", "running"])
 def test_changed_settings_are_refused(template, tmp_path, epsilon, override, kind, state):
     template("")
@@ -224,20 +261,48 @@ def test_broken_json_is_named(tmp_path):
 # the table
 
 
-SCHEMA = {"experiment", "status", "private", "epsilon", "delta", "num_samples", "mauve_mean", "mauve_std", "mauve_embedder", "rejected", "seconds"}
+SCHEMA = {
+    "experiment",
+    "status",
+    "private",
+    "epsilon",
+    "delta",
+    "num_samples",
+    "mauve_mean",
+    "mauve_std",
+    "mauve_embedder",
+    "rejected",
+    "seconds",
+}
 
 
 @pytest.fixture
 def sweep(tmp_path):
-    numbers = {"mauve_mean": 0.795, "mauve_std": 0.01, "mauve_embedder": "tiny", "num_samples": 10000, "rejected": 3, "seconds": 12.0,
-               "utility_accuracy": 0.8, "warnings": ["small"], "rejected_reasons": {"empty": 3}}
-    kinds = {"use_train": {"generator": "real_train"}, "dp_ft": {"epsilon": 10}, "non_dp_ft": {"epsilon": "inf"}, "aaa": {"generator": "prompt"},
-             "baseline_without_examples": {"generator": "prompt"}}
+    numbers = {
+        "mauve_mean": 0.795,
+        "mauve_std": 0.01,
+        "mauve_embedder": "tiny",
+        "num_samples": 10000,
+        "rejected": 3,
+        "seconds": 12.0,
+        "utility_accuracy": 0.8,
+        "warnings": ["small"],
+        "rejected_reasons": {"empty": 3},
+    }
+    kinds = {
+        "use_train": {"generator": "real_train"},
+        "dp_ft": {"epsilon": 10},
+        "non_dp_ft": {"epsilon": "inf"},
+        "aaa": {"generator": "prompt"},
+        "baseline_without_examples": {"generator": "prompt"},
+    }
     for name, values in kinds.items():
         folder = prepare_folder(make_settings({"experiment": name, **values}), tmp_path / "runs" / name)
         write_json(folder / "metrics.json", numbers | ({"epsilon": 9.99, "delta": 1e-5} if name == "dp_ft" else {}))
         write_status(folder, "done")
-    write_status(prepare_folder(make_settings({"experiment": "dp_ft_eps1", "epsilon": 1}), tmp_path / "runs" / "dp_ft_eps1"), "failed", "a | b")
+    write_status(
+        prepare_folder(make_settings({"experiment": "dp_ft_eps1", "epsilon": 1}), tmp_path / "runs" / "dp_ft_eps1"), "failed", "a | b"
+    )
     return tmp_path / "runs"
 
 
@@ -246,8 +311,13 @@ def test_rows_have_the_schema_and_the_order(sweep):
     assert [r["experiment"] for r in rows] == ["baseline_without_examples", "dp_ft", "non_dp_ft", "use_train", "aaa", "dp_ft_eps1"]
     assert all(SCHEMA <= set(r) for r in rows)
     assert {r["experiment"]: (r["private"], r["epsilon"], r["delta"]) for r in rows} == {
-        "baseline_without_examples": (False, None, None), "dp_ft": (True, 9.99, 1e-5), "non_dp_ft": (False, None, None), "use_train": (False, None, None),
-        "aaa": (False, None, None), "dp_ft_eps1": (True, 1.0, None)}
+        "baseline_without_examples": (False, None, None),
+        "dp_ft": (True, 9.99, 1e-5),
+        "non_dp_ft": (False, None, None),
+        "use_train": (False, None, None),
+        "aaa": (False, None, None),
+        "dp_ft_eps1": (True, 1.0, None),
+    }
 
 
 def test_tables_say_the_same_in_every_format(sweep):

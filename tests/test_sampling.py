@@ -15,8 +15,8 @@ from dpsynth.settings import DataError, ModelError, Settings, SettingsError
 import jax
 import jax.numpy as jnp
 
-PROMPTS = ["[demo][negative]:", "[demo][a longer label]:"]
-FORMAT = TextFormat("[demo][{label}]:", ("negative", "positive"))
+FORMAT = TextFormat("[demo][{label}]:", ("bad", "a longer label"))
+PROMPTS = FORMAT.prompts
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +27,13 @@ def model():
     return model
 
 
-def decode(model, n=11, **options):
+ASSIGNMENT = sampling.assign_prompts(11, (0.5, 0.5), 3)
+
+
+def decode(model, assignment=ASSIGNMENT, **options):
+    """Samples by index; tests share sizes where they can, because each size is a compilation."""
     options = {"seed": 3, "max_length": 32, "batch_size": 7, "top_p": 0.95, **options}
-    stream = sampling.sample_stream(model, PROMPTS, sampling.assign_prompts(n, (0.5, 0.5), 3), progress=False, **options)
-    return {sample.index: sample for sample in stream}
+    return {sample.index: sample for sample in sampling.sample_stream(model, PROMPTS, assignment, progress=False, **options)}
 
 
 # prompts
@@ -148,7 +151,7 @@ def greedy_by_full_forward(model, prompt, max_length):
 
 
 def test_greedy_rows_equal_an_uncached_forward(model):
-    rows = decode(model, n=4, top_k=1)
+    rows = decode(model, top_k=1)
     for prompt, text in enumerate(PROMPTS):
         sample = next(sample for sample in rows.values() if sample.prompt == prompt)
         expected = greedy_by_full_forward(model, text, 32)
@@ -157,11 +160,11 @@ def test_greedy_rows_equal_an_uncached_forward(model):
 
 
 def test_rows_do_not_depend_on_the_batch_size(model):
-    assert decode(model, batch_size=2) == decode(model) == decode(model, batch_size=64)
+    assert decode(model, batch_size=2) == decode(model)
 
 
 def test_short_caches_and_moved_rows_change_nothing(model, monkeypatch):
-    options = {"max_length": 64, "batch_size": 8, "n": 16}
+    options = {"max_length": 64, "batch_size": 8, "assignment": sampling.assign_prompts(16, (0.5, 0.5), 3)}
     plain, reaches, sizes = decode(model, **options), set(), set()
     reach, build = sampling.Decoder._reach, sampling.shrink
     monkeypatch.setattr(sampling, "MANY_ROWS", 1)
@@ -172,17 +175,17 @@ def test_short_caches_and_moved_rows_change_nothing(model, monkeypatch):
 
 
 def test_rows_do_not_depend_on_other_rows(model):
-    many, few = decode(model, n=20), decode(model, n=6)
-    assert [few[i] for i in range(6)] == [many[i] for i in range(6)]
-    assert len({sample.text for sample in many.values()}) > 10
+    rows, among_others = decode(model), decode(model, np.append(ASSIGNMENT[:5], 1 - ASSIGNMENT[5:]))
+    assert [among_others[i] for i in range(5)] == [rows[i] for i in range(5)]
+    assert among_others[5] != rows[5] and len({sample.text for sample in rows.values()}) > 6
 
 
 def test_the_seed_decides(model):
-    assert decode(model, n=5) == decode(model, n=5) != decode(model, n=5, seed=4)
+    assert decode(model) == decode(model) != decode(model, seed=4)
 
 
 def test_rows_end_at_stop_tokens_or_at_the_limit(model):
-    rows = decode(model, n=30).values()
+    rows = [sample for seed in range(3) for sample in decode(model, seed=seed).values()]
     assert {sample.finished for sample in rows} == {True, False}
     for sample in rows:
         room = 32 - len(model.prompt_ids(PROMPTS[sample.prompt]))
@@ -190,16 +193,17 @@ def test_rows_end_at_stop_tokens_or_at_the_limit(model):
 
 
 def test_repetition_penalty_forbids_repeats_when_huge(model):
-    ids = model.encode([decode(model, n=4, repetition_penalty=1e6, top_k=1)[0].text])[0]
+    ids = model.encode([decode(model, repetition_penalty=1e6, top_k=1)[0].text])[0]
     assert len(set(ids)) > 0.8 * len(ids)
 
 
 def test_a_stream_can_begin_at_a_block(model, monkeypatch):
-    monkeypatch.setattr(sampling, "BLOCK", 4)
-    whole, rest = decode(model), decode(model, start=8)  # three blocks: 0–3, 4–7, 8–10
-    assert sorted(rest) == [8, 9, 10] and all(whole[i] == rest[i] for i in rest)
+    monkeypatch.setattr(sampling, "BLOCK", 11)
+    assignment = sampling.assign_prompts(22, (0.5, 0.5), 3)
+    whole, rest = decode(model, assignment), decode(model, assignment, start=11)
+    assert sorted(rest) == [*range(11, 22)] and all(whole[i] == rest[i] for i in rest)
     with pytest.raises(DataError, match="inside a block"):
-        decode(model, start=5)
+        decode(model, assignment, start=5)
 
 
 def test_a_prompt_without_room_names_the_setting(model):
@@ -212,7 +216,7 @@ def test_adapters_are_merged_and_left_in_place():
     setup_tuning(model, Settings(tuning="lora", lora_rank=2, lora_targets="all"))
     model.assign([value + 0.1 for value in model.trainable])
     expected = greedy_by_full_forward(model, PROMPTS[0], 32)
-    rows = decode(model, n=4, top_k=1)
+    rows = decode(model, top_k=1)
     assert {sample.text for sample in rows.values() if sample.prompt == 0} == {model.decode([i for i in expected if i not in model.stop_ids])}
     assert all(layer.lora_enabled for layer in sampling.adapted_layers(model))
 
@@ -224,7 +228,7 @@ def test_another_family_with_another_cache():
                                               intermediate_dim=64, head_dim=16)
     gemma = LanguageModel(keras_hub.models.GemmaCausalLM(backbone, keras_hub.models.GemmaCausalLMPreprocessor(tokenizer)), "gemma")
     assert sampling.position_axes(gemma) == 3
-    rows = decode(gemma, n=3, top_k=1)
+    rows = decode(gemma, top_k=1)
     expected = greedy_by_full_forward(gemma, PROMPTS[rows[1].prompt], 32)
     assert rows[1].text == gemma.decode([i for i in expected if i not in gemma.stop_ids])
 
@@ -238,21 +242,21 @@ def test_a_cache_without_positions_is_refused(model):
 # files
 
 
-SETTINGS = Settings(num_samples=22, num_mauve_samples=4, sequence_length=32, prompt="[demo][{label}]:", sample_batch_size=4)
+SETTINGS = Settings(num_samples=33, num_mauve_samples=4, sequence_length=32, prompt=FORMAT.prompt, sample_batch_size=7)
 
 
 @dataclasses.dataclass(frozen=True)
 class Picky(TextFormat):
-    """Rejects texts with an even number of letters."""
+    """Rejects texts of 0, 4, 8, … letters."""
 
     def decode(self, text):
-        return Rejected("even") if len(text) % 2 == 0 else super().decode(text)
+        return Rejected("multiple of 4") if len(text) % 4 == 0 else super().decode(text)
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(sampling, "BLOCK", 6)
-    monkeypatch.setattr(sampling, "SPARE_BLOCK", 4)
+    monkeypatch.setattr(sampling, "BLOCK", 11)
+    monkeypatch.setattr(sampling, "SPARE_BLOCK", 11)
 
 
 def contents(folder):
@@ -274,10 +278,10 @@ def test_files_hold_the_rows_and_the_rejections(model, small_blocks, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "a" / "synthetic.jsonl").read_bytes().splitlines()]
     rejected = [json.loads(line) for line in (tmp_path / "a" / "rejected.jsonl").read_bytes().splitlines()]
     assert [*contents(tmp_path / "a")] == ["rejected.jsonl", "sampling.json", "synthetic.jsonl", "synthetic.parquet"]
-    assert len(rows) == made["rows"] == 22 and made["rejected"] == {"even": len(rejected)} and rejected
+    assert len(rows) == made["rows"] == 33 and sum(made["rejected"].values()) == len(rejected) and made["rejected"]["multiple of 4"] > 0
     assert [row["index"] for row in rows] == sorted(row["index"] for row in rows) and [*rows[0]] == ["index", "label", "text"]
     assert {row["index"] for row in rows}.isdisjoint(row["index"] for row in rejected)
-    labels = sampling.assign_prompts(44, (0.5, 0.5), SETTINGS.seed)
+    labels = sampling.assign_prompts(66, (0.5, 0.5), SETTINGS.seed)
     assert all(row["label"] == FORMAT.labels[labels[row["index"]]] for row in rows + rejected)
     assert pd.read_parquet(tmp_path / "a" / "synthetic.parquet").to_dict("records") == rows
     assert made["tokens"] > 0 and made["seconds"] > 0 and made["tokens_per_second"] > 0 and 0 < made["unfinished"] < 1
@@ -299,13 +303,13 @@ def killed_after(model, folder, monkeypatch, writes):
             make(model, folder)
 
 
-@pytest.mark.parametrize("writes", [0, 1, 4, 5, 8])
+@pytest.mark.parametrize("writes", [0, 3, 4, 7])
 def test_a_killed_run_ends_with_the_same_bytes(model, small_blocks, tmp_path, monkeypatch, writes):
     make(model, tmp_path / "whole")
     killed_after(model, tmp_path / "killed", monkeypatch, writes)
     assert not (tmp_path / "killed" / "synthetic.jsonl").exists()
     made = make(model, tmp_path / "killed")
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole") and made["rows"] == 22
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole") and made["rows"] == 33
 
 
 def test_a_run_continues_rather_than_starting_again(model, small_blocks, tmp_path, monkeypatch):
@@ -316,7 +320,7 @@ def test_a_run_continues_rather_than_starting_again(model, small_blocks, tmp_pat
     real = sampling.Decoder.block
     monkeypatch.setattr(sampling.Decoder, "block", lambda self, first, assignment: firsts.append(first) or real(self, first, assignment))
     make(model, tmp_path)
-    assert blocks == 2 and firsts[0] == sampling.boundaries(22)[2]
+    assert blocks == 2 and firsts[0] == 22
     assert (tmp_path / "synthetic.jsonl").read_bytes().startswith(before[:before[:200].rfind(b"\n")])
 
 
@@ -348,7 +352,7 @@ def test_other_settings_or_weights_are_refused(model, small_blocks, tmp_path, mo
     with pytest.raises(DataError, match="other weights"):
         make(model, tmp_path)
     model.assign(values)
-    assert make(model, tmp_path, SETTINGS.model_copy(update={"sample_batch_size": 5, "utility": False}))["rows"] == 22
+    assert make(model, tmp_path, SETTINGS.model_copy(update={"sample_batch_size": 5, "utility": False}))["rows"] == 33
 
 
 def test_rows_of_unknown_origin_are_not_overwritten(model, tmp_path):
@@ -357,17 +361,38 @@ def test_rows_of_unknown_origin_are_not_overwritten(model, tmp_path):
         make(model, tmp_path)
 
 
-def test_too_many_rejections_say_why(model, small_blocks, tmp_path):
+class FakeDecoder:
+    """Yields texts without a model."""
+
+    def __init__(self, *arguments, **options):
+        pass
+
+    def block(self, first, assignment):
+        for i, prompt in enumerate(assignment):
+            yield sampling.Sample(first + i, int(prompt), f"text {first + i}", True, 3)
+
+
+def test_too_many_rejections_say_why(model, small_blocks, tmp_path, monkeypatch):
     class Never(TextFormat):
         def decode(self, text):
             return Rejected("never")
+    monkeypatch.setattr(sampling, "Decoder", FakeDecoder)
     small = SETTINGS.model_copy(update={"num_samples": 5})
     with pytest.raises(DataError, match=r"only 0 of 10 samples made rows, 5 were wanted; rejected: \{'never': 10\}"):
         make(model, tmp_path, small, Never(FORMAT.prompt, FORMAT.labels))
 
 
-def test_no_label_column_no_label(model, small_blocks, tmp_path):
+def test_no_label_column_no_label(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "Decoder", FakeDecoder)
     settings = Settings(num_samples=4, num_mauve_samples=2, sequence_length=20, prompt="A review:", label_column="")
     make(model, tmp_path, settings, TextFormat("A review:", ("",)))
-    assert [*json.loads((tmp_path / "synthetic.jsonl").read_bytes().splitlines()[0])] == ["index", "text"]
-    assert list(pd.read_parquet(tmp_path / "synthetic.parquet").columns) == ["index", "text"]
+    rows = [json.loads(line) for line in (tmp_path / "synthetic.jsonl").read_bytes().splitlines()]
+    assert rows == [{"index": i, "text": f"text {i}"} for i in range(4)]
+    assert pd.read_parquet(tmp_path / "synthetic.parquet").to_dict("records") == rows
+
+
+def test_large_runs_have_blocks_of_equal_size(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "Decoder", FakeDecoder)
+    made = make(model, tmp_path, SETTINGS.model_copy(update={"num_samples": 1300}), FORMAT)
+    assert made["rows"] == 1300 and made["rejected"] == {} and made["unfinished"] == 0
+    assert len(json.loads((tmp_path / "sampling.json").read_text())["blocks"]) == 3

@@ -1,7 +1,5 @@
-"""Write README.md from nbs/index.ipynb: its prose, its code, and what the code printed.
+"""Write README.md from nbs/index.ipynb: `python tools/make_readme.py`, or with `--check` only compare."""
 
-    python tools/make_readme.py [--check]
-"""
 import pathlib
 import sys
 
@@ -10,38 +8,30 @@ import nbformat
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def output_text(output):
-    """What a reader of the README sees of one output: its Markdown, or its text in a code block."""
+def fenced(text, language=""):
+    return f"```{language}\n{text.rstrip()}\n```"
+
+
+def shown(output):
+    """An output as Markdown: Markdown as it is, text in a fence."""
     data = output.get("data", {})
-    if "text/markdown" in data:
-        return data["text/markdown"]
-    text = output.get("text") or data.get("text/plain", "")
-    return f"```text\n{text.rstrip()}\n```" if text.strip() else ""
+    return data["text/markdown"] if "text/markdown" in data else fenced(output.get("text") or data.get("text/plain", ""))
 
 
-def cell_text(cell):
-    """One cell as Markdown; code cells marked `#| echo: false` show their outputs only."""
-    if cell.cell_type != "code":
-        return cell.source
-    shown = [line for line in cell.source.splitlines() if not line.startswith("#|")]
-    code = [] if "#| echo: false" in cell.source or not "".join(shown).strip() else ["```python\n" + "\n".join(shown).strip() + "\n```"]
-    return "\n\n".join([*code, *filter(None, map(output_text, cell.outputs))])
+def blocks(notebook):
+    for cell in notebook.cells:
+        source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|"))
+        if cell.cell_type == "markdown":
+            yield source
+        elif "#| hide" not in cell.source:
+            yield from (fenced(source, "python"), *map(shown, cell.outputs))
 
 
 def readme():
-    """The text of README.md."""
-    notebook = nbformat.read(ROOT / "nbs" / "index.ipynb", 4)
-    note = "<!-- Generated from nbs/index.ipynb by tools/make_readme.py; edit the notebook. -->"
-    return "\n\n".join([note, *filter(None, map(cell_text, notebook.cells))]) + "\n"
-
-
-def main():
-    path = ROOT / "README.md"
-    if "--check" in sys.argv:
-        return int(path.read_text(encoding="utf-8") != readme())
-    path.write_text(readme(), encoding="utf-8")
-    return 0
+    return "\n\n".join(blocks(nbformat.read(ROOT / "nbs" / "index.ipynb", 4))).rstrip() + "\n"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if "--check" in sys.argv:
+        sys.exit((ROOT / "README.md").read_text(encoding="utf-8") != readme())
+    (ROOT / "README.md").write_text(readme(), encoding="utf-8")
