@@ -6,7 +6,7 @@
 __all__ = ['DATA_SETTINGS', 'device_name', 'load_stage', 'guarantee', 'fit_stage', 'load_generator', 'rows_file', 'read_rows',
            'real_rows', 'write_rows', 'sample_stage', 'sample_again', 'reference_rows', 'evaluate_stage', 'is_remote',
            'is_prepared', 'load_tokenizer', 'count_parameters', 'check_prompts', 'check_embedder', 'check_rows',
-           'Survey', 'remember', 'device_speed', 'token_lengths', 'estimate_memory', 'estimate_operations', 'estimate']
+           'remember', 'Survey', 'device_speed', 'token_lengths', 'estimate_memory', 'estimate_operations', 'estimate']
 
 # %% ../nbs/13b_pipeline.ipynb #298211b8
 import functools
@@ -217,13 +217,13 @@ def count_parameters(settings):
     jax.eval_shape(build)
     return tuple(counts)
 
-# %% ../nbs/13b_pipeline.ipynb #18f5f2fe
+# %% ../nbs/13b_pipeline.ipynb #da8d48eb
 def check_prompts(settings, tokenizer):
     """Raise SettingsError if a prompt leaves no room for a response; returns the length of the longest prompt."""
     prompts = TextFormat(settings.prompt, settings.labels).prompts
     longest = max(len(ids) for ids in tokenizer(prompts)) + 1
     if longest + 1 >= settings.sequence_length:
-        raise SettingsError(f"setting sequence_length: {settings.sequence_length} leaves no room after the prompt, which has {longest} tokens")
+        raise SettingsError(f"setting sequence_length: {settings.sequence_length} leaves no room after a prompt of {longest} tokens")
     return longest
 
 
@@ -247,6 +247,23 @@ def check_rows(settings, splits):
     """Raise DataError if there are too few rows to compare with."""
     if len(reference_rows(settings, splits)) < 2:
         raise DataError(f"{settings.data}: {len(splits.test)} test rows are too few to evaluate against")
+
+# %% ../nbs/13b_pipeline.ipynb #3ee18204
+DATA_SETTINGS = ("data", "test_data", "data_dir", "text_column", "label_column", "label_names", "train_size", "test_size", "test_fraction",
+                 "duplicates", "seed")
+
+
+def remember():
+    """A `load` that remembers the last splits it gave."""
+    last = {}
+
+    def look(settings):
+        key = tuple(getattr(settings, name) for name in DATA_SETTINGS)
+        if key not in last:
+            last.clear()
+            last[key] = load(settings)
+        return last[key]
+    return look
 
 # %% ../nbs/13b_pipeline.ipynb #2ca66a54
 class Survey:
@@ -286,23 +303,6 @@ class Survey:
     def _mechanism(self):
         if self.settings.generator == "finetune" and self.splits is not None:
             return make_mechanism(self.settings, len(self.splits.train))
-
-# %% ../nbs/13b_pipeline.ipynb #3ee18204
-DATA_SETTINGS = ("data", "test_data", "data_dir", "text_column", "label_column", "label_names", "train_size", "test_size", "test_fraction",
-                 "duplicates", "seed")
-
-
-def remember():
-    """A `load` that remembers the last splits it gave."""
-    last = {}
-
-    def look(settings):
-        key = tuple(getattr(settings, name) for name in DATA_SETTINGS)
-        if key not in last:
-            last.clear()
-            last[key] = load(settings)
-        return last[key]
-    return look
 
 # %% ../nbs/13b_pipeline.ipynb #0fb69199
 def device_speed(size=1024, repeats=4):

@@ -78,7 +78,7 @@ def in_nucleus(weights, token, top_p):
     above = jnp.where(outranking(weights, token), weights, 0).sum()
     return (weights[token] > 0) & ((top_p >= 1) | (above < top_p * weights.sum()))
 
-# %% ../nbs/08_sampling.ipynb #fd18e57c
+# %% ../nbs/08_sampling.ipynb #b1c395ba
 DRAW_BLOCK = 128
 
 
@@ -95,19 +95,20 @@ def draw(uniform, weights):
 def sample_nucleus(key, weights, top_p):
     """A token of the nucleus, with probability proportional to weights [vocabulary]; exact, without a sort."""
     def attempt(state):
-        allowed, _, _, tries = state
-        token = draw(jax.random.uniform(jax.random.fold_in(key, tries)), jnp.where(allowed, weights, 0))
+        limit, _, _, tries = state
+        rivals = jnp.where((limit < 0) | outranking(weights, limit), weights, 0)
+        token = draw(jax.random.uniform(jax.random.fold_in(key, tries)), rivals)
         accepted = in_nucleus(weights, token, top_p) | ~(weights.sum() > 0)
-        return allowed & outranking(weights, token), token, accepted, tries + 1
-    start = jnp.ones(weights.shape, bool), jnp.int32(0), jnp.array(False), 0
+        return jnp.where(rivals[token] > 0, token, limit), token, accepted, tries + 1
+    start = jnp.int32(-1), jnp.int32(0), jnp.array(False), 0
     return jax.lax.while_loop(lambda state: ~state[2], attempt, start)[1]
 
-# %% ../nbs/08_sampling.ipynb #ede61ec5
+# %% ../nbs/08_sampling.ipynb #89fe6da4
 def samplable(model, size):
     """Mask [size] of the token ids that may be sampled: no control tokens and nothing beyond the vocabulary, except stop tokens."""
     mask = np.arange(size) < model.vocabulary_size
-    vocabulary = model.tokenizer.get_vocabulary() if hasattr(model.tokenizer, "get_vocabulary") else []
-    mask[[i for i, piece in enumerate(vocabulary) if piece in CONTROL_TOKENS] + [model.start_id]] = False
+    known = set(model.tokenizer.get_vocabulary()) if hasattr(model.tokenizer, "get_vocabulary") else ()
+    mask[[model.tokenizer.token_to_id(piece) for piece in CONTROL_TOKENS if piece in known] + [model.start_id]] = False
     mask[model.pad_id] &= model.decode([model.pad_id]) != ""
     mask[list(model.stop_ids)] = True
     return mask
@@ -122,7 +123,7 @@ def choose(key, logits, seen, allowed, choice):
         scores = keep_top_k(scores, min(choice.top_k, scores.shape[0]))
     return sample_nucleus(key, jnp.exp(scores - scores.max()), choice.top_p)
 
-# %% ../nbs/08_sampling.ipynb #dd7cb443
+# %% ../nbs/08_sampling.ipynb #ee0a784a
 def kept(model, build, *arguments):
     """`build(model, *arguments)`, made once for each model, its stop tokens, and arguments."""
     made, wanted = vars(model).setdefault("kept", {}), (build, model.stop_ids, *arguments)
@@ -158,7 +159,8 @@ def pad_prompts(model, prompts, max_length):
     rows = [model.prompt_ids(prompt) for prompt in prompts]
     for prompt, row in zip(prompts, rows):
         if len(row) >= max_length:
-            raise SettingsError(f"setting sequence_length: {max_length} leaves no room after the {len(row)} tokens of prompt {prompt[:40]!r}")
+            raise SettingsError(f"setting sequence_length: {max_length} leaves no room after the {len(row)} tokens of prompt "
+                                f"{prompt[:40]!r}")
     width = max(map(len, rows))
     return np.array([row + [model.pad_id] * (width - len(row)) for row in rows], "int32"), np.array([len(row) for row in rows], "int32")
 
@@ -204,7 +206,7 @@ def adapters_off(model):
         for layer in layers:
             layer.lora_enabled = True
 
-# %% ../nbs/08_sampling.ipynb #b42e5a21
+# %% ../nbs/08_sampling.ipynb #969d9380
 def product(left, right, *, dimension_numbers, **rest):
     """`dot_general` with the larger operand left if its last axis is summed, and right otherwise."""
     (sum_left, sum_right), (batch_left, batch_right) = dimension_numbers
@@ -230,7 +232,9 @@ def reorder_products(function):
     def run(*arguments):
         traced, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
         known = dict(zip(traced.jaxpr.constvars, traced.consts)) | dict(zip(traced.jaxpr.invars, jax.tree.leaves(arguments)))
-        read = lambda v: v.val if isinstance(v, Literal) else known[v]
+
+        def read(v):
+            return v.val if isinstance(v, Literal) else known[v]
         for equation in traced.jaxpr.eqns:
             known.update(zip(equation.outvars, evaluate(equation, read)))
         return jax.tree.unflatten(jax.tree.structure(shape), [read(v) for v in traced.jaxpr.outvars])
@@ -261,14 +265,16 @@ class Block(NamedTuple):
     prompt: object
     key: object
 
-# %% ../nbs/08_sampling.ipynb #e68fd304
+# %% ../nbs/08_sampling.ipynb #d5c8b9d0
 def refill(slots, block, prompts, axes):
     """Slots with the idle ones started on the next rows of the block."""
     idle = slots.row < 0
     row = slots.waiting + jnp.cumsum(idle) - 1
     fresh = idle & (row < block.count)
     prompt = block.prompt[jnp.where(fresh, row, 0)]
-    choose_fresh = lambda new, old: jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    def choose_fresh(new, old):
+        return jnp.where(fresh.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
     def copy(leaf, prefilled, axis):
         old = jax.lax.slice_in_dim(leaf, 0, prefilled.shape[axis + 1], axis=axis + 1)
@@ -363,18 +369,18 @@ def boundaries(num_samples):
     size = -(-num_samples // -(-num_samples // BLOCK))
     return sorted({*range(0, num_samples, size), *range(num_samples, 2 * num_samples, min(SPARE_BLOCK, num_samples)), 2 * num_samples})
 
-# %% ../nbs/08_sampling.ipynb #707af7e0
+# %% ../nbs/08_sampling.ipynb #f34352ab
 MANY_ROWS = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One decoded text. `prompt` is the index of its prompt, `finished` whether a stop token ended it, `tokens` the new ones, stop token included."""
+    """One decoded text."""
     index: int
-    prompt: int
+    prompt: int  # index of its prompt
     text: str
-    finished: bool
-    tokens: int
+    finished: bool  # ended by a stop token, not by the limit
+    tokens: int  # new ones, stop token included
 
 
 class Decoder:
@@ -389,15 +395,15 @@ class Decoder:
         with adapters_off(model):
             self.prompts = prefill(model, self.weights, prompts, max_length)
         self.look, self.prompt_lengths = kept(model, build_look, choice), np.asarray(self.prompts.length)
-        vocabulary = model.causal_lm.backbone.vocabulary_size if choice.repetition_penalty != 1 else 0
-        self.new_slots = functools.partial(empty_slots, kept(model, type(model).empty_cache, 1, max_length), slots, rows, max_length, vocabulary)
         self.slots, self.rows, self.max_length = slots, rows, max_length
+        self.row_cache = kept(model, type(model).empty_cache, 1, max_length)
+        self.seen = self.prompts.seen.shape[1] if choice.repetition_penalty != 1 else 0
 
     def block(self, first, assignment):
         """The samples first, first + 1, …, one for each entry of `assignment`, in the order in which they finish."""
         count, done = len(assignment), np.zeros(self.rows, bool)
         block = Block(first, count, jnp.asarray(np.resize(assignment, self.rows), "int32"), self.key)
-        slots = self.new_slots()
+        slots = empty_slots(self.row_cache, self.slots, self.rows, self.max_length, self.seen)
         while done.sum() < count:
             slots = self._advance(slots, block)
             length = np.array(slots.length)
@@ -429,7 +435,7 @@ def progress_bar(total, done, show):
     """A bar of rows, with the time left."""
     return tqdm(total=total, initial=done, unit="row", disable=not show, mininterval=1.0)
 
-# %% ../nbs/08_sampling.ipynb #1ed81cef
+# %% ../nbs/08_sampling.ipynb #5d47a2c5
 def sample_stream(model, prompts, assignment, *, seed, max_length, batch_size, temperature=1.0, top_p=1.0, top_k=0,
                   repetition_penalty=1.0, start=0, progress=True):
     """Samples start, start + 1, … of `assignment` (prompt index of each), in order of finishing inside blocks.
@@ -440,6 +446,8 @@ def sample_stream(model, prompts, assignment, *, seed, max_length, batch_size, t
         SettingsError: if a prompt leaves no room for a text.
         DataError: if `start` is inside a block.
     """
+    if not len(assignment):
+        return
     edges = [edge for edge in boundaries(len(assignment)) if edge <= len(assignment)]
     if start not in edges:
         raise DataError(f"start {start} is inside a block of samples; blocks begin at {', '.join(map(str, edges[:4]))}, …")
@@ -515,7 +523,7 @@ def save_state(files, state):
     """Replace the state file."""
     replace_file(files.state, lambda path: path.write_text(json.dumps(state, indent=1), encoding="utf-8"))
 
-# %% ../nbs/08_sampling.ipynb #8bff1268
+# %% ../nbs/08_sampling.ipynb #6e4652b9
 DECIDING = ("model", "dtype", "sequence_length", "prompt", "label_column", "label_names", "label_prior", "seed", "num_samples",
             "temperature", "top_p", "top_k", "repetition_penalty")
 
@@ -543,7 +551,8 @@ def open_state(files, settings, model):
     state = json.loads(files.state.read_text(encoding="utf-8"))
     for name, value in deciding.items():
         if state["settings"].get(name) != value:
-            raise DataError(f"{files.state}: begun with {name} {state['settings'].get(name)!r}, not {value!r}; restore the setting or use another folder")
+            raise DataError(f"{files.state}: begun with {name} {state['settings'].get(name)!r}, not {value!r}; "
+                            "restore the setting or use another folder")
     if state["weights"] != fresh["weights"]:
         raise DataError(f"{files.state}: begun with other weights of the model; use another folder")
     return state

@@ -334,6 +334,23 @@ def test_a_file_cut_anywhere_is_made_whole(model, small_blocks, tmp_path, monkey
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("step", ["replace_file", "save_state"])
+def test_a_run_killed_while_it_finishes(model, small_blocks, tmp_path, monkeypatch, step):
+    make(model, tmp_path / "whole")
+    real, calls = getattr(sampling, step), []
+
+    def dying(*arguments):
+        if (tmp_path / "killed" / "synthetic.parquet").exists() or step == "replace_file" and "parquet" in str(arguments[0]):
+            raise KeyboardInterrupt
+        calls.append(real(*arguments))
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, step, dying)
+        with pytest.raises(KeyboardInterrupt):
+            make(model, tmp_path / "killed")
+    make(model, tmp_path / "killed")
+    assert calls and contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
 def test_a_complete_folder_is_left_alone(model, small_blocks, tmp_path, monkeypatch):
     first = make(model, tmp_path)
     before = contents(tmp_path)
