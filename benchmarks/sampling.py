@@ -7,6 +7,7 @@ one process and in alternating rounds, after a round for compilation. Lengths ar
 (position, newest token) a text ends, drawn so that lengths are log-normal (median 230 tokens) whatever the weights are; every contender
 looks into the same table at every token. `keras_hub` is what the JAX-Privacy tutorial does (`TopPSampler(p=0.95)`); `keras_hub_k` sets
 `k=256`, which avoids the sort of the whole vocabulary but is no longer top-p exactly. transformers gets the architecture with random weights.
+`generate` decodes one batch after another, so its rate is timed on `--peer-batches` batches; dpsynth decodes all `--rows`, its last ones included.
 """
 import argparse
 import importlib.util
@@ -114,14 +115,14 @@ def contenders(length, batch_size, names):
 
 
 def measure(runs, rows, rounds):
-    """name -> rows per second of each round, and mean tokens per row; rounds alternate between the contenders."""
+    """name -> rows per second of each round, and tokens of each row; `rows` says how many a contender decodes; rounds alternate."""
     speeds, tokens = {name: [] for name in runs}, {name: [] for name in runs}
     for name, run in runs.items():
-        run(rows if name == "dpsynth" else 1, 0)
-    for seed in range(rounds):
+        run(rows[name], 0)
+    for seed in range(1, rounds + 1):
         for name, run in runs.items():
             began = time.perf_counter()
-            lengths = run(rows, seed)
+            lengths = run(rows[name], seed)
             speeds[name].append(len(lengths) / (time.perf_counter() - began))
             tokens[name] += lengths
             print(f"round {seed} {name:12s} {speeds[name][-1]:7.2f} rows/s, {np.mean(lengths):5.0f} tokens/row", flush=True)
@@ -134,7 +135,8 @@ def report(speeds, tokens, arguments):
     ratios = {f"ours_over_{name}": median["dpsynth"] / median[name] for name in median if name != "dpsynth"}
     for name in median:
         print(f"{name:12s} {median[name]:7.2f} rows/s   ratio {ratios.get(f'ours_over_{name}', 1):6.2f}")
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(),
+               "load": os.getloadavg()[0]}
     found = {name: {"rows_per_second": median[name], "runs": speeds[name], "mean_tokens": float(np.mean(tokens[name]))} for name in median}
     return {"name": "sampling", "machine": machine, "arguments": vars(arguments), "contenders": found, "ratios": ratios}
 
@@ -144,11 +146,14 @@ def main():
     parser.add_argument("--json", help="file for the result")
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--peer-batches", type=int, default=1)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contenders", default="dpsynth,keras_hub,keras_hub_k,transformers")
     arguments = parser.parse_args()
-    speeds, tokens = measure(contenders(arguments.length, arguments.batch, arguments.contenders.split(",")), arguments.rows, arguments.rounds)
+    runs = contenders(arguments.length, arguments.batch, arguments.contenders.split(","))
+    rows = {name: arguments.rows if name == "dpsynth" else arguments.batch * arguments.peer_batches for name in runs}
+    speeds, tokens = measure(runs, rows, arguments.rounds)
     result = report(speeds, tokens, arguments)
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
