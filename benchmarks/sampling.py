@@ -2,12 +2,13 @@
 
     python benchmarks/sampling.py --json OUT
 
-All contenders decode the same architecture (the bundled model) from the same prompts, at the same batch size and length limit, with top-p .95, in
-one process and in alternating rounds, after a round for compilation. Lengths are IMDb-like by construction: a table says at which
-(position, newest token) a text ends, drawn so that lengths are log-normal (median 230 tokens) whatever the weights are; every contender
-looks into the same table at every token. `keras_hub` is what the JAX-Privacy tutorial does (`TopPSampler(p=0.95)`); `keras_hub_k` sets
-`k=256`, which avoids the sort of the whole vocabulary but is no longer top-p exactly. transformers gets the architecture with random weights.
-`generate` decodes one batch after another, so its rate is timed on `--peer-batches` batches; dpsynth decodes all `--rows`, its last ones included.
+All contenders decode the same architecture (the bundled model) from the same prompts, at the same batch size and length limit, with
+top-p .95, in one process and in alternating rounds, after a round for compilation. Lengths are IMDb-like by construction: a table says
+at which (position, newest token) a text ends, drawn so that lengths are log-normal (median 230 tokens) whatever the weights are; every
+contender looks into the same table at every token. `keras_hub` is what the JAX-Privacy tutorial does (`TopPSampler(p=0.95)`);
+`keras_hub_k` sets `k=256`, which avoids the sort of the whole vocabulary but is no longer exactly top-p. transformers gets the
+architecture with random weights. `generate` decodes one batch after another, so its rate is timed on `--peer-batches` batches;
+dpsynth decodes all `--rows`, with the idle slots at the end of them.
 """
 import argparse
 import importlib.util
@@ -79,9 +80,9 @@ def transformers_contender(length, batch_size):
     model = load_model("tiny")
     backbone, table = model.causal_lm.backbone, torch.tensor(end_table(length, model.vocabulary_size))
     config = transformers.Gemma3TextConfig(
-        vocab_size=model.vocabulary_size, num_hidden_layers=backbone.num_layers, hidden_size=backbone.hidden_dim, head_dim=backbone.head_dim,
-        intermediate_size=backbone.intermediate_dim // 2, num_attention_heads=backbone.num_query_heads, num_key_value_heads=backbone.num_key_value_heads,
-        pad_token_id=model.pad_id, bos_token_id=model.start_id, eos_token_id=model.end_id)
+        vocab_size=model.vocabulary_size, num_hidden_layers=backbone.num_layers, hidden_size=backbone.hidden_dim,
+        head_dim=backbone.head_dim, intermediate_size=backbone.intermediate_dim // 2, num_attention_heads=backbone.num_query_heads,
+        num_key_value_heads=backbone.num_key_value_heads, pad_token_id=model.pad_id, bos_token_id=model.start_id, eos_token_id=model.end_id)
     peer = transformers.Gemma3ForCausalLM(config).eval()
 
     class Ends(transformers.LogitsProcessor):
@@ -106,8 +107,10 @@ def transformers_contender(length, batch_size):
 
 def contenders(length, batch_size, names):
     """name -> run(rows, seed) -> tokens of each row."""
-    makers = {"dpsynth": lambda: dpsynth_contender(length, batch_size), "keras_hub": lambda: keras_hub_contender(length, batch_size, None),
-              "keras_hub_k": lambda: keras_hub_contender(length, batch_size, 256), "transformers": lambda: transformers_contender(length, batch_size)}
+    makers = {"dpsynth": lambda: dpsynth_contender(length, batch_size),
+              "keras_hub": lambda: keras_hub_contender(length, batch_size, None),
+              "keras_hub_k": lambda: keras_hub_contender(length, batch_size, 256),
+              "transformers": lambda: transformers_contender(length, batch_size)}
     for module in ("torch", "transformers"):
         if importlib.util.find_spec(module) is None and makers.pop("transformers", None):
             print(f"transformers: skipped, {module} is not installed")

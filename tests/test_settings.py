@@ -42,10 +42,10 @@ TUTORIAL = {
     "baseline_without_examples": {
         **TRAINING,
         "FINETUNE_MODEL": False,
+        "USE_DP": False,
         "PROMPT": "As an IMDb movie reviewer, generate a realistic, one paragraph {label} movie review. "
         "Make up concrete names for characters or other details in your review. "
         "Just provide the review text itself, no ratings, sections, or extra info.",
-        "Make up concrete names for characters or other details in your review. Just provide the review text itself, no ratings, sections, or extra info.",
     },
     "baseline_with_examples": {
         **TRAINING,
