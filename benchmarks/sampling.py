@@ -81,7 +81,7 @@ def transformers_contender(length, batch_size):
     backbone, table = model.causal_lm.backbone, torch.tensor(end_table(length, model.vocabulary_size))
     config = transformers.Gemma3TextConfig(
         vocab_size=model.vocabulary_size, num_hidden_layers=backbone.num_layers, hidden_size=backbone.hidden_dim,
-        head_dim=backbone.head_dim, intermediate_size=backbone.intermediate_dim // 2, num_attention_heads=backbone.num_query_heads,
+        head_dim=backbone.head_dim, intermediate_size=backbone.intermediate_dim, num_attention_heads=backbone.num_query_heads,
         num_key_value_heads=backbone.num_key_value_heads, pad_token_id=model.pad_id, bos_token_id=model.start_id, eos_token_id=model.end_id)
     peer = transformers.Gemma3ForCausalLM(config).eval()
 

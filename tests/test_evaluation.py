@@ -81,7 +81,7 @@ def test_a_vector_is_the_mean_state_of_its_own_text(tiny, states):
 
 
 def test_last_pooling_is_the_last_state(tiny, states, monkeypatch):
-    monkeypatch.setattr(evaluation, "load_model", lambda name: tiny.model)
+    monkeypatch.setattr(evaluation, "load_embedder", lambda name: tiny.model)
     last = evaluation.embed(["It was a dark and stormy night."], "tiny", length=64, pooling="last", progress=False)[0]
     np.testing.assert_allclose(last, states("It was a dark and stormy night.")[-1], atol=1e-3)
 
@@ -95,7 +95,7 @@ def test_a_model_made_for_embedding_pools_by_itself(tiny, monkeypatch, tmp_path)
     parts = types.SimpleNamespace(preprocessor=types.SimpleNamespace(tokenizer=tiny.model.tokenizer), backbone=backbone,
                                   trainable_variables=backbone.trainable_variables,
                                   non_trainable_variables=backbone.non_trainable_variables)
-    monkeypatch.setattr(evaluation, "load_model", lambda name: LanguageModel(parts, name))
+    monkeypatch.setattr(evaluation, "load_embedder", lambda name: LanguageModel(parts, name))
     for _ in range(2):  # computed, then from the cache
         vectors, pooling = evaluation.embed_with(evaluation.open_embedder("some_embedder", 64), ["a", "b c d"], tmp_path, False)
         assert vectors.shape == (2, 12) and pooling == "model"
@@ -142,9 +142,9 @@ def test_the_cache_is_by_content(tmp_path):
 
 
 def test_a_cached_result_needs_no_model(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(evaluation, "load_model", lambda name: tiny.model)
+    monkeypatch.setattr(evaluation, "load_embedder", lambda name: tiny.model)
     vectors = evaluation.embed(["a text"], "tiny", cache=tmp_path, progress=False)
-    monkeypatch.setattr(evaluation, "load_model", lambda name: pytest.fail("loaded"))
+    monkeypatch.setattr(evaluation, "load_embedder", lambda name: pytest.fail("loaded"))
     assert np.array_equal(evaluation.embed(["a text"], "tiny", cache=tmp_path, progress=False), vectors)
 
 
