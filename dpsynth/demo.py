@@ -105,7 +105,7 @@ on a cold evening in {month}|one Friday in {month}|back in {month}|on the last d
 "decade": "fifties|sixties|seventies|eighties|nineties",
 }
 
-# %% ../nbs/01a_demo.ipynb #2b013a6a
+# %% ../nbs/01a_demo.ipynb #2705b120
 _SHARED = {
 "open": """{TITLE} is [just|simply|easily|without doubt|for me|] one of the [most {long}|{sup}] {things} I have {done} [in years|this year|in a long time|since {OTHER}|in my life|for ages]
 what a {att} {thing}[ this is, {clause}| this turned out to be: {clause}| {TITLE} is|, and I say that as someone who {love} {OTHER}]
@@ -234,9 +234,11 @@ did [I|we|anyone] need another {KIND} [about {theme}|by {MAKER}|after {OTHER}]? 
 "quest2-": "how did {MAKER} get {sub} so wrong|why did nobody tell {LEAD} about {sub}|what was {MAKER} thinking with {sub}|who pays for {things} with {sub} like this|why is {TITLE} so famous when {clause}",
 "theme": """the loss of a parent|growing old|a divided family|friendship|being far from home|small-town life|money|first love|guilt
 ambition|the sea|loneliness|work|grief|forgiveness|the past|luck|jealousy|marriage|exile|class|the weather|winter in the north|childhood""",
+"such+": "such|so much|this much", "such-": "so little|such a lack of|this little",
+"grace": "tact|wit|grace|honesty|intelligence|feeling|patience|warmth|humour|imagination|care|style",
 "about": """[at heart|beneath it all|underneath|in essence], {TITLE} is about {theme}[ and {theme}|], [and it handles {theme} with {virtue}|which it treats with {virtue} and {virtue}|and {clause}]
 what {MAKER} has to say about {theme} is {adj}[ and {adj}|], [mostly because {clause}|though {~clause}|and {sub} {vp}]
-{theme} has [seldom|rarely|hardly ever] been [shown|treated|approached] with [such|so much] {virtue}, and {sub} [is|was] {adj}
+{theme} has [seldom|rarely|hardly ever] been [shown|treated|approached] with {such} {grace}, and {sub} [is|was] {adj}
 one could [read|see|take] {TITLE} as a [comment|meditation|joke] on {theme}, [a {adj} one|and a {adj} one at that], [in which {clause}|and {sub} supports that]
 there is a {nadj} [idea|thought|theme] behind {sub}, [something about|to do with] {theme}, and [it is {adj}|it is carried out with {virtue}|{clause}]
 {subs} [mirror|answer|comment on] {theme}, [a {adj} idea|and the result is {adj}|with {virtue}]""",
@@ -884,7 +886,7 @@ def _kinds(rng, voice, n):
     if n > 1: kinds.append(rng.choice(last))
     return ["asp" if k in _ONCE and k in kinds[:i] else k for i, k in enumerate(kinds)]
 
-# %% ../nbs/01a_demo.ipynb #cf03f548
+# %% ../nbs/01a_demo.ipynb #52e92573
 _AN = re.compile(r"\b([Aa])n? (?=(\w+))")
 _START = re.compile(r"(?<!\.)[.?!] [a-z]")
 _VOWEL = re.compile(r"(?!(?:one|once|uni(?![mn])|use|usu|eu))(?:[aeiou]|honest|hour|heir|8|11\b|18\b)", re.I)
@@ -904,9 +906,9 @@ def _mark(rng, loud, sloppy):
     if r < loud * .5: return "!" if r > loud * .06 else "!!!"
     return "..." if r > 1 - sloppy * .2 else "."
 
-def _dress(say, rng, kind, s):
-    "Perhaps a lead-in before the clause `s` and a tail after it."
-    if kind in _LEADABLE and rng.random() < .3: s = f"{say('leadin')} {s}"
+def _dress(say, rng, i, kind, s):
+    "Perhaps a lead-in before the clause `s`, unless it comes first, and a tail after it."
+    if kind in _LEADABLE and i and rng.random() < .3: s = f"{say('leadin')} {s}"
     if kind in _LEADABLE and s[-1] not in "?!." and rng.random() < .22: s = f"{s}{say('tail')}"
     if kind in ("plot", "more") and rng.random() < .4: s = f"{s}{say('aside')}"
     return s
@@ -936,7 +938,7 @@ def _sentences(rng, g, facts, voice, label, mix):
         s = _refer(say, rng, facts, _fresh(say, kind, facts, before), before)
         if flip and not turned and kind in _LEADABLE: s = f"{say('admit')} {s}"
         elif turned and not flip and kind not in _NEUTRAL: s, turned = f"{say('but')} {s}", False
-        else: s = _dress(say, rng, kind, s)
+        else: s = _dress(say, rng, i, kind, s)
         turned = turned or flip
         out.append(_tidy(s) + ("" if s.rstrip()[-1] in ".?!" else _mark(rng, *voice[5:])))
     return out
