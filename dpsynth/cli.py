@@ -7,10 +7,11 @@ __all__ = ['FAILED', 'WRONG', 'slow_import', 'demo', 'run', 'results', 'check', 
            'describe_mechanism', 'fit', 'sample', 'evaluate', 'verify', 'settings', 'complain', 'Parser', 'positive',
            'count', 'make_parser', 'exit_code', 'describe_error', 'main']
 
-# %% ../nbs/15_cli.ipynb #7556c66d
+# %% ../nbs/15_cli.ipynb #a0380f91
 import argparse
 import importlib
 import importlib.resources
+import math
 import sys
 import traceback
 
@@ -50,7 +51,7 @@ def results(args):
     from dpsynth.experiments import collect, results_table
     print(results_table(collect(args.runs), args.format))
 
-# %% ../nbs/15_cli.ipynb #1f0660a3
+# %% ../nbs/15_cli.ipynb #16fd4599
 def check(args):
     """Look at configurations without running them."""
     from dpsynth import experiments
@@ -59,7 +60,7 @@ def check(args):
     pipeline = slow_import("pipeline")
     look = pipeline.remember()
     for settings in all_settings:
-        survey = pipeline.Survey(settings, lenient=True, data=not args.no_data, load=look)
+        survey = pipeline.survey(settings, lenient=True, data=not args.no_data, load=look)
         guarantee = f"epsilon {settings.epsilon:g}" if settings.private else "NOT PRIVATE"
         print(f"{settings.experiment}: {settings.generator}, {guarantee}")
         for topic, finding in findings(survey):
@@ -80,7 +81,7 @@ def findings(survey):
     if survey.tokenizer is not None and survey.splits is not None:
         cost = pipeline.estimate(survey)
         yield "memory", f"about {cost['memory'] / 2**30:.1f} GiB for {cost['parameters']:,} parameters, {cost['trained']:,} of them trained"
-        yield "time", f"about {cost['seconds'] / 60:.0f} minutes here; expect a factor of two either way"
+        yield "time", f"about {math.ceil(cost['seconds'] / 60)} minutes here; expect a factor of two either way"
     for line in survey.unknown:
         yield "not checked", line
 
@@ -99,13 +100,13 @@ def describe_mechanism(mechanism):
         return f"{updates}, no noise: not private"
     return f"{updates}, noise multiplier {mechanism.noise_multiplier:.4g}, epsilon {mechanism.epsilon:.4g}, delta {mechanism.delta:.3g}"
 
-# %% ../nbs/15_cli.ipynb #6d6661a1
+# %% ../nbs/15_cli.ipynb #4ca40050
 def fit(args):
     """Fine-tune, or resume."""
     from dpsynth import runs
     pipeline = slow_import("pipeline")
     settings = runs.read_settings(args.run)
-    splits = pipeline.Survey(settings).splits
+    splits = pipeline.survey(settings).splits
     pipeline.load_stage(settings, args.run, splits)
     pipeline.fit_stage(settings, args.run, splits)
     print(f"{args.run}: fitted")

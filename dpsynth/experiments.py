@@ -287,7 +287,7 @@ def _literal(path):
     """A path in which papermill finds no placeholder."""
     return str(path).replace("{", "{{").replace("}", "}}")
 
-# %% ../nbs/14_experiments.ipynb #5322bc19
+# %% ../nbs/14_experiments.ipynb #89e26502
 def run(configs, out="runs", overrides=(), timeout=None, say=print):
     """Run every experiment of `configs` (YAML files, or folders of them) into `out/<experiment>`.
 
@@ -316,10 +316,10 @@ def preflight(experiments):
     if not experiments:
         return
     with quiet_libraries():
-        from dpsynth.pipeline import Survey, remember
+        from dpsynth.pipeline import remember, survey
     look = remember()
     for settings in experiments:
-        Survey(settings, load=look)
+        survey(settings, load=look)
 
 
 def check_writable(out):

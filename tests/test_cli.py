@@ -355,3 +355,13 @@ def test_stages_by_hand_end_like_the_notebook(sweep, dpsynth, refused, tmp_path)
     assert mine["mauve_scores"] == theirs["mauve_scores"]
     code, out, _ = dpsynth("results", folder)
     assert code == 0 and "partial" in out
+
+
+def test_an_error_in_a_sweep_names_the_experiment(refused, config, tmp_path):
+    (tmp_path / "long_prompt.yaml").write_text(
+        config.read_text() + "generator: prompt\nprompt: a {label} review of a play about a long and winding road\nsequence_length: 12\n"
+    )
+    assert refused("run", config, tmp_path / "long_prompt.yaml", "--out", tmp_path / "runs").startswith(
+        "error: long_prompt: setting sequence_length"
+    )
+    assert not (tmp_path / "runs").exists()
