@@ -7,7 +7,7 @@ top-p .95, in one process and in alternating rounds, after a round for compilati
 at which (position, newest token) a text ends, drawn so that lengths are log-normal (median 230 tokens) whatever the weights are; every
 contender looks into the same table at every token. `keras_hub` is what the JAX-Privacy tutorial does (`TopPSampler(p=0.95)`);
 `keras_hub_k` sets `k=256`, which avoids the sort of the whole vocabulary but is no longer exactly top-p. transformers gets the
-architecture with random weights. `generate` decodes one batch after another, so its rate is timed on `--peer-batches` batches;
+architecture with random weights, and one thread or all, whichever is faster on this machine. `generate` decodes one batch after another, so its rate is timed on `--peer-batches` batches;
 dpsynth decodes all `--rows`, with the idle slots at the end of them.
 """
 import argparse
@@ -93,12 +93,23 @@ def transformers_contender(length, batch_size):
     longest = max(len(model.prompt_ids(prompt)) for prompt in PROMPTS)
     prompt = torch.tensor([ids + [10] * (longest - len(ids)) for ids in map(model.prompt_ids, PROMPTS)])
 
+    def generate(limit):
+        return peer.generate(prompt.repeat(batch_size // 2, 1), do_sample=True, top_p=TOP_P, top_k=0, max_length=limit,
+                             logits_processor=transformers.LogitsProcessorList([Ends()]))
+
+    def seconds(threads):
+        torch.set_num_threads(threads)
+        generate(longest + 4)
+        began = time.perf_counter()
+        generate(longest + 16)
+        return time.perf_counter() - began
+    torch.set_num_threads(min((1, os.cpu_count()), key=seconds))
+
     def run(rows, seed):
         torch.manual_seed(seed)
         lengths = []
         for first in range(0, rows, batch_size):
-            out = peer.generate(prompt.repeat(batch_size // 2, 1), do_sample=True, top_p=TOP_P, top_k=0, max_length=length,
-                                logits_processor=transformers.LogitsProcessorList([Ends()]))
+            out = generate(length)
             lengths += (out[:, longest:] != model.pad_id).sum(1).tolist()
             model.tokenizer.detokenize(out.numpy())
         return lengths

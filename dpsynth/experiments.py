@@ -100,15 +100,14 @@ def is_done(settings, folder):
         raise SettingsError(f"{folder}: process {status['pid']} is running it")
     return status["state"] == "done"
 
-# %% ../nbs/14_experiments.ipynb #59be8179
+# %% ../nbs/14_experiments.ipynb #78aa2215
 def describe(folder):
     """The row of one run folder: a dict of JSON values."""
     settings, status, numbers = read_settings(folder), read_status(folder), read_json(folder / "metrics.json")
     row = {"experiment": settings.experiment, "status": status["state"], "reason": status["reason"], "generator": settings.generator,
            "private": settings.private, "epsilon": settings.epsilon if settings.private else None, "delta": None, "num_samples": None,
            "mauve_mean": None, "mauve_std": None, "mauve_embedder": None, "utility_accuracy": None, "rejected": None, "seconds": None}
-    known = {k: v for k, v in numbers.items() if v is not None}
-    return {**numbers, **row, **{k: known[k] for k in row if k in known}, "private": settings.private}
+    return {**row, **{k: v for k, v in numbers.items() if v is not None or k not in row}}
 
 
 def collect(runs):

@@ -361,7 +361,7 @@ def test_an_error_in_a_sweep_names_the_experiment(refused, config, tmp_path):
     (tmp_path / "long_prompt.yaml").write_text(
         config.read_text() + "generator: prompt\nprompt: a {label} review of a play about a long and winding road\nsequence_length: 12\n"
     )
-    assert refused("run", config, tmp_path / "long_prompt.yaml", "--out", tmp_path / "runs").startswith(
+    assert refused("run", tmp_path / "long_prompt.yaml", config, "--out", tmp_path / "runs").startswith(
         "error: long_prompt: setting sequence_length"
     )
     assert not (tmp_path / "runs").exists()

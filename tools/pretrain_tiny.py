@@ -210,9 +210,9 @@ def make_optimizers(params, peak):
             torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def schedule(step, total, warmup=200, final=0.03):
-    """Warm-up, constant, then linear decay over the last 40 % of the updates."""
-    return min((step + 1) / warmup, 1.0, final + (1 - final) * (total - step) / (0.4 * total))
+def schedule(step, done, warmup=200, final=0.03):
+    """Warm-up, constant, then linear decay over the last 40 % of the tokens; `done` is the share of them that is seen."""
+    return min((step + 1) / warmup, 1.0, final + (1 - final) * (1 - done) / 0.4)
 
 
 class Windows:
@@ -253,9 +253,9 @@ def evaluate(measure, params, work, name, prepared, rows=32, length=256, batches
     return round(nats, 4), round(float(nats / np.log(2) * figures["tokens"] / figures["bytes"]), 4)
 
 
-def save_state(path, params, optimizers, step, log):
+def save_state(path, params, optimizers, step, seen, log):
     import torch
-    torch.save({"params": params, "optimizers": [o.state_dict() for o in optimizers], "step": step, "log": log}, f"{path}.tmp")
+    torch.save({"params": params, "optimizers": [o.state_dict() for o in optimizers], "step": step, "seen": seen, "log": log}, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
@@ -266,23 +266,23 @@ def load_state(path, params, optimizers):
         params[name].data.copy_(value)
     for optimizer, state in zip(optimizers, saved["optimizers"]):
         optimizer.load_state_dict(state)
-    return saved["step"], saved["log"]
+    return saved["step"], saved["seen"], saved["log"]
 
 
 def train(work, tokens, length, rows, peak, stop_after):
     import torch
     prepared = json.loads((work / "prepared.json").read_text())
-    params, total = init_params(), tokens // (length * rows)
-    optimizers, step, log = make_optimizers(params, peak), 0, []
+    params = init_params()
+    optimizers, step, seen, log = make_optimizers(params, peak), 0, 0, []
     checkpoint = work / "checkpoint.pt"
     if checkpoint.exists():
-        step, log = load_state(checkpoint, params, optimizers)
-        print(f"resumed at step {step} of {total}", flush=True)
+        step, seen, log = load_state(checkpoint, params, optimizers)
+        print(f"resumed at step {step}, {seen} of {tokens} tokens", flush=True)
     compiled = torch.compile(loss_of)
-    windows, began, saved, recent, first = Windows(work, length), time.time(), time.time(), [], step
-    while step < total and (not stop_after or time.time() - began < stop_after):
+    windows, began, saved, recent, first = Windows(work, length), time.time(), time.time(), [], seen
+    while seen < tokens and (not stop_after or time.time() - began < stop_after):
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = peak * schedule(step, total)
+            optimizer.param_groups[0]["lr"] = peak * schedule(step, seen / tokens)
         value = compiled(params, torch.from_numpy(windows.batch(step, rows)))
         value.backward()
         torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
@@ -290,20 +290,20 @@ def train(work, tokens, length, rows, peak, stop_after):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         recent.append(value.detach())
-        step += 1
+        step, seen = step + 1, seen + rows * length
         if step % 100 == 0:
-            line = {"step": step, "tokens": step * rows * length, "loss": round(float(torch.stack(recent).mean()), 4),
-                    "tokens_per_second": round((step - first) * rows * length / (time.time() - began))}
+            line = {"step": step, "tokens": seen, "loss": round(float(torch.stack(recent).mean()), 4),
+                    "tokens_per_second": round((seen - first) / (time.time() - began))}
             recent = []
-            if step % 1000 == 0 or step == total:
+            if step % 1000 == 0:
                 for name in ("held_novels", "held_wiki"):
                     line[name] = evaluate(loss_of, params, work, name, prepared)
             log.append(line)
             print(json.dumps(line), flush=True)
         if time.time() - saved > 240:
-            save_state(checkpoint, params, optimizers, step, log)
+            save_state(checkpoint, params, optimizers, step, seen, log)
             saved = time.time()
-    save_state(checkpoint, params, optimizers, step, log)
+    save_state(checkpoint, params, optimizers, step, seen, log)
 
 
 # ---- export --------------------------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def export(work, out):
     import torch
     from keras_hub.models import Gemma3CausalLM, Gemma3CausalLMPreprocessor, Gemma3Tokenizer
     params = init_params()
-    step, log = load_state(work / "checkpoint.pt", params, [])
+    step, seen, _ = load_state(work / "checkpoint.pt", params, [])
     with torch.no_grad():
         for value in params.values():
             value.copy_(value.bfloat16())
@@ -335,7 +335,7 @@ def export(work, out):
     preprocessor = Gemma3CausalLMPreprocessor(tokenizer=Gemma3Tokenizer(proto=str(work / "tokenizer.model")), sequence_length=512)
     Gemma3CausalLM(backbone=half, preprocessor=preprocessor).save_to_preset(str(out))
     prepared = json.loads((work / "prepared.json").read_text())
-    figures = {"parameters": sum(p.numel() for p in params.values()), "updates": step, "tokens_seen": log[-1]["tokens"] if log else 0,
+    figures = {"parameters": sum(p.numel() for p in params.values()), "updates": step, "tokens_seen": seen,
                "corpora": dict(prepared), "held_out": {n: dict(zip(("nats_per_token", "bits_per_byte"), evaluate(loss_of, params, work, n, prepared)))
                                                        for n in ("held_novels", "held_wiki")}}
     if (work / "reviews.json").exists():
