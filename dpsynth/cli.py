@@ -7,7 +7,7 @@ __all__ = ['FAILED', 'WRONG', 'slow_import', 'demo', 'run', 'results', 'check', 
            'describe_mechanism', 'fit', 'sample', 'evaluate', 'verify', 'settings', 'complain', 'Parser', 'positive',
            'count', 'make_parser', 'exit_code', 'describe_error', 'main']
 
-# %% ../nbs/15_cli.ipynb #a0380f91
+# %% ../nbs/15_cli.ipynb #dd339cb5
 import argparse
 import importlib
 import importlib.resources
@@ -16,12 +16,11 @@ import sys
 import traceback
 
 from . import __version__
-from .settings import DpsynthError, PrivacyError, settings_table
+from .settings import DpsynthError, PrivacyError, quiet_libraries, settings_table
 
-# %% ../nbs/15_cli.ipynb #d2021eae
+# %% ../nbs/15_cli.ipynb #882ac123
 def slow_import(name):
     """A module of this package, imported without what its libraries print."""
-    from dpsynth.runs import quiet_libraries
     with quiet_libraries():
         return importlib.import_module(f"dpsynth.{name}")
 
@@ -137,10 +136,10 @@ def evaluate(args):
     pipeline.evaluate_stage(settings, args.run, pipeline.load_stage(settings, args.run))
     print(results_table(collect(args.run)))
 
-# %% ../nbs/15_cli.ipynb #f6b7934b
+# %% ../nbs/15_cli.ipynb #600e8df0
 def verify(args):
     """Recompute what a certificate claims."""
-    from dpsynth.privacy import verify
+    from dpsynth.certificate import verify
     found = verify(args.certificate)
     print("{}: holds; epsilon {epsilon:.6g} (replace-one {epsilon_replace_one:.6g}) at delta {delta:.3g}".format(args.certificate, **found))
 

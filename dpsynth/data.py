@@ -25,13 +25,14 @@ import pyarrow.parquet as pq
 from .demo import demo_frame
 from .settings import DataError
 
-# %% ../nbs/01_data.ipynb #c8d36ef0
+# %% ../nbs/01_data.ipynb #72740725
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Records:
-    """Checked rows; the privacy unit is one row.
+    """Checked rows; the privacy unit is one row, or all rows with the same `unit`.
 
     Attributes:
-        frame: columns `text` (str) and, where labelled, `label` (int, an index into `label_names`).
+        frame: columns `text` (str), where labelled `label` (int, an index into `label_names`), and where the unit is a group of rows
+            `unit` (str).
         name: what the rows are called in tables and messages, such as `reviews.csv`.
         label_names: the name of each label; one empty name where rows have no label.
         source: where the rows come from, as JSON-able values. The counts of copies in it are computed from private rows
@@ -58,6 +59,16 @@ class Records:
         """int64[n]: the label of each row; zeros where rows have no label."""
         return self.frame["label"].to_numpy(np.int64) if "label" in self.frame else np.zeros(len(self), np.int64)
 
+    @functools.cached_property
+    def units(self):
+        """int64[n]: the number of the unit that each row belongs to; units are numbered as they first occur."""
+        return pd.factorize(self.frame["unit"])[0].astype(np.int64) if "unit" in self.frame else np.arange(len(self))
+
+    @property
+    def num_units(self):
+        """How many units the rows belong to."""
+        return int(self.units.max()) + 1 if len(self) else 0
+
     def take(self, indices):
         """The rows at these positions, in this order."""
         return dataclasses.replace(self, frame=self.frame.iloc[indices].reset_index(drop=True))
@@ -77,12 +88,24 @@ class Records:
         """
         if not 16 <= len(key) <= 64:
             raise DataError(f"fingerprint: the key must have 16 to 64 bytes, not {len(key)}")
-        return f"{sum(map(functools.partial(_row_hash, key), self.texts, self.labels.tolist())) % 2**256:064x}"
+        groups = self.frame["unit"].tolist() if "unit" in self.frame else [""] * len(self)
+        return f"{sum(map(functools.partial(_row_hash, key), self.texts, self.labels.tolist(), groups)) % 2**256:064x}"
+
+    def unit_names(self):
+        """bytes of each unit, in their order: a group's name, or a row's label and text. Equal bytes are the same unit in any data."""
+        if "unit" in self.frame:
+            return [name.encode("utf-8") for name in dict.fromkeys(self.frame["unit"])]
+        return [_row_bytes(text, label) for text, label in zip(self.texts, self.labels.tolist())]
 
 
-def _row_hash(key, text, label):
-    """Keyed BLAKE2b of one row as an integer; the label has a fixed width, so no two rows are written alike."""
-    row = label.to_bytes(8, "big") + text.encode("utf-8")
+def _row_bytes(text, label):
+    """A row as bytes; the label has a fixed width, so no two rows are written alike."""
+    return label.to_bytes(8, "big") + text.encode("utf-8")
+
+
+def _row_hash(key, text, label, group):
+    """Keyed BLAKE2b of one row and the group it belongs to, as an integer."""
+    row = len(group.encode("utf-8")).to_bytes(8, "big") + group.encode("utf-8") + _row_bytes(text, label)
     return int.from_bytes(hashlib.blake2b(row, digest_size=32, key=key, person=b"dpsynth records").digest(), "big")
 
 # %% ../nbs/01_data.ipynb #58c93409
@@ -144,16 +167,22 @@ def _label_problem(value, names):
     numeric = isinstance(value, (int, float)) and _positions(names)
     return f"{shown} is not one of " + (f"0 to {len(names) - 1} ({', '.join(names)})" if numeric else ", ".join(names))
 
-# %% ../nbs/01_data.ipynb #1039ebe2
+# %% ../nbs/01_data.ipynb #f207a0b6
 def _columns(settings):
     """The columns that a run reads."""
-    return [name for name in (settings.text_column, settings.label_column) if name]
+    return list(dict.fromkeys(name for name in _roles(settings).values() if name))
+
+
+def _roles(settings):
+    """Setting -> column, for every setting that names a column; an empty text where there is none."""
+    unit = "" if settings.unit == "row" else settings.unit
+    return {"text_column": settings.text_column, "label_column": settings.label_column, "unit": unit}
 
 
 def _require(where, available, settings):
     """Raise if a column that is read is not there, or there twice."""
     available = [str(name) for name in available]
-    for role, name in (("text_column", settings.text_column), ("label_column", settings.label_column)):
+    for role, name in _roles(settings).items():
         if name and name not in available:
             raise DataError(f"{where}: no column {name!r}; it has {', '.join(available) or 'none'}; set {role}")
         if available.count(name) > 1:
@@ -171,7 +200,7 @@ def _refuse(where, index, column, problems):
 
 
 def _checked(raw, where, settings):
-    """Frame with `text` and, if labelled, `label` from a raw frame.
+    """Frame with `text` and, where there are such, `label` and `unit` from a raw frame.
 
     Raises:
         DataError: naming `where`, row, column and value.
@@ -180,13 +209,22 @@ def _checked(raw, where, settings):
         raise DataError(f"{where}: no rows")
     texts = [_as_text(value) for value in raw[settings.text_column].tolist()]
     _refuse(where, raw.index, settings.text_column, [_text_problem(text) for text in texts])
-    if not settings.label_column:
-        return pd.DataFrame({"text": texts})
+    columns = {"text": texts}
+    if settings.label_column:
+        columns["label"] = _checked_labels(raw, where, settings)
+    if settings.unit != "row":
+        columns["unit"] = [_as_text(value) for value in raw[settings.unit].tolist()]
+        _refuse(where, raw.index, settings.unit, [_text_problem(value) for value in columns["unit"]])
+    return pd.DataFrame(columns)
+
+
+def _checked_labels(raw, where, settings):
+    """int64[n]: indices of the labels."""
     values, names = [_as_text(value) for value in raw[settings.label_column].tolist()], settings.labels
     labels = [_label_index(value, names) for value in values]
     problems = [_label_problem(value, names) if label < 0 else None for value, label in zip(values, labels)]
     _refuse(where, raw.index, settings.label_column, problems)
-    return pd.DataFrame({"text": texts, "label": np.array(labels, np.int64)})
+    return np.array(labels, np.int64)
 
 # %% ../nbs/01_data.ipynb #c5ce46f9
 def _read_text(path):
@@ -375,16 +413,21 @@ def _read_demo(settings):
         _require("demo", frame.columns, settings)
     return tuple(_checked(frame, "demo", settings) for frame in frames)
 
-# %% ../nbs/01_data.ipynb #d13cb313
+# %% ../nbs/01_data.ipynb #f45b1550
 def _permutation(n, seed, purpose):
     """int64[n]: a permutation that depends on n, the seed and the purpose only."""
     return np.random.default_rng([seed, purpose]).permutation(n)
 
 
 def _hold_out(frame, where, settings):
-    """`(train, test)`: a random share of the rows is held out; both keep their order."""
+    """`(train, test)`: a random share of the rows, or of the units, is held out; both keep their order."""
     if len(frame) < 2:
         raise DataError(f"{where}: 1 row cannot be divided into training and test rows; set test_data")
+    if "unit" in frame:
+        held = _unit_shares(frame, settings.seed, 0) < settings.test_fraction
+        if held.all() or not held.any():
+            raise DataError(f"{where}: its {frame['unit'].nunique()} units are too few to be divided by test_fraction; set test_data")
+        return frame[~held], frame[held]
     size = min(max(1, round(len(frame) * settings.test_fraction)), len(frame) - 1)
     order = _permutation(len(frame), settings.seed, 0)
     return frame.iloc[np.sort(order[size:])], frame.iloc[np.sort(order[:size])]
@@ -394,7 +437,15 @@ def _thin(frame, size, seed, purpose):
     """At most `size` random rows (0: all), in their order; a smaller size gives a subset of a larger one's rows."""
     if not 0 < size < len(frame):
         return frame
+    if "unit" in frame:
+        return frame[_unit_shares(frame, seed, purpose) < size / len(frame)]
     return frame.iloc[np.sort(_permutation(len(frame), seed, purpose)[:size])]
+
+
+def _unit_shares(frame, seed, purpose):
+    """float64[n] in [0, 1): one number for each unit, on all its rows; it depends on the unit's name and the seed alone."""
+    share = lambda name: int.from_bytes(hashlib.blake2b(f"{seed}|{purpose}|{name}".encode(), digest_size=8).digest(), "big") / 2.0**64
+    return frame["unit"].map(share).to_numpy(np.float64)
 
 # %% ../nbs/01_data.ipynb #48824b20
 def _with_test_file(train, test, source, settings):

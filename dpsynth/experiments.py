@@ -8,7 +8,7 @@ __all__ = ['ORDER', 'TEMPLATE', 'TYPES', 'OWN_ERRORS', 'reading_order', 'config_
            'seconds_left', 'outcome', 'one_line', 'execute', 'remove_progress', 'run', 'preflight', 'check_writable',
            'describe_end']
 
-# %% ../nbs/14_experiments.ipynb #f75d275e
+# %% ../nbs/14_experiments.ipynb #625950cc
 import csv
 import importlib.resources
 import io
@@ -26,8 +26,8 @@ from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from .runs import now, prepare_folder, quiet_libraries, read_json, read_settings, read_status, write_status, write_text
-from .settings import PrivacyError, Settings, SettingsError, load_settings, resolve, result_settings
+from .runs import now, prepare_folder, read_json, read_settings, read_status, write_status, write_text
+from .settings import PrivacyError, Settings, SettingsError, load_settings, quiet_libraries, resolve, result_settings
 
 # %% ../nbs/14_experiments.ipynb #1a0f35d2
 ORDER = ("baseline_without_examples", "baseline_with_examples", "dp_ft", "non_dp_ft", "use_train", "upper_bound")

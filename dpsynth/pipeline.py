@@ -5,30 +5,26 @@
 # %% auto #0
 __all__ = ['DATA_SETTINGS', 'LIBRARIES', 'device_name', 'load_stage', 'guarantee', 'fit_stage', 'load_generator', 'rows_file',
            'read_rows', 'real_rows', 'write_rows', 'sample_stage', 'sample_again', 'reference_rows', 'evaluate_stage',
-           'is_remote', 'is_prepared', 'load_tokenizer', 'count_parameters', 'check_prompts', 'check_embedder',
-           'check_rows', 'remember', 'Survey', 'survey', 'device_speed', 'token_lengths', 'estimate_memory',
-           'estimate_operations', 'estimate']
+           'is_prepared', 'check_prompts', 'check_embedder', 'check_rows', 'remember', 'Survey', 'survey',
+           'device_speed', 'token_lengths', 'estimate_memory', 'estimate_operations', 'estimate']
 
-# %% ../nbs/13b_pipeline.ipynb #40ae1534
-import functools
+# %% ../nbs/13b_pipeline.ipynb #1eb397ee
 import importlib.util
 import json
-import math
 import os
 import pathlib
 import shutil
 import time
-import types
 
 from .data import load
 from .evaluation import disjoint_halves, evaluate
-from .finetune import finetune_run, prepare_model
+from .finetune import finetune_run, prepare_model, with_prior
 from .formats import TextFormat
-from .models import load_adapter, load_model, preset_path, setup_tuning
+from .models import count_parameters, is_remote, load_adapter, load_model, load_tokenizer
 from .privacy import make_mechanism
-from .runs import prepare_folder, quiet_libraries, read_json, record, timed
+from .runs import prepare_folder, read_json, record, timed
 from .sampling import sample_to_file
-from .settings import DataError, DpsynthError, ModelError, SettingsError
+from .settings import DataError, DpsynthError, ModelError, SettingsError, quiet_libraries
 
 import jax
 import numpy as np
@@ -85,7 +81,7 @@ def load_generator(settings, folder):
     load_adapter(model, adapter)
     return model
 
-# %% ../nbs/13b_pipeline.ipynb #00e6d1b2
+# %% ../nbs/13b_pipeline.ipynb #bcb88605
 def rows_file(settings, folder):
     """Where the rows of a run are: released, or private where they are real."""
     place = "private" if settings.generator.startswith("real") else "release"
@@ -122,12 +118,12 @@ def sample_stage(settings, folder, splits, model):
             write_rows(real_rows(settings, splits), path)
             figures = {"rejected": {}}
         else:
-            figures = sample_to_file(model, settings, TextFormat(settings.prompt, settings.labels), path.parent)
+            figures = sample_to_file(model, with_prior(settings, folder), TextFormat(settings.prompt, settings.labels), path.parent)
     rejected = figures["rejected"]
     record(folder, num_samples=len(read_rows(path)[0]), rejected=sum(rejected.values()), rejected_reasons=rejected,
            tokens=figures.get("tokens"))
 
-# %% ../nbs/13b_pipeline.ipynb #5fbb9f3f
+# %% ../nbs/13b_pipeline.ipynb #af6d85b5
 def sample_again(settings, folder, rows, seed):
     """Sample `rows` rows with another seed from a fitted run; returns the path `release/synthetic-<seed>.jsonl`.
 
@@ -139,7 +135,7 @@ def sample_again(settings, folder, rows, seed):
     if target.exists():
         raise SettingsError(f"{target}: is there already; choose another --seed or remove it")
     model = load_generator(settings, folder)
-    again = settings.model_copy(update={"num_samples": rows, "seed": seed})
+    again = with_prior(settings, folder).model_copy(update={"num_samples": rows, "seed": seed})
     scratch.mkdir(exist_ok=True)
     sample_to_file(model, again, TextFormat(settings.prompt, settings.labels), scratch)
     os.replace(scratch / "synthetic.jsonl", target)
@@ -159,13 +155,7 @@ def evaluate_stage(settings, folder, splits):
         numbers = evaluate(texts, labels, reference_rows(settings, splits), settings, pathlib.Path(folder).parent / ".embeddings")
     return record(folder, **numbers)
 
-# %% ../nbs/13b_pipeline.ipynb #e372e202
-def is_remote(name):
-    """Whether a preset of this name exists and has to be fetched from somewhere."""
-    import keras_hub
-    return name != "tiny" and not pathlib.Path(name).exists() and ("://" in name or name in keras_hub.models.Backbone.presets)
-
-
+# %% ../nbs/13b_pipeline.ipynb #af61863c
 def is_prepared(settings):
     """Whether the rows can be read without downloading them. Raises DataError for a TFDS name that does not exist."""
     kind, _, name = settings.data.partition(":")
@@ -177,46 +167,6 @@ def is_prepared(settings):
             return tfds.builder(name, data_dir=settings.data_dir or None).is_prepared()
         except tfds.core.DatasetNotFoundError:
             raise DataError(f"{settings.data}: TensorFlow Datasets has no data set of this name") from None
-
-
-def _open_preset(kind, name, **kwargs):
-    try:
-        return kind.from_preset(preset_path(name), **kwargs)
-    except Exception as error:  # keras_hub and the hubs raise a dozen unrelated types here
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if reason.startswith("Unknown preset"):
-            raise ModelError(f"preset {name!r}: no such preset; expected a name that keras_hub knows, a folder, or `tiny`") from error
-        advice = "; it needs a network and the credentials of its hub" if is_remote(name) else ""
-        raise ModelError(f"preset {name!r} cannot be loaded: {reason[:100]}{advice}") from error
-
-
-@functools.lru_cache(maxsize=4)
-def load_tokenizer(name):
-    """The tokenizer of a preset: f(list of texts) -> list of lists of ids. Raises ModelError."""
-    with quiet_libraries():
-        import keras_hub
-        return _open_preset(keras_hub.models.Tokenizer, name)
-
-
-def count_parameters(settings):
-    """`(all, trained)` numbers of parameters of a preset, without making them.
-
-    Raises:
-        ModelError: the preset cannot be loaded. SettingsError: it cannot be tuned as the settings say.
-    """
-    import keras_hub
-    counts = []
-
-    def build():
-        backbone = _open_preset(keras_hub.models.Backbone, settings.model, load_weights=False)
-        counts.append(backbone.count_params())
-        if settings.generator == "finetune":
-            bare = types.SimpleNamespace(backbone=backbone, _flatten_layers=backbone._flatten_layers)
-            setup_tuning(types.SimpleNamespace(causal_lm=bare, name=settings.model), settings)
-        counts.append(sum(math.prod(v.shape) for v in backbone.trainable_variables))
-        return 0
-    jax.eval_shape(build)
-    return tuple(counts)
 
 # %% ../nbs/13b_pipeline.ipynb #da8d48eb
 def check_prompts(settings, tokenizer):
@@ -266,7 +216,7 @@ def remember():
         return last[key]
     return look
 
-# %% ../nbs/13b_pipeline.ipynb #2ca66a54
+# %% ../nbs/13b_pipeline.ipynb #4bcd8461
 class Survey:
     """Findings of a preflight. `lenient` notes in `unknown` what is remote and cannot be reached, instead of raising.
 
@@ -303,7 +253,7 @@ class Survey:
 
     def _mechanism(self):
         if self.settings.generator == "finetune" and self.splits is not None:
-            return make_mechanism(self.settings, len(self.splits.train))
+            return make_mechanism(self.settings, self.splits.train.num_units)
 
 # %% ../nbs/13b_pipeline.ipynb #5be9dc2d
 def survey(settings, **options):

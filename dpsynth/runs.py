@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'write_text', 'write_json', 'read_json', 'version_of', 'version_line', 'run_folder', 'prepare_folder',
-           'read_settings', 'record', 'timed', 'now', 'write_status', 'is_alive', 'read_status', 'quiet_libraries']
+           'read_settings', 'record', 'timed', 'now', 'write_status', 'is_alive', 'read_status']
 
 # %% ../nbs/13a_runs.ipynb #bff9d8bc
 import contextlib
@@ -139,16 +139,3 @@ def read_status(folder):
     if status["state"] == "running" and not is_alive(status["pid"], status["started"]):
         return {**status, "state": "killed", "reason": "its process is gone; run again to resume"}
     return status
-
-# %% ../nbs/13a_runs.ipynb #a530494a
-@contextlib.contextmanager
-def quiet_libraries():
-    """Silence what TensorFlow and SentencePiece print to the process's stderr while they load; exceptions pass."""
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)

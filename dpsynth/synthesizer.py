@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['Synthesizer']
 
-# %% ../nbs/13_synthesizer.ipynb #b0a2cba1
-import json
+# %% ../nbs/13_synthesizer.ipynb #2bcbe624
 import pathlib
 import tempfile
 
+from .certificate import read_certificate
 from .data import Records, from_frame, load
 from .evaluation import evaluate
-from .finetune import finetune_run
+from .finetune import finetune_run, with_prior
 from .formats import TextFormat
 from .sampling import sample_to_file
 from .settings import SettingsError, dump_settings, make_settings
 
 import pandas as pd
 
-# %% ../nbs/13_synthesizer.ipynb #5a538131
+# %% ../nbs/13_synthesizer.ipynb #03d9d68c
 class Synthesizer:
     """Synthetic rows with a differential-privacy guarantee.
 
@@ -56,7 +56,7 @@ class Synthesizer:
         settings = self._with(num_samples=num_rows, num_mauve_samples=min(self.settings.num_mauve_samples, max(num_rows, 2)),
                               seed=self.settings.seed if seed is None else seed)
         folder = self.folder / "release" / f"sample-{settings.seed}-{num_rows}"
-        sample_to_file(self._fitted(), settings, TextFormat(settings.prompt, settings.labels), folder, progress)
+        sample_to_file(self._fitted(), with_prior(settings, self.folder), TextFormat(settings.prompt, settings.labels), folder, progress)
         return pd.read_parquet(folder / "synthetic.parquet").drop(columns="index")
 
     def evaluate(self, rows, reference=None):
@@ -70,12 +70,12 @@ class Synthesizer:
 
     @property
     def certificate(self):
-        """The certificate as a dict. Raises SettingsError for a run without differential privacy."""
+        """The `Certificate`, which shows itself as a card. Raises SettingsError for a run without differential privacy."""
         self._fitted()
         path = self.folder / "release" / "certificate.json"
         if not path.exists():
             raise SettingsError("this run is not private (epsilon: inf), so there is no certificate")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_certificate(path)
 
     def _with(self, **changes):
         return make_settings({**self.settings.model_dump(), **changes})

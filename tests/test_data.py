@@ -243,7 +243,7 @@ def test_fingerprint():
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A folder with two prepared TensorFlow data sets, one of them under the name of the tutorial's."""
-    pytest.importorskip("importlib_resources", reason="tensorflow-datasets needs it to prepare data, and does not require it")
+
     import tensorflow as tf
     import tensorflow_datasets as tfds
 

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from dpsynth.data import TokenStore, from_frame
-from dpsynth.finetune import (Trainer, bucket_lengths, clip_to_grid, example_loss, finetune_run, flatten, make_mean_loss, make_private_sum, microbatches, train)
+from dpsynth.finetune import (Trainer, bucket_lengths, clip_to_grid, example_loss, finetune_run, flatten, label_shares, make_mean_loss,
+                              make_private_sum, microbatches, rows_of_units, self_check, train)
 from dpsynth.models import LanguageModel, load_model, setup_tuning
 from dpsynth.privacy import Mechanism, Randomness
 from dpsynth.settings import ModelError, PrivacyError, Settings, SettingsError
@@ -98,18 +99,19 @@ def test_clipping_agrees_with_jax_privacy():
     loss = lambda w, x: jnp.sum(w * x)
     for clip, options in (("normalize", {"l2_clip_norm": 0.0, "rescale_to_unit_norm": True}), ("bound", {"l2_clip_norm": 1.5})):
         theirs = clipped_grad(loss, keep_batch_dim=False, dtype=jnp.float32, **options)(jnp.zeros(40), jnp.asarray(data))
-        ours = sum(np.asarray(clip_to_grid([jnp.asarray(row)], clip, 1.5, 2.0**20)[0]) for row in data) / 2.0**20
+        ours = sum(np.asarray(clip_to_grid([jnp.asarray(row)], clip, 1.5, 2.0**20)[0][0]) for row in data) / 2.0**20
         assert np.abs(ours - np.asarray(theirs)).max() < 6 * 2.0**-15
 
 
 @pytest.mark.parametrize("gradient", [[np.nan, 1.0], [np.inf, 1.0], [-np.inf, np.nan], [0.0, 0.0], [1e30, 1e30]])
 @pytest.mark.parametrize("clip", ["normalize", "bound"])
 def test_unusable_gradients_count_as_zero(gradient, clip):
-    assert (np.asarray(clip_to_grid([jnp.array(gradient, "float32")], clip, 1.0, 2.0**20)[0]) == 0).all()
+    points, notes = clip_to_grid([jnp.array(gradient, "float32")], clip, 1.0, 2.0**20)
+    assert (np.asarray(points[0]) == 0).all() and bool(notes[1]) == (gradient != [0.0, 0.0])
 
 
 def test_norm_on_the_grid_never_exceeds_the_bound():
-    rng, clip = np.random.default_rng(1), jax.jit(lambda g: clip_to_grid([g], "normalize", 1.0, 2.0**20)[0])
+    rng, clip = np.random.default_rng(1), jax.jit(lambda g: clip_to_grid([g], "normalize", 1.0, 2.0**20)[0][0])
     for size in (1, 7, 3000):
         for exponent in range(-12, 12):
             points = np.asarray(clip(jnp.asarray(rng.normal(size=size) * 10.0**exponent, jnp.float32))).astype(np.float64)
@@ -120,8 +122,9 @@ def test_empty_draw_and_all_padding_microbatch_are_exactly_zero(micro, store):
     one = trainer(micro, store)
     assert not flatten(one.gradient_sum(np.array([], int))).any()
     total = [jnp.zeros(a.shape, "int32") for a in one.trainable]
-    padding = one.store.batch(np.full(4, -1), 48)
-    assert not flatten(make_private_sum(micro, one.session)(total, one.trainable, one.frozen, padding)).any()
+    padding = one._batch(np.full(4, -1), 48)
+    total, notes = make_private_sum(micro, one.session)(total, jnp.zeros(2, "int32"), one.trainable, one.frozen, padding)
+    assert not flatten(total).any() and not notes.any()
 
 
 def test_an_empty_draw_is_an_update_of_pure_noise(micro, store, monkeypatch):
@@ -157,6 +160,70 @@ def test_resume_ends_with_the_same_bits(micro, store, tmp_path):
     broken.update()  # lost by the crash
     train(resumed, tmp_path / "b.npz", progress=False)
     assert (flatten(straight.trainable) == flatten(resumed.trainable)).all()
+
+
+# ---- groups of rows as units ----------------------------------------------------------------------------------------
+
+def test_rows_of_a_unit_are_chosen_by_the_unit_alone():
+    units = np.array([0, 1, 0, 1, 1, 1, 2])
+    table = rows_of_units(units, 2, seed=3)
+    more = rows_of_units(np.append(units, [0, 0, 3]), 2, seed=3)
+    assert (table[1:] == more[1:3]).all() and set(table[0]) == {0, 2} and table[2].tolist() == [6, -1]
+    assert len({tuple(rows_of_units(units, 2, seed)[1]) for seed in range(9)}) > 1
+
+
+def grouped(micro, store, units, settings=SETTINGS, **changes):
+    made = Mechanism(**{"num_units": len(units), "expected_batch_size": 2, "steps": 3, "noise_multiplier": 1.0, "delta": 1e-3, "unit": "user", **changes})
+    return Trainer(micro, store, settings, made, Randomness(bytes(32), "groups"), units)
+
+
+def test_a_group_has_one_gradient_the_mean_of_its_rows(micro, store):
+    units = np.array([[0, 1], [2, -1], [3, 4], [5, 6]])
+    one = grouped(micro, store, units, clip="bound", l2_clip_norm=1e3)
+    ours = flatten(one.gradient_sum(np.array([0, 1]))) / one.session.grid
+    rows = trainer(micro, store, noise_multiplier=0.0, target_epsilon=math.inf)
+    wanted = flatten(rows.gradient_sum(np.array([0, 1]))) / 2 + flatten(rows.gradient_sum(np.array([2])))
+    assert ours == pytest.approx(wanted, abs=1e-2) and np.abs(wanted).max() > 0.1
+
+
+def test_a_whole_group_moves_the_sum_by_at_most_the_sensitivity(micro, store):
+    units = np.array([[0, 1, 2, 3, 4, 5], [6, -1, -1, -1, -1, -1]])
+    one = grouped(micro, store, units)
+    one.trainable = [a * 50 for a in one.trainable]
+    without, with_it = (flatten(one.gradient_sum(np.array(i))).astype(np.float64) for i in ([1], [1, 0]))
+    assert 0.9 < np.linalg.norm(with_it - without) / one.session.grid <= 1.0
+
+
+def test_groups_are_drawn_and_counted_as_units(micro, store):
+    units = np.array([[0, 1], [2, -1], [3, 4], [5, 6]])
+    one, drawn = grouped(micro, store, units), []
+    one.gradient_sum = lambda indices: drawn.extend(indices) or [jnp.zeros(a.shape, "int32") for a in one.trainable]
+    for _ in range(3):
+        one.update()
+    assert set(drawn) <= {0, 1, 2, 3} and one.session.mechanism.sampling_probability == 0.5
+
+
+# ---- a look back ---------------------------------------------------------------------------------------------------
+
+def test_self_check_finds_missing_noise_missing_updates_and_an_idle_model(micro, store):
+    good, silent, halved, short = (trainer(micro, store) for _ in range(4))
+    before = good.trainable
+    silent.session._grid_noise = lambda count: np.zeros(count, np.int32)
+    whole = halved.session._grid_noise
+    halved.session._grid_noise = lambda count: whole(count) // 2
+    for one in (good, silent, halved):
+        for _ in range(4):
+            one.update()
+    short.update()
+    assert self_check(good, before)["unusable"] == 0
+    for bad, start, words in ((silent, before, "noise was 0 "), (halved, before, "noise was 0.5"), (short, before, "1 of 4 updates"),
+                              (good, good.trainable, "changed no weight")):
+        with pytest.raises(PrivacyError, match=words):
+            self_check(bad, start)
+
+
+def test_label_shares_are_shares_whatever_the_noise_did():
+    assert label_shares([30, 10]) == [0.75, 0.25] and label_shares([-3, 7]) == [0, 1] and label_shares([-3, -1]) == [0.5, 0.5]
 
 
 def test_other_secrets_and_other_runs_end_elsewhere(micro, store):
@@ -207,10 +274,10 @@ def run(tmp_path_factory):
 
 
 def test_run_releases_an_adapter_and_a_certificate_that_verifies(run):
-    from dpsynth.privacy import verify
+    from dpsynth.certificate import verify
     certificate = json.loads((run / "release" / "certificate.json").read_text())
     assert verify(certificate)["epsilon"] <= 8 and certificate["num_units"] == 40 - 0
-    assert {p.name for p in (run / "release").iterdir()} == {"adapter.npz", "certificate.json", "certificate.md", "training.json"}
+    assert {p.name for p in (run / "release").iterdir()} == {"adapter.npz", "certificate.json", "certificate.md"}
 
 
 def test_the_secret_is_in_no_file_outside_private(run):
@@ -249,6 +316,27 @@ def test_monitoring_stays_private_and_is_certified(tmp_path):
     finetune_run(settings, splits(), tmp_path / "dp", progress=False)
     assert (tmp_path / "dp" / "private" / "losses.jsonl").exists()
     assert "operator" in json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())["monitor"]
+
+
+def test_counts_are_estimated_once_and_used(tmp_path):
+    settings = RUN.model_copy(update={"label_prior": "private", "unit_count": "private", "access_share": 0.2})
+    finetune_run(settings, splits(), tmp_path / "dp", progress=False)
+    certificate = json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())
+    counts = json.loads((tmp_path / "dp" / "private" / "counts.json").read_text())
+    assert certificate["num_units"] == counts["units"] and len(counts["labels"]) == 2
+    assert json.loads((tmp_path / "dp" / "release" / "label_prior.json").read_text()) == label_shares(counts["labels"])
+    before = (tmp_path / "dp" / "private" / "counts.json").read_bytes()
+    finetune_run(settings, splits(), tmp_path / "dp", progress=False)
+    assert (tmp_path / "dp" / "private" / "counts.json").read_bytes() == before
+
+
+def test_a_column_can_be_the_unit(tmp_path):
+    settings = RUN.model_copy(update={"unit": "user", "max_records_per_unit": 3, "batch_size": 4})
+    rows = pd.DataFrame({"text": [f"row {i} of a user" for i in range(40)], "label": [i % 2 for i in range(40)], "user": [f"u{i // 4}" for i in range(40)]})
+    finetune_run(settings, from_frame(rows, settings, test=rows[:8]), tmp_path / "dp", progress=False)
+    certificate = json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())
+    assert (certificate["num_units"], certificate["unit"], certificate["max_records_per_unit"]) == (10, "user", 3)
+    assert not any(b"u3" in p.read_bytes() for p in (tmp_path / "dp" / "release").iterdir() if p.suffix != ".npz")
 
 
 def test_without_privacy_there_is_no_certificate(tmp_path):

@@ -2,15 +2,17 @@
 import dataclasses
 import json
 import math
-import pathlib
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from dpsynth.privacy import (Mechanism, Randomness, Session, bind_run, calibrate_noise, compute_epsilon, grid_bits, load_secret, make_certificate,
-                             make_mechanism, run_identity, verify)
+from dpsynth.certificate import Certificate, base_model, false_negatives, group_guarantee, make_certificate, verify, write_certificate
+from dpsynth.privacy import (Access, Mechanism, Randomness, Session, bind_run, calibrate_noise, compose, compute_epsilon, grid_bits, load_secret,
+                             make_mechanism, noise_filter, noisy_counts, run_identity, strategy, with_noise)
 from dpsynth.settings import PrivacyError, Settings, SettingsError
 
 SECRET = bytes(range(32))
@@ -161,22 +163,157 @@ def test_changed_settings_data_or_code_refuse_to_resume(tmp_path, part, value, w
         bind_run(private, {**identity, part: value})
 
 
+IMDB = Settings(epsilon=10, delta=1.5e-5, experiment="imdb")
+
+
+def certificate_of(settings=IMDB, num_units=25000):
+    return make_certificate(make_mechanism(settings, num_units), settings, base=base_model("tiny", "hash", "not checked"))
+
+
 def test_certificate_verifies_and_a_false_one_does_not(tmp_path):
-    made = make_mechanism(Settings(epsilon=10, delta=1.5e-5), 25000)
-    certificate = make_certificate(made, name="imdb", base_model="tiny")
-    path = pathlib.Path(tmp_path) / "certificate.json"
-    path.write_text(json.dumps(certificate))
-    checked = verify(path)
+    certificate = certificate_of()
+    write_certificate(certificate, tmp_path)
+    checked = verify(tmp_path / "certificate.json")
     assert checked["epsilon"] == pytest.approx(certificate["epsilon"], abs=1e-3) and checked["epsilon"] <= 10
     assert checked["epsilon_replace_one"] == pytest.approx(certificate["epsilon_replace_one"], abs=1e-3)
     assert checked["epsilon_replace_one"] > checked["epsilon"]
-    for lie in ({"epsilon": 5.0}, {"delta": 1e-7}, {"mechanism": {**certificate["mechanism"], "noise_multiplier": 0.4}},
-                {"mechanism": {**certificate["mechanism"], "steps": 200}}):
-        with pytest.raises(PrivacyError, match="claims"):
+    training = certificate["accesses"][0]
+    cheaper = {**training, "noise_multiplier": 0.4}
+    for lie, words in (({"epsilon": 5.0}, "claims epsilon "), ({"delta": 1e-7}, "claims"), ({"delta": 1e-3}, "not below 1/n"),
+                       ({"mechanism": {**certificate["mechanism"], "steps": 20}}, "not among"), ({"epsilon_replace_one": 10.0}, "replace_one"),
+                       ({"accesses": [cheaper], "mechanism": {**certificate["mechanism"], "noise_multiplier": 0.4}}, "claims")):
+        with pytest.raises(PrivacyError, match=words):
             verify({**certificate, **lie})
 
 
 def test_certificate_lists_every_access_and_what_is_not_covered():
-    certificate = make_certificate(mechanism(), name="x", base_model="tiny", monitor="private")
+    certificate = certificate_of(IMDB.model_copy(update={"monitor": "private"}))
     assert all(isinstance(a["epsilon"], float) or a["epsilon"] == "public" for a in certificate["accesses"])
     assert "operator" in certificate["monitor"] and any("test split" in item for item in certificate["not_covered"])
+
+
+def test_certificate_without_a_part_is_refused(tmp_path):
+    import jsonschema
+    whole = certificate_of()
+    for part in whole:
+        broken = Certificate(whole)
+        del broken[part]
+        with pytest.raises(jsonschema.ValidationError, match=part):
+            write_certificate(broken, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_verification_is_a_short_script_on_dp_accounting_alone(tmp_path, repo):
+    source = (repo / "dpsynth" / "verify.py").read_text(encoding="utf-8")
+    code = [line for line in source.splitlines() if line.strip() and not line.startswith("#")]
+    assert len(code) < 40 and "dpsynth" not in "".join(line for line in code if "import" in line)
+    (tmp_path / "verify.py").write_text(source)
+    write_certificate(certificate_of(), tmp_path)
+    done = subprocess.run([sys.executable, "-I", "verify.py", "certificate.json"], cwd=tmp_path, capture_output=True, text=True)
+    assert json.loads(done.stdout)["epsilon"] == pytest.approx(10, abs=0.02), done.stderr
+
+
+def test_the_curve_bounds_what_an_attacker_can_reach():
+    curve = certificate_of()["curve"]
+    assert [p["delta"] for p in curve] == sorted((p["delta"] for p in curve), reverse=True)
+    assert [p["epsilon"] for p in curve] == sorted(p["epsilon"] for p in curve)
+    rates = np.linspace(0, 1, 21)
+    missed = false_negatives(curve, rates)
+    assert (missed <= 1 - rates + 1e-12).all() and (np.diff(missed) <= 1e-12).all()
+    assert group_guarantee(2.0, 1e-6, 1) == (2.0, 1e-6) and group_guarantee(0.5, 1e-6, 2)[1] == pytest.approx(1e-6 * (1 + math.exp(0.5)))
+
+
+# ---- correlated noise ----------------------------------------------------------------------------------------------
+
+def banded(bands=4, **changes):
+    return mechanism(num_units=1000, expected_batch_size=50, steps=40, bands=bands, noise_multiplier=2.0, **changes)
+
+
+def test_with_bands_a_unit_takes_part_at_most_once_in_as_many_updates():
+    made, randomness = banded(), Randomness(SECRET, "run")
+    batches = [made.batch(randomness, step) for step in range(made.steps)]
+    last, counts = np.full(made.num_units, -10), np.zeros(made.num_units)
+    for step, batch in enumerate(batches):
+        assert (step - last[batch] >= made.bands).all()
+        last[batch] = step
+        counts[batch] += 1
+    assert np.mean([b.size for b in batches]) == pytest.approx(50, abs=3) and counts.mean() == pytest.approx(2, abs=0.1)
+
+
+def test_correlated_noise_is_what_the_strategy_makes_of_independent_noise():
+    made = banded()
+    session, c = Session(made, Randomness(SECRET, "run")), strategy(40, 4)
+    assert np.linalg.norm(c) == pytest.approx(1) and len(c) == 4
+    noise = []
+    for _ in range(made.steps):
+        session.batch()
+        noise.append(session.release(np.zeros(20000, np.int32)) * made.expected_batch_size)
+    noise = np.array(noise)
+    fresh = sum(weight * np.pad(noise, ((lag, 0), (0, 0)))[:40] for lag, weight in enumerate(c))
+    assert fresh.std() == pytest.approx(made.noise_multiplier, rel=0.01)
+    assert abs(np.corrcoef(fresh[10], fresh[11])[0, 1]) < 0.03 < abs(np.corrcoef(noise[10], noise[11])[0, 1])
+    assert noise[-1].std() == pytest.approx(2.0 * np.linalg.norm(noise_filter(40, 4)), rel=0.03)
+    assert session.realised_noise == pytest.approx(1, abs=0.01)
+
+
+def test_bands_resume_with_the_same_bits():
+    made = banded(3)
+    straight, broken = (Session(made, Randomness(SECRET, "run")) for _ in range(2))
+    rest = []
+    for step in range(8):
+        straight.batch()
+        out = straight.release(np.zeros(50, np.int32))
+        rest.append(out)
+        if step < 5:
+            broken.batch()
+            broken.release(np.zeros(50, np.int32))
+    resumed = Session(made, Randomness(SECRET, "run"))
+    resumed.restore(broken.state())
+    for step in range(5, 8):
+        resumed.batch()
+        assert (resumed.release(np.zeros(50, np.int32)) == rest[step]).all()
+
+
+def test_bands_are_accounted_as_fewer_larger_samples_and_chosen_by_public_numbers():
+    one, four = (compute_epsilon(0.05, 2.0, 40, 1e-4, bands=b) for b in (1, 4))
+    assert four > one
+    assert four == pytest.approx(compute_epsilon(0.2, 2.0, 10, 1e-4), rel=1e-6)
+    base = make_mechanism(Settings(epsilon="inf", delta=1.5e-5), 25000)
+    assert with_noise(base, 10, 16).epsilon <= 10
+    for wrong in (21, 41, 0):
+        with pytest.raises(SettingsError, match="bands"):
+            banded(wrong)
+
+
+# ---- paid access ---------------------------------------------------------------------------------------------------
+
+def test_counts_and_training_together_meet_the_target():
+    plain = make_mechanism(IMDB, 25000)
+    paid = make_mechanism(IMDB.model_copy(update={"label_prior": "private", "unit_count": "private"}), 25000)
+    assert [a.what for a in paid.others] == ["number of training units", "label histogram"]
+    assert paid.noise_multiplier > plain.noise_multiplier and 9.95 < paid.epsilon <= 10
+    assert paid.epsilon == compose(paid.accesses, paid.delta) < sum(compose((a,), paid.delta) for a in paid.accesses)
+    certificate = make_certificate(paid, IMDB.model_copy(update={"label_prior": "private"}), base=base_model("tiny", "", "no"), unit_count_public=False)
+    assert sum(a["epsilon"] == "public" for a in certificate["accesses"]) == 3 and len(certificate["accesses"]) == 6
+    verify(certificate)
+
+
+def test_noisy_counts_have_the_promised_noise():
+    drawn = np.array(noisy_counts([100] * 20000, 5.0))
+    a = math.exp(-1 / 5.0)
+    assert drawn.dtype.kind == "i" and drawn.mean() == pytest.approx(100, abs=0.3)
+    assert drawn.var() == pytest.approx(2 * a / (1 - a) ** 2, rel=0.05)
+    assert noisy_counts([0] * 50, 5.0) != noisy_counts([0] * 50, 5.0)
+
+
+def test_counts_that_spend_all_are_refused():
+    with pytest.raises(SettingsError, match="spent before training by label histogram"):
+        calibrate_noise(0.05, 100, 1.0, 1e-5, others=(Access("label histogram", "discrete_laplace", 0.5),))
+
+
+def test_small_noise_is_refused_quickly():
+    import time
+    began = time.process_time()
+    with pytest.raises(PrivacyError, match="spends epsilon"):
+        mechanism(noise_multiplier=0.01)
+    assert time.process_time() - began < 20

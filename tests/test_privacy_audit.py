@@ -1,0 +1,454 @@
+"""The audit: what must fail fails, what must pass passes, and every statistic is what it says it is."""
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from dpsynth import audit
+from dpsynth.data import Records
+from dpsynth.demo import reviews
+from dpsynth.privacy import Randomness
+from dpsynth.settings import DataError, PrivacyError
+
+
+def table(rows, seed):
+    mix = np.random.default_rng(5).normal(size=(8, 8))
+    return pd.DataFrame(np.random.default_rng(seed).normal(size=(rows, 8)) @ mix, columns=list("abcdefgh"))
+
+
+@pytest.fixture(scope="module")
+def tables():
+    """Training, held-out and fresh rows of one population."""
+    return table(1200, 1), table(1200, 2), table(1200, 3)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    rows = [row["text"] for row in reviews(2000, seed=1)]
+    order = np.random.default_rng(0).permutation(2000)
+    return [rows[i] for i in order[:1000]], [rows[i] for i in order[1000:]], [row["text"] for row in reviews(1000, seed=2)]
+
+
+def mixed(copies, fresh, share):
+    count = round(share * len(fresh))
+    return pd.concat([copies[:count], fresh[count:]]) if isinstance(fresh, pd.DataFrame) else copies[:count] + fresh[count:]
+
+
+def attack(report, start):
+    return next(a for a in report.attacks if a.name.startswith(start))
+
+
+def scored(top, pool=2000):
+    """Scores of a pool in which `top` training rows stand above everything."""
+    member, scores = np.arange(pool) < pool // 2, np.random.default_rng(0).normal(size=pool)
+    scores[:top] += 100
+    return scores, member
+
+
+# verdicts
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.1, 0.01])
+@pytest.mark.parametrize("kind", ["tables", "texts"])
+def test_copies_fail(kind, share, request):
+    train, holdout, fresh = request.getfixturevalue(kind)
+    report = audit.audit_files(mixed(train, fresh, share), train, holdout)
+    assert report.verdict == "fails" and not report.passed and report.summary.startswith("Fails")
+    assert not report.warnings  # the division is random, whatever the synthetic rows are
+
+
+def test_fresh_tables_pass():
+    passed = [audit.audit_files(table(400, 3 * i), table(400, 3 * i + 1), table(400, 3 * i + 2)).passed for i in range(100, 120)]
+    assert sum(passed) >= 19
+
+
+def test_fresh_texts_pass(texts):
+    train, holdout, _ = texts
+    passed = [audit.audit_files([r["text"] for r in reviews(150, seed=100 + i)], train[:200], holdout[:200]).passed for i in range(20)]
+    assert sum(passed) >= 19
+
+
+def test_the_verdict_is_the_worst_attack_not_the_average(tables):
+    train, holdout, fresh = tables
+    report = audit.audit_files(fresh, train, holdout)
+    bad = dataclasses.replace(report.attacks[3], adjusted_p=1e-9)
+    worse = dataclasses.replace(report, attacks=(*(dataclasses.replace(a, adjusted_p=1.0) for a in report.attacks), bad))
+    assert worse.verdict == "fails" and worse.worst is bad
+
+
+def test_a_distance_of_exactly_zero_counts(tables):
+    train, holdout, _ = tables
+    report = audit.audit_files(train, train, holdout)
+    assert report.details["table"]["distance"][0].max() == 0.0
+    for name in ("nearest rows", "nearest rows, the", *(f"nearest synthetic row: {what}" for what in ("all", "TPR", "highest"))):
+        assert attack(report, name).adjusted_p <= report.level
+    assert attack(report, "nearest synthetic row: all").statistic == 1.0
+
+
+def test_an_attack_without_a_p_value_is_an_error_not_a_pass():
+    found = audit.auc_test("x", *scored(0), level=0.01)
+    with pytest.raises(PrivacyError, match="not a number"):
+        audit.holm([found, dataclasses.replace(found, p_value=math.nan)])
+
+
+def test_near_copies_are_found(tables, texts):
+    train, holdout, fresh = tables
+    noisy = train + np.random.default_rng(0).normal(scale=0.02, size=train.shape)
+    report = audit.audit_files(mixed(noisy, fresh, 0.05), train, holdout)
+    assert attack(report, "verbatim").statistic == 0 and report.verdict == "fails"
+    train, holdout, fresh = texts
+    keep = np.random.default_rng(0)
+    rewritten = [" ".join(w for w in text.split() if keep.random() < 0.8) for text in train]
+    report = audit.audit_files(mixed(rewritten, fresh, 0.05), train, holdout)
+    assert attack(report, "verbatim").p_value > 0.01 and report.verdict == "fails"
+
+
+def test_folded_copies_are_found(texts):
+    train, holdout, fresh = texts
+    shouted = [text.upper().replace(",", " ,") for text in train]
+    report = audit.audit_files(mixed(shouted, fresh, 0.05), train, holdout)
+    assert attack(report, "verbatim").statistic == 0 and attack(report, "copies up to").adjusted_p < 1e-6
+
+
+def test_a_few_copies_are_noticed_but_do_not_fail(texts):
+    train, holdout, fresh = texts
+    report = audit.audit_files(train[:3] + fresh[3:], train, holdout)
+    assert report.passed and "look at training rows" in report.notices[0]
+    wanted = {i for i in range(3) if len(train[i].split()) > audit.LOOK_WORDS}
+    assert {int(n) for n in report.notices[0].split("training rows ")[-1].split(", ")} == wanted
+
+
+def test_natural_copies_do_not_fail_and_rare_ones_do():
+    def people(seed, rows=1500):
+        rng = np.random.default_rng(seed)
+        towns = rng.choice(list("abcdef"), rows, p=[0.5, 0.3, 0.1, 0.05, 0.03, 0.02])
+        return pd.DataFrame({"town": towns, "kind": rng.choice(list("xyz"), rows),
+                             "age": rng.integers(18, 90, rows), "rent": rng.geometric(0.1, rows)})
+    train, holdout, fresh = people(1), people(2), people(3)
+    report = audit.audit_files(fresh, train, holdout)
+    assert report.passed and attack(report, "verbatim").statistic > 0.1
+    leaky = audit.audit_files(mixed(train, fresh, 0.1), train, holdout)
+    assert attack(leaky, "rows that occur once").adjusted_p < 0.01
+
+
+def test_a_holdout_from_elsewhere_is_reported(texts):
+    train, _, fresh = texts
+    report = audit.audit_files(fresh, train, [row["text"] for row in reviews(1000, seed=1, split="test")])
+    assert "the comparison is not valid" in report.warnings[0]
+    shifted = audit.audit_files(table(400, 1), table(400, 2), table(400, 3) + 1.0)
+    assert "the comparison is not valid" in shifted.warnings[0]
+
+
+def test_the_check_of_the_division_does_not_see_the_synthetic_rows(texts):
+    train, holdout, fresh = texts
+    assert audit.audit_files(train, train, holdout).division == audit.audit_files(fresh, train, holdout).division
+
+
+def test_the_training_rows_as_holdout_give_no_verdict(tables):
+    train, _, fresh = tables
+    for synthetic in (fresh, train):
+        report = audit.audit_files(synthetic, train, train)
+        assert report.verdict == "cannot tell" and not report.passed and "are also training rows" in report.warnings[0]
+
+
+def test_the_order_of_the_files_does_not_matter(tables):
+    train, holdout, fresh = tables
+    synthetic = mixed(train, fresh, 0.02)
+    one, two = (audit.audit_files(s, t, holdout) for s, t in ((synthetic, train), (synthetic[::-1], train[::-1])))
+    assert attack(one, "verbatim") == attack(two, "verbatim")
+    assert attack(one, "nearest synthetic row: all").statistic == pytest.approx(attack(two, "nearest synthetic row: all").statistic)
+
+
+# statistics
+
+def test_the_copy_test_is_fishers():
+    for x, y in ((7, 0), (30, 18), (2, 9)):
+        hits, member = np.r_[np.arange(200) < x, np.arange(300) < y], np.arange(500) < 200
+        exact = stats.fisher_exact([[x, 200 - x], [y, 300 - y]], alternative="greater").pvalue
+        assert audit.copy_test("", hits, member, level=0.01).p_value == pytest.approx(exact)
+
+
+def test_copies_at_the_detectable_share_are_found_four_times_in_five():
+    rows, level, rng = 5000, 0.001, np.random.default_rng(0)
+    member = np.arange(2 * rows) < rows
+    share = audit.copy_test("", np.zeros(2 * rows, bool), member, level=level).detectable
+    found = [audit.copy_test("", member & (rng.random(2 * rows) < share), member, level=level).p_value <= level for _ in range(200)]
+    assert 0.7 < np.mean(found) < 0.95
+
+
+@pytest.mark.parametrize("test", [audit.tpr_test, audit.top_test, audit.auc_test])
+def test_score_tests_hold_their_level(test):
+    rng = np.random.default_rng(0)
+    p = np.array([test("", rng.normal(size=300), rng.permutation(300) < 120, level=0.01).p_value for _ in range(400)])
+    assert np.mean(p <= 0.05) < 0.08 and np.mean(p <= 0.01) < 0.03
+
+
+def test_the_tpr_test_is_exact():
+    rng = np.random.default_rng(1)
+    scores, member = rng.normal(size=60), np.arange(60) < 30
+    observed = audit.tpr_test("", scores, member, level=0.01, fpr=0.1)
+    deals = [round(audit.tpr_test("", scores, rng.permutation(member), level=0.01, fpr=0.1).statistic * 30) for _ in range(800)]
+    assert np.mean(np.array(deals) >= round(observed.statistic * 30)) == pytest.approx(observed.p_value, abs=0.05)
+
+
+def test_one_percent_of_the_rows_is_seen_at_the_top_and_not_in_the_average():
+    scores, member = scored(10)
+    assert audit.auc_test("", scores, member, level=0.01).p_value > 0.05
+    assert audit.top_test("", scores, member, level=0.01).p_value < 0.01
+
+
+def test_a_hole_around_the_training_rows_is_a_leak_too():
+    scores, member = scored(0)
+    assert audit.auc_test("", scores - 0.5 * member, member, level=0.01).p_value < 1e-6
+
+
+def test_equal_scores_are_no_evidence():
+    member = np.arange(200) < 100
+    for test in (audit.auc_test, audit.tpr_test, audit.top_test):
+        assert test("", np.zeros(200), member, level=0.01).p_value > 0.01
+
+
+def test_hubs_do_not_raise_false_alarms():
+    def p_value(seed):
+        rng = np.random.default_rng(seed)
+        return audit.share_test("", rng.geometric(0.03, size=1000) % 400, rng.permutation(400) < 200, level=0.01).p_value
+    assert np.mean([p_value(seed) <= 0.05 for seed in range(80)]) < 0.15  # the binomial test: more than half
+
+
+def test_delong_agrees_with_the_mann_whitney_statistic():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 9, 80), rng.integers(0, 7, 50)
+    auc, error = audit.delong(a, b)
+    assert auc == pytest.approx(stats.mannwhitneyu(a, b).statistic / (80 * 50)) and 0.03 < error < 0.07
+
+
+def test_the_bound_from_pairs_stays_below_the_truth():
+    def bound(epsilon, seed):
+        rng = np.random.default_rng(seed)
+        in_told, out_told = rng.random((2, 600)) < np.array([[1 / (1 + math.exp(-epsilon))], [1 / (1 + math.exp(epsilon))]])
+        return audit.pairs_bound(in_told.astype(float), out_told.astype(float), 1e-5, seed=seed)
+    bounds = [bound(1.0, seed) for seed in range(60)]  # randomized response per row: 1 under add/remove, 2 under replace-one
+    assert np.mean(np.array(bounds) > 2.0) <= 0.1 and np.median(bounds) > 1.0
+    assert np.mean([bound(0.0, seed) > 0 for seed in range(60)]) <= 0.1
+
+
+def test_runs_end_with_their_row_and_leave_one_out_forgets_the_row():
+    words = audit.Words.of(["a b c", "d e", "", "a b"])
+    assert audit.shares_run(words, audit.Words.of(["x c d x a b c"]), 2).tolist() == [True, False, False, True]
+    one = audit.Words.of(["some words that occur nowhere else", "the cat sat", "the cat sat"])
+    model = audit.RunModel(one)
+    assert model.log_likelihood(one, without_own=True)[0] < model.log_likelihood(one)[0] - 1
+    assert model.log_likelihood(one, without_own=True)[1] == pytest.approx(model.log_likelihood(one, without_own=True)[2])
+
+
+def test_the_reference_model_sharpens_the_attack(texts):
+    train, holdout, fresh = texts
+    keep, member = np.random.default_rng(0), np.arange(2000) < 1000
+    rewritten = [" ".join(w for w in text.split() if keep.random() < 0.8) for text in train[:40]]
+    ours, real = audit.Words.of(rewritten + fresh[40:]), audit.Words.of(train + holdout)
+    with_reference = audit.top_test("", audit.text_membership(ours, real), member, level=0.01).p_value
+    without = audit.top_test("", audit.RunModel(ours).log_likelihood(real), member, level=0.01).p_value
+    assert with_reference < 1e-5 < without
+
+
+# rows and reports
+
+def test_every_kind_of_input_gives_the_same_audit(tmp_path, texts):
+    train, holdout, fresh = ([t for t in part[:150]] for part in texts)
+    frames = [pd.DataFrame({"text": part, "label": ["x"] * len(part)}) for part in (fresh, train, holdout)]
+    for name, frame in zip("sth", frames):
+        frame.to_csv(tmp_path / f"{name}.csv", index=False)
+        frame.to_json(tmp_path / f"{name}.jsonl", orient="records", lines=True)
+        frame.to_parquet(tmp_path / f"{name}.parquet")
+    records = Records(frames[1].assign(label=0), "t", ("x",), {})
+    wanted = audit.audit_files(*frames).attacks
+    assert wanted == audit.audit_files(fresh, train, holdout).attacks == audit.audit_files(frames[0], records, frames[2]).attacks
+    for kind in ("csv", "jsonl", "parquet"):
+        assert wanted == audit.audit_files(*(tmp_path / f"{name}.{kind}" for name in "sth")).attacks
+
+
+def test_texts_and_columns_are_audited_together(texts):
+    train, holdout, fresh = (pd.DataFrame({"text": part[:300], **table(300, i)}) for i, part in enumerate(texts))
+    report = audit.audit_files(fresh, train, holdout)
+    assert report.passed and set(report.details) == {"text", "table"} and report.columns["text"] == "text"
+    only_columns = fresh.assign(**{c: np.r_[train[c][:30], fresh[c][30:]] for c in "abcdefgh"})
+    assert audit.audit_files(only_columns, train, holdout).verdict == "fails"
+
+
+@pytest.mark.parametrize("write, message", [
+    (lambda p: p.with_suffix(".xlsx"), "unknown kind of file"), (lambda p: p.with_suffix(".csv"), "no such file"),
+    (lambda p: [p.with_suffix(".csv").write_bytes(b"a\n\xff\xfe"), p.with_suffix(".csv")][1], "cannot be read"),
+    (lambda p: [p.with_suffix(".parquet").write_bytes(b"nothing"), p.with_suffix(".parquet")][1], "cannot be read"),
+    (lambda p: [p.with_suffix(".jsonl").write_text("{"), p.with_suffix(".jsonl")][1], "cannot be read"),
+    (lambda p: pd.DataFrame({"a": range(5)}), "needs at least 20"), (lambda p: pd.DataFrame({"z": range(30)}), "no column in common")])
+def test_bad_input_is_one_line(tmp_path, tables, write, message):
+    with pytest.raises(DataError, match=message) as error:
+        audit.audit_files(write(tmp_path / "rows"), *tables[:2])
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_columns_are_named(tables):
+    with pytest.raises(DataError, match="'zip'"):
+        audit.audit_files(*tables, columns=["a", "zip"])
+    with pytest.raises(DataError, match="text_column"):
+        audit.audit_files(*tables, text_column="review")
+
+
+def test_reports_are_plain_and_show_no_row(texts):
+    train, holdout, fresh = (list(part[:200]) for part in texts)
+    marked = [f"{text} Zanzibarium" for text in train]
+    report = audit.audit_files(marked, marked, holdout)
+    content = json.dumps(report.to_dict(), allow_nan=False)
+    for shown in (content, report.markdown(), report._repr_html_(), repr(report)):
+        assert "zanzibarium" not in shown.lower() and train[0][:40] not in shown
+    for shown in (content, report.markdown(), report._repr_html_()):
+        assert audit.CAVEAT in shown and "Fails" in shown and "private" in shown
+    assert json.loads(content)["verdict"] == "fails"
+
+
+def test_the_command_prints_writes_and_returns_the_verdict(tmp_path, tables, capsys):
+    train, holdout, fresh = tables
+    assert audit.audit_command(fresh, train, holdout) is True
+    assert audit.audit_command(train, train, holdout, json_path=tmp_path / "a.json") is False
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o600 and json.loads((tmp_path / "a.json").read_text())["verdict"] == "fails"
+    assert "FAIL verbatim rows" in capsys.readouterr().out
+
+
+def test_pictures(tables):
+    train, holdout, fresh = tables
+    report = audit.audit_files(mixed(train, fresh, 0.1), train, holdout)
+    axes = audit.plot_roc(report, epsilon=1.0).axes[0]
+    assert axes.get_xscale() == axes.get_yscale() == "log" and len(axes.collections) == 1
+    assert len(audit.plot_distances(report).axes) == 1
+    fpr = np.linspace(0, 1, 50)
+    assert np.allclose(audit.dp_region(fpr, 0.0, 0.0), fpr) and (audit.dp_region(fpr, 2.0, 0.0) >= fpr).all()
+
+
+# canaries
+
+def test_canaries_begin_like_a_public_text_and_end_in_random_words(texts):
+    public = texts[2]
+    made = audit.make_canaries(300, public, seed=1)
+    starts = {" ".join(text.split()[:12]) for text in public}
+    assert len(set(made)) == 300 and made == audit.make_canaries(300, public, seed=1) != audit.make_canaries(300, public, seed=2)
+    assert all(any(canary.startswith(start) for start in starts) for canary in made[:5])
+    assert all(canary not in public for canary in made)
+    with pytest.raises(DataError, match="distinct words"):
+        audit.make_canaries(10, ["too few words here"] * 50)
+
+
+def test_canaries_of_records_keep_the_label_of_their_beginning(texts):
+    public = Records(pd.DataFrame({"text": texts[2], "label": np.arange(1000) % 2}), "public", ("a", "b"), {})
+    made = audit.make_canaries(50, public)
+    label_of = {" ".join(text.split()[:12]): label for text, label in zip(public.texts, public.labels)}
+    assert isinstance(made, Records) and made.name == "canaries" and len(made) == 50
+    assert [label_of[" ".join(t.split()[:12])] for t in made.texts if len(t.split()) == 20] == [
+        label for t, label in zip(made.texts, made.labels) if len(t.split()) == 20]
+
+
+def test_coins_are_secret_fair_and_thrown_once(tmp_path):
+    folder = tmp_path / "private"
+    coins = audit.CanaryCoins.flip(4000, folder)
+    assert np.array_equal(coins.included, audit.CanaryCoins.flip(4000, folder).included)
+    assert folder.stat().st_mode & 0o777 == 0o700 and (folder / "canary_coins").stat().st_mode & 0o777 == 0o600
+    assert stats.binomtest(int(coins.included.sum()), 4000).pvalue > 1e-6 and "0" not in repr(coins).replace("4000", "")
+    assert not np.array_equal(coins.included, audit.CanaryCoins.flip(4000, tmp_path / "other").included)
+    with pytest.raises(PrivacyError, match="10 canaries"):
+        audit.CanaryCoins.flip(10, folder)
+    keyed = [audit.CanaryCoins.flip(64, tmp_path / str(i), Randomness(bytes(32), "run")).included for i in range(2)]
+    assert np.array_equal(*keyed) and 10 < keyed[0].sum() < 54
+
+
+def test_null_canary_audits_raise_few_false_alarms():
+    def bound(seed):
+        rng = np.random.default_rng(seed)
+        return audit.one_run_bound(rng.normal(size=80), rng.random(80) < 0.5, 1e-5, seed=seed)
+    assert np.mean([bound(seed) > 0 for seed in range(200)]) <= 0.05
+
+
+def test_canaries_bound_a_known_mechanism_from_below_and_a_leak_far_above():
+    included = np.random.default_rng(0).random(500) < 0.5
+    noise = np.random.default_rng(1).normal(size=500)
+    gaussian = audit.one_run_bound(included + noise, included, 1e-5)  # one Gaussian mechanism with sigma 1: epsilon 4.38 at 1e-5
+    assert 0 < gaussian < 4.38
+    perfect = audit.one_run_bound(included + 0.01 * noise, included, 1e-5)
+    assert perfect > 4.38 and perfect == pytest.approx(audit.largest_bound(500, 1e-5), rel=0.1)
+    assert audit.largest_bound(50, 1e-5) < audit.largest_bound(500, 1e-5)
+
+
+def test_the_score_cancels_what_the_base_model_knew():
+    rng = np.random.default_rng(0)
+    included, base = rng.random(300) < 0.5, rng.normal(6, 2, 300)
+    result = audit.audit_canaries(base, base - 0.5 * included + 0.1 * rng.normal(size=300), included, 1e-5)
+    assert result.refutes(2.0) and result.auc > 0.99 and "never confirms" in str(result)
+    assert not result.refutes(result.epsilon_bound) and result.epsilon_bound <= result.largest
+    json.dumps(dataclasses.asdict(result), allow_nan=False)
+
+
+@pytest.mark.parametrize("scores, included, message", [
+    (np.zeros(30), np.zeros(29, bool), "shape"), (np.zeros(30), np.ones(30, bool), "too few"),
+    (np.full(30, np.nan), np.arange(30) < 15, "not finite")])
+def test_canary_mistakes_are_refused(scores, included, message):
+    with pytest.raises(PrivacyError, match=message):
+        audit.one_run_bound(scores, included, 1e-5)
+
+
+# in the step
+
+def failed(checks):
+    return [check.name for check in checks if not check.passed]
+
+
+def test_noise_checks():
+    noise = 0.7 * Randomness(bytes(range(32)), "run").gaussians("noise", 0, 50_000)
+    assert not failed(audit.check_noise(noise, 0.7))
+    assert failed(audit.check_noise(noise * 0.97, 0.7)) == ["standard deviation over the promised one"]
+    assert "mean over the standard deviation" in failed(audit.check_noise(noise + 0.02, 0.7))
+    assert failed(audit.check_noise(np.random.default_rng(0).uniform(-0.7 * 3**0.5, 0.7 * 3**0.5, 50_000), 0.7))
+    few_bits = 0.7 * stats.norm.ppf((np.random.default_rng(0).integers(0, 128, 50_000) + 0.5) / 128)
+    assert "draws beyond 3 standard deviations" in failed(audit.check_noise(few_bits, 0.7))
+
+
+def test_inclusion_checks():
+    rng = np.random.default_rng(0)
+    assert not failed(audit.check_inclusion(rng.binomial(60, 0.1, 2000), 60, 0.1))
+    assert failed(audit.check_inclusion(np.full(2000, 6), 60, 0.1)) == ["variance of inclusions over the binomial one"]
+    assert "inclusions in all" in failed(audit.check_inclusion(rng.binomial(60, 0.11, 2000), 60, 0.1))
+    assert failed(audit.check_inclusion(np.r_[np.zeros(1980, int), np.full(20, 600)], 60, 0.1))
+    assert audit.check_batches([np.array([3, 1]), np.array([], int)]).passed and not audit.check_batches([[1], [4, 4]]).passed
+
+
+def test_independence_checks():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 20_000))
+    assert not failed(audit.check_independence(a, b))
+    assert "correlation of values" in failed(audit.check_independence(a, 0.9 * b + 0.1 * a))
+    assert failed(audit.check_independence(a, a * np.sign(b))) == ["correlation of squares"]
+
+
+# contamination
+
+def test_contamination_counts_long_overlaps_only():
+    private = [" ".join(f"w{i}x{j}" for j in range(60)) for i in range(10)] + ["short"]
+    corpus = (text for text in [f"before {private[0]} after", " ".join(private[1].split()[:49]), *(["filler"] * 30)])
+    found = audit.contamination(private, corpus)
+    assert (found.overlapping, found.long_enough, found.rows, found.corpus_texts) == (1, 10, 11, 32)
+    assert found.share == 0.1 and found.interval[0] < 0.1 < found.interval[1]
+    assert audit.contamination(private, [], n=50).overlapping == 0 and audit.contamination(["short"], private).share == 0.0
+
+
+def test_contamination_reads_the_corpus_in_parts(monkeypatch):
+    monkeypatch.setattr(audit, "CORPUS_TEXTS", 3)
+    private = [" ".join(f"w{i}x{j}" for j in range(8)) for i in range(10)]
+    assert audit.contamination(private, iter(private[4:]), n=8).overlapping == 6
+
+
+def test_loss_membership_is_one_sided():
+    rng = np.random.default_rng(0)
+    reference = rng.normal(3, 1, 400)
+    assert audit.loss_membership(rng.normal(2.5, 1, 400), reference).p_value < 1e-6
+    assert audit.loss_membership(rng.normal(3, 1, 400), reference).p_value > 0.01
+    assert audit.loss_membership(rng.normal(3.5, 1, 400), reference).p_value > 0.99
