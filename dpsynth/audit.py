@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['POWER', 'Z_POWER', 'DRAWS', 'READERS', 'MIN_ROWS', 'TEXT_WORDS', 'WORD', 'RUN_LENGTHS', 'MIN_TAIL', 'ORDER', 'DIGITS',
-           'CATEGORIES', 'CHECK_ROWS', 'CHECK_LEVEL', 'LOOK_WORDS', 'CAVEAT', 'HEADER', 'MIN_VOCABULARY',
-           'MIN_CANARIES', 'CHECK_P', 'CORPUS_TEXTS', 'Attack', 'exact_interval', 'copy_test', 'delong', 'around',
-           'auc_test', 'ranked', 'tpr_test', 'top_sizes', 'top_test', 'share_test', 'holm', 'pairs_bound', 'read_rows',
-           'Pool', 'make_pool', 'Words', 'shares_run', 'folded', 'text_copies', 'Near', 'nearest', 'nearest_plan',
-           'RunModel', 'text_membership', 'membership_plan', 'table_copies', 'table_membership', 'exchangeability',
-           'Evidence', 'text_evidence', 'table_evidence', 'AuditReport', 'audit_files', 'audit_command', 'roc',
-           'dp_region', 'plot_roc', 'plot_distances', 'make_canaries', 'CanaryCoins', 'canary_scores', 'one_run_bound',
-           'largest_bound', 'CanaryAudit', 'audit_canaries', 'Check', 'check_noise', 'check_inclusion', 'check_batches',
-           'check_independence', 'Contamination', 'contamination', 'loss_membership']
+           'CATEGORIES', 'CHECK_ROWS', 'CHECK_LEVEL', 'LOOK_WORDS', 'CAVEAT', 'HEADER', 'MIN_CANARIES', 'CHECK_P',
+           'CORPUS_TEXTS', 'Attack', 'exact_interval', 'copy_test', 'delong', 'around', 'auc_test', 'ranked',
+           'tpr_test', 'top_sizes', 'top_test', 'share_test', 'holm', 'pairs_bound', 'read_rows', 'Pool', 'make_pool',
+           'Words', 'shares_run', 'folded', 'text_copies', 'Near', 'nearest', 'nearest_plan', 'RunModel',
+           'text_membership', 'membership_plan', 'table_copies', 'table_membership', 'exchangeability', 'Evidence',
+           'text_evidence', 'table_evidence', 'AuditReport', 'audit_files', 'audit_command', 'roc', 'dp_region',
+           'plot_roc', 'plot_distances', 'canary_scores', 'one_run_bound', 'largest_bound', 'CanaryAudit',
+           'audit_canaries', 'Check', 'check_noise', 'check_inclusion', 'check_batches', 'check_independence',
+           'Contamination', 'contamination', 'loss_membership']
 
-# %% ../nbs/12_audit.ipynb #fc6f616b
+# %% ../nbs/12_audit.ipynb #9d52082f
 import bisect
 import dataclasses
 import functools
@@ -31,6 +31,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from .canaries import write_private
 from .data import Records
 from .privacy import default_delta
 from .settings import DataError, PrivacyError
@@ -890,21 +891,7 @@ def _details(pool, parts):
     split = lambda values: (values[pool.member[:len(values)]], values[~pool.member[:len(values)]])
     return {part.kind: {"scores": split(part.scores), "distance": split(part.distance)} for part in parts}
 
-# %% ../nbs/12_audit.ipynb #55447a38
-def _write_private(path, content):
-    """Write text to a file that only its owner can read, replacing it as a whole."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from None
-
-
+# %% ../nbs/12_audit.ipynb #3bf2b041
 def audit_command(synthetic, train, holdout, *, json_path=None, **options):
     """Audit, print the table and the verdict, and write the report as JSON (mode 0600: it is private) where a path is given.
 
@@ -921,7 +908,7 @@ def audit_command(synthetic, train, holdout, *, json_path=None, **options):
     remarks = [*(f"warning: {w}" for w in report.warnings), *(f"notice: {n}" for n in report.notices)]
     print("\n".join([*remarks, report.summary, CAVEAT, _footing(report)]))
     if json_path:
-        _write_private(json_path, json.dumps(report.to_dict(), indent=1) + "\n")
+        write_private(json_path, json.dumps(report.to_dict(), indent=1) + "\n")
     return report.passed
 
 # %% ../nbs/12_audit.ipynb #43d9804d
@@ -969,85 +956,6 @@ def plot_distances(report):
         axes.legend()
     plt.close(figure)
     return figure
-
-# %% ../nbs/12_audit.ipynb #e1796334
-MIN_VOCABULARY = 100
-
-
-def _vocabulary(texts):
-    """Distinct plain words of the texts, sorted."""
-    words = sorted({word for text in texts for word in text.split() if word.isalpha() and 3 <= len(word) <= 12})
-    if len(words) < MIN_VOCABULARY:
-        raise DataError(f"canaries: the public texts have {len(words)} distinct words; {MIN_VOCABULARY} are needed for a surprising suffix")
-    return np.array(words, dtype=object)
-
-
-def make_canaries(count, public, *, seed=0, prefix_words=12, suffix_words=8):
-    """Distinct texts that begin like a public text and end in random words.
-
-    Args:
-        public: texts, or `Records`, that are public or were generated without private rows. Never training rows.
-        seed: of the texts only. Which of them are used is decided by `CanaryCoins`.
-
-    Returns:
-        A list of `count` texts; for `Records`, `Records` whose labels are those of the rows that the beginnings come from.
-
-    Raises:
-        DataError: too few texts or words.
-    """
-    texts = public.texts if isinstance(public, Records) else list(public)
-    vocabulary, rng = _vocabulary(texts), np.random.default_rng(seed)
-    rows = rng.choice(len(texts), count, replace=count > len(texts))
-    suffixes = (" ".join(rng.choice(vocabulary, suffix_words)) for _ in rows)
-    canaries = [" ".join(texts[row].split()[:prefix_words]) + " " + suffix for row, suffix in zip(rows, suffixes)]
-    if len(set(canaries)) < count:
-        raise DataError("canaries: two are equal; use more public texts or a longer suffix")
-    if not isinstance(public, Records):
-        return canaries
-    frame = public.frame.iloc[rows].reset_index(drop=True).assign(text=canaries)
-    return dataclasses.replace(public, frame=frame, name="canaries", source={"kind": "canaries", "from": public.name, "rows": count})
-
-# %% ../nbs/12_audit.ipynb #e8b2926a
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class CanaryCoins:
-    """Which canaries take part in training.
-
-    Attributes:
-        included: bool[m], independent and fair.
-    """
-    included: np.ndarray
-
-    def __len__(self):
-        return len(self.included)
-
-    def __repr__(self):
-        return f"CanaryCoins({len(self)} hidden)"
-
-    @classmethod
-    def flip(cls, count, folder, randomness=None):
-        """The coins in the private folder, thrown on first use: file `canary_coins` (mode 0600) in `folder` (mode 0700).
-
-        Args:
-            randomness: the run's `Randomness`; None: operating-system entropy.
-
-        Raises:
-            PrivacyError: the folder holds coins for another number of canaries.
-        """
-        path = pathlib.Path(folder) / "canary_coins"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.parent.chmod(0o700)
-            _write_private(path, "".join("01"[bit] for bit in _coins(count, randomness)))
-        stored = path.read_text(encoding="ascii")
-        if len(stored) != count or set(stored) - {"0", "1"}:
-            raise PrivacyError(f"{path}: not the coins of {count} canaries; use the number of canaries the run was started with")
-        return cls(np.array([bit == "1" for bit in stored]))
-
-
-def _coins(count, randomness):
-    """`count` fair bits."""
-    words = np.frombuffer(os.urandom(count), np.uint8) if randomness is None else randomness.integers("canaries", 0, count)
-    return [int(word) & 1 for word in words]
 
 # %% ../nbs/12_audit.ipynb #f632b2d8
 MIN_CANARIES = 20

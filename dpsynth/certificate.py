@@ -59,7 +59,7 @@ def base_model(name, model_hash, contamination):
     trained_on, own = BASE_MODELS.get(family, ("not known to dpsynth", None))
     return {"name": name, "hash": model_hash, "trained_on": trained_on, "own_guarantee": own, "contamination": contamination}
 
-# %% ../nbs/04a_certificate.ipynb #38f6125b
+# %% ../nbs/04a_certificate.ipynb #860da63e
 NOT_COVERED = [
     "rows of the test split and every number computed from them (MAUVE, utility, held-out loss)",
     "the choice of hyper-parameters, if it was made by looking at these training rows",
@@ -69,7 +69,7 @@ NOT_COVERED = [
 ]
 
 
-def make_certificate(mechanism, settings, *, base, unit_count_public=True, composed=None):
+def make_certificate(mechanism, settings, *, base, composed=None):
     """The certificate of one run, a `Certificate`.
 
     Args:
@@ -87,7 +87,7 @@ def make_certificate(mechanism, settings, *, base, unit_count_public=True, compo
         "curve": privacy_curve(mechanism.accesses),
         "groups": [dict(zip(("units", "epsilon", "delta"), (k, *group_guarantee(epsilon, delta, k)))) for k in (2, 4, 8)],
         "mechanism": mechanism.describe(), "accountant": _accountant(mechanism),
-        "accesses": _accesses(mechanism, settings, unit_count_public),
+        "accesses": _accesses(mechanism, settings),
         "composed": composed or {"epsilon": epsilon, "delta": delta, "releases": 1},
         "hyper_parameters": f"chosen on {settings.tuned_on}" if settings.tuned_on else "not stated where they were chosen",
         "base_model": base, "randomness": _randomness(mechanism), **_implementation(settings),
@@ -114,13 +114,13 @@ def _accountant(mechanism):
                             "the sum is divided by the expected batch size, never by the drawn one"]}
 
 
-def _accesses(mechanism, settings, unit_count_public):
+def _accesses(mechanism, settings):
     """Every reading of private rows: with its mechanism and cost, or the word public."""
     paid = [{**dataclasses.asdict(a), "epsilon": compose((a,), mechanism.delta)} for a in mechanism.accesses]
     free = ["names of the labels", "the prompt", "limits on length and number of rows"]
     if settings.label_prior != "private":
         free.append(f"shares of the labels among the samples: {settings.label_prior}")
-    if unit_count_public:
+    if settings.unit_count == "public":
         free.append("number of training units")
     return [*paid, *({"what": what, "epsilon": "public"} for what in free)]
 

@@ -108,12 +108,13 @@ def _row_hash(key, text, label, group):
     row = len(group.encode("utf-8")).to_bytes(8, "big") + group.encode("utf-8") + _row_bytes(text, label)
     return int.from_bytes(hashlib.blake2b(row, digest_size=32, key=key, person=b"dpsynth records").digest(), "big")
 
-# %% ../nbs/01_data.ipynb #58c93409
+# %% ../nbs/01_data.ipynb #412dd0b7
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """Rows to train on, and rows that only ever measure."""
+    """Rows to train on, rows that only ever measure, and training rows that are kept out for an audit (none, if not asked for)."""
     train: Records
     test: Records
+    kept_out: Records
 
 # %% ../nbs/01_data.ipynb #25cd4f9e
 def _as_text(value):
@@ -413,23 +414,23 @@ def _read_demo(settings):
         _require("demo", frame.columns, settings)
     return tuple(_checked(frame, "demo", settings) for frame in frames)
 
-# %% ../nbs/01_data.ipynb #f45b1550
+# %% ../nbs/01_data.ipynb #abc6def6
 def _permutation(n, seed, purpose):
     """int64[n]: a permutation that depends on n, the seed and the purpose only."""
     return np.random.default_rng([seed, purpose]).permutation(n)
 
 
-def _hold_out(frame, where, settings):
-    """`(train, test)`: a random share of the rows, or of the units, is held out; both keep their order."""
+def _hold_out(frame, where, name, fraction, seed, purpose):
+    """`(kept, held)`: a random share of the rows, or of the units, is held out; both keep their order. `name` is the setting to blame."""
     if len(frame) < 2:
-        raise DataError(f"{where}: 1 row cannot be divided into training and test rows; set test_data")
+        raise DataError(f"{where}: 1 row cannot be divided by {name}; give it more rows, or set test_data")
     if "unit" in frame:
-        held = _unit_shares(frame, settings.seed, 0) < settings.test_fraction
+        held = _unit_shares(frame, seed, purpose) < fraction
         if held.all() or not held.any():
-            raise DataError(f"{where}: its {frame['unit'].nunique()} units are too few to be divided by test_fraction; set test_data")
+            raise DataError(f"{where}: its {frame['unit'].nunique()} units are too few to be divided by {name}")
         return frame[~held], frame[held]
-    size = min(max(1, round(len(frame) * settings.test_fraction)), len(frame) - 1)
-    order = _permutation(len(frame), settings.seed, 0)
+    size = min(max(1, round(len(frame) * fraction)), len(frame) - 1)
+    order = _permutation(len(frame), seed, purpose)
     return frame.iloc[np.sort(order[size:])], frame.iloc[np.sort(order[:size])]
 
 
@@ -447,7 +448,7 @@ def _unit_shares(frame, seed, purpose):
     share = lambda name: int.from_bytes(hashlib.blake2b(f"{seed}|{purpose}|{name}".encode(), digest_size=8).digest(), "big") / 2.0**64
     return frame["unit"].map(share).to_numpy(np.float64)
 
-# %% ../nbs/01_data.ipynb #48824b20
+# %% ../nbs/01_data.ipynb #4099f7ac
 def _with_test_file(train, test, source, settings):
     """`(train, test, source)` with the rows of `test_data`, where it is set, in place of any other test rows."""
     if not settings.test_data:
@@ -459,15 +460,19 @@ def _splits(train, test, source, name, settings):
     """`Splits` of checked frames, held out, thinned and rid of copies as the settings say."""
     held_out = test is None
     if held_out:
-        train, test = _hold_out(train, name, settings)
+        train, test = _hold_out(train, name, "test_fraction", settings.test_fraction, settings.seed, 0)
     rows = len(train), len(test)
     train, test = (_thin(f, size, settings.seed, i) for f, size, i in ((train, settings.train_size, 1), (test, settings.test_size, 2)))
+    kept_out = train[:0]
+    if settings.audit_fraction:
+        train, kept_out = _hold_out(train, name, "audit_fraction", settings.audit_fraction, settings.seed, 3)
     train, counts = _without_copies(train, settings)
     counts["train_rows_in_test"] = int(train["text"].isin(test["text"]).sum())
     source = {**source, "held_out": held_out}
     test_name = pathlib.Path(settings.test_data).name if settings.test_data else name
     return Splits(_records(train, name, {**source, "split": "train", "rows": rows[0], **counts}, settings),
-                  _records(test, test_name, {**source, "split": "test", "rows": rows[1]}, settings))
+                  _records(test, test_name, {**source, "split": "test", "rows": rows[1]}, settings),
+                  _records(kept_out, name, {**source, "split": "kept out"}, settings))
 
 
 def _without_copies(frame, settings):

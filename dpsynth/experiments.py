@@ -286,7 +286,7 @@ def _literal(path):
     """A path in which papermill finds no placeholder."""
     return str(path).replace("{", "{{").replace("}", "}}")
 
-# %% ../nbs/14_experiments.ipynb #89e26502
+# %% ../nbs/14_experiments.ipynb #e2e4977c
 def run(configs, out="runs", overrides=(), timeout=None, say=print):
     """Run every experiment of `configs` (YAML files, or folders of them) into `out/<experiment>`.
 
@@ -302,23 +302,24 @@ def run(configs, out="runs", overrides=(), timeout=None, say=print):
     experiments = read_configs(configs, overrides)
     check_template()
     missing = [s for s in experiments if not is_done(s, out / s.experiment)]
-    preflight(missing)
+    spending = preflight(missing, out)
     check_writable(out)
+    for line in spending:
+        say(line)
     for settings in experiments:
         state = execute(settings, out / settings.experiment, timeout) if settings in missing else "done before"
         say(describe_end(out / settings.experiment, state))
     return [describe(out / settings.experiment) for settings in experiments]
 
 
-def preflight(experiments):
-    """Look for everything that would make one of the experiments fail. Raises DpsynthError."""
+def preflight(experiments, out):
+    """Look for everything that would make one of the experiments fail; returns lines on what they will spend. Raises DpsynthError."""
     if not experiments:
-        return
+        return []
     with quiet_libraries():
-        from dpsynth.pipeline import remember, survey
+        from dpsynth.pipeline import remember, spending, survey
     look = remember()
-    for settings in experiments:
-        survey(settings, load=look)
+    return spending([survey(settings, load=look) for settings in experiments], out)
 
 
 def check_writable(out):

@@ -5,21 +5,25 @@
 # %% auto #0
 __all__ = ['CHUNK_SCORES', 'SAFETY', 'token_losses', 'example_loss', 'unit_loss', 'rows_of_units', 'clip_to_grid',
            'make_private_sum', 'make_plain_sum', 'make_mean_loss', 'bucket_lengths', 'microbatches', 'learning_rate',
-           'flatten', 'unflatten', 'Trainer', 'tokenize', 'train', 'describe_progress', 'held_out_loss', 'self_check',
-           'prepare_model', 'finetune_run', 'estimate_counts', 'LossLog', 'label_shares', 'with_prior']
+           'flatten', 'unflatten', 'Trainer', 'tokenize', 'train', 'describe_progress', 'row_losses', 'held_out_loss',
+           'self_check', 'prepare_model', 'finetune_run', 'Account', 'estimate_counts', 'LossLog', 'contamination_note',
+           'label_shares', 'with_prior']
 
-# %% ../nbs/07_finetune.ipynb #50d821d3
+# %% ../nbs/07_finetune.ipynb #6b64acbc
 import json
 import math
 import os
 import pathlib
 import time
 
+from .canaries import CanaryCoins, with_canaries
 from .certificate import base_model, make_certificate, write_certificate
 from .data import TokenStore
 from .formats import TextFormat
+from .ledger import Ledger, accesses_event, release_id
 from .models import load_adapter, load_model, preset_hash, save_adapter, setup_tuning, tuning_mode
-from .privacy import Randomness, Session, bind_run, load_secret, make_mechanism, noisy_counts, run_identity
+from .privacy import (Randomness, Session, bind_run, count_accesses, load_secret, make_mechanism, noisy_counts,
+                             run_identity)
 from .settings import PrivacyError, SettingsError, result_settings
 
 import jax
@@ -269,7 +273,7 @@ def tokenize(model, records, fmt, folder, sequence_length, batch=2000):
                 yield prompts[label], ids[:sequence_length - len(prompts[label])]
     return TokenStore.write(folder, rows())
 
-# %% ../nbs/07_finetune.ipynb #fbdb9a23
+# %% ../nbs/07_finetune.ipynb #39960922
 def train(trainer, checkpoint, *, progress=True, seconds_between=30.0, log=None):
     """Run the updates that remain; resumes from `checkpoint` if there is one, and leaves a last one there."""
     mechanism = trainer.session.mechanism
@@ -300,19 +304,26 @@ def describe_progress(mechanism, step):
     return f"sigma={mechanism.noise_multiplier:.3g} epsilon={spent:.3g}/{mechanism.target_epsilon:g}"
 
 
-def held_out_loss(model, records, fmt, settings, trainable):
+def row_losses(model, records, fmt, settings, trainable=None):
+    """float64[n]: loss of each row in nats per response token, under the model's own weights or other `trainable` ones."""
+    prompts = [model.prompt_ids(p) for p in fmt.prompts]
+    rows = [prompts[label] + ids for label, ids in zip(records.labels, model.response_ids(records.texts))]
+    length, size, mean_loss = settings.sequence_length, settings.microbatch_size, make_mean_loss(model)
+    losses = np.zeros(len(rows))
+    for start in range(0, len(rows), size):
+        part = [row[:length] for row in rows[start:start + size]]
+        part += [[]] * (size - len(part))
+        batch = {"tokens": jnp.array([row + [0] * (length - len(row)) for row in part], "int32"), "total_length": jnp.array(list(map(len, part))),
+                 "prompt_length": jnp.array([len(prompts[label]) for label in records.labels[start:start + size]] + [0] * part.count([]))}
+        found = mean_loss(model.trainable if trainable is None else trainable, model.frozen, batch)
+        losses[start:start + size] = found[:len(losses) - start]
+    return losses
+
+
+def held_out_loss(model, records, fmt, settings):
     """Mean loss in nats per token over `validation_size` test rows, or None if that is 0. Not covered by ε: test rows."""
     count = min(settings.validation_size, len(records))
-    if not count:
-        return None
-    prompts = [model.prompt_ids(p) for p in fmt.prompts]
-    losses, mean_loss = [], make_mean_loss(model)
-    for label, ids in zip(records.labels[:count], model.response_ids(records.texts[:count])):
-        row = (prompts[label] + ids)[:settings.sequence_length]
-        batch = {"tokens": jnp.array([row + [0] * (settings.sequence_length - len(row))], "int32"),
-                 "prompt_length": jnp.array([len(prompts[label])]), "total_length": jnp.array([len(row)])}
-        losses.append(float(mean_loss(trainable, model.frozen, batch)[0]))
-    return float(np.mean(losses))
+    return float(row_losses(model, records.take(np.arange(count)), fmt, settings).mean()) if count else None
 
 # %% ../nbs/07_finetune.ipynb #5738d226
 def self_check(trainer, before):
@@ -333,7 +344,7 @@ def self_check(trainer, before):
     return {"updates": session.step, "realised_over_promised_noise": session.realised_noise, "clipped": trainer.notes[0] / drawn,
             "unusable": trainer.notes[1] / drawn}
 
-# %% ../nbs/07_finetune.ipynb #cf5404df
+# %% ../nbs/07_finetune.ipynb #868d53f2
 def prepare_model(settings):
     """The base model with the trainable part set up as the settings say."""
     model = load_model(settings.model, settings.dtype, settings.seed)
@@ -341,8 +352,10 @@ def prepare_model(settings):
     return model
 
 
-def finetune_run(settings, splits, folder, progress=True):
+def finetune_run(settings, splits, folder, progress=True, overlaps=None):
     """Fine-tune in a run folder; returns (model with the trained weights, dict of public figures).
+
+    `overlaps` is f(settings, records) -> number of units that share text with the corpus; it is called if the settings name one.
 
     Resumes where it stopped. Raises PrivacyError if the folder was started with other settings, data or code.
     """
@@ -352,33 +365,71 @@ def finetune_run(settings, splits, folder, progress=True):
     release.mkdir(parents=True, exist_ok=True)
     identity = run_identity(result_settings(settings), splits.train.fingerprint(secret), preset_hash(settings.model))
     randomness = Randomness(secret, bind_run(private, identity))
-    units = rows_of_units(splits.train.units, settings.max_records_per_unit, settings.seed)
-    counts = estimate_counts(settings, splits.train, units, private / "counts.json")
-    mechanism = make_mechanism(settings, counts.get("units", len(units)))
+    records = with_canaries(settings, splits.train, CanaryCoins.flip(settings.canaries, private, randomness).included)
+    units = rows_of_units(records.units, settings.max_records_per_unit, settings.seed)
+    account = Account(settings, splits.train, release_id(randomness.run_id, secret), folder)
+    account.charge("counts", count_accesses(settings))
+    counts = estimate_counts(settings, records, units, private / "counts.json", overlaps)
+    mechanism = make_mechanism(settings, counts.get("units", splits.train.num_units + settings.canaries))
     model, fmt = prepare_model(settings), TextFormat(settings.prompt, settings.labels)
     if not (release / "adapter.npz").exists():
-        _train_into(model, fmt, settings, splits.train, units, mechanism, randomness, private, progress)
-        _finish(model, settings, mechanism, counts, release)
+        account.charge("training", [mechanism.training(mechanism.steps)])
+        _train_into(model, fmt, settings, records, units, mechanism, randomness, private, progress)
+        _finish(model, settings, mechanism, counts, account.composed(mechanism.delta), release)
+    account.finish()
     load_adapter(model, release / "adapter.npz")
     return model, {"steps": mechanism.steps, "noise_multiplier": mechanism.noise_multiplier or None, "tuning": tuning_mode(settings),
                    "trained_parameters": int(sum(a.size for a in model.trainable)),
-                   "held_out_loss": held_out_loss(model, splits.test, fmt, settings, model.trainable)}
+                   "held_out_loss": held_out_loss(model, splits.test, fmt, settings)}
 
 
-def estimate_counts(settings, records, units, path):
-    """The counts that are estimated out of ε: `units` (int) and `labels` (list of int), those that the settings ask for.
+class Account:
+    """What one run charges to its rows in the ledger; nothing where it is not private."""
+
+    def __init__(self, settings, records, run_id, folder):
+        self.title, self.run_id, self.charged = settings.experiment, run_id, []
+        self.ledger = self.dataset = None
+        if settings.private:
+            places = {"user": None, "runs": folder.parent / ".ledger.sqlite"}
+            self.ledger = Ledger(places.get(settings.ledger, settings.ledger))
+            self.dataset = self.ledger.register(records.name, records.unit_names())
+
+    def charge(self, what, accesses):
+        """Charge these accesses (tuple or list of `Access`), once however often the run is resumed. Raises BudgetError over a cap."""
+        if self.ledger is None or not accesses:
+            return
+        run = f"{self.run_id} {what}"
+        self.ledger.plan(run, self.dataset, accesses_event(accesses), f"{self.title}: {what}")
+        self.ledger.start(run)
+        self.charged.append(run)
+
+    def composed(self, delta):
+        """The certificate's `composed` entry: everything charged to these rows so far, this run included."""
+        if self.ledger is None:
+            return None
+        return {"epsilon": self.ledger.spent(self.dataset, delta), "delta": delta, "releases": len(self.ledger.charged(self.dataset))}
+
+    def finish(self):
+        """Note that the run is complete."""
+        for run in self.charged:
+            self.ledger.finish(run)
+
+
+def estimate_counts(settings, records, units, path, overlaps=None):
+    """The counts that are estimated out of ε: `units` and `overlaps` (int) and `labels` (list of int), those that the settings ask for.
 
     Each unit counts once; its label is that of its first row that takes part. Drawn once, then read from `path`.
     """
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    if not settings.private or "private" not in (settings.unit_count, settings.label_prior):
+    exact = {"units": [len(units)], "labels": np.bincount(records.labels[units[:, 0]], minlength=len(settings.labels))}
+    wanted = [name for name, how in (("units", settings.unit_count), ("labels", settings.label_prior)) if how == "private"]
+    if settings.contamination_corpus:
+        wanted, exact["overlaps"] = [*wanted, "overlaps"], [overlaps(settings, records)]
+    if not settings.private or not wanted:
         return {}
-    counts, scale = {}, 1 / (settings.epsilon * settings.access_share)
-    if settings.unit_count == "private":
-        counts["units"] = max(1, noisy_counts([len(units)], scale)[0])
-    if settings.label_prior == "private":
-        counts["labels"] = noisy_counts(np.bincount(records.labels[units[:, 0]], minlength=len(settings.labels)), scale)
+    drawn = {name: noisy_counts(exact[name], 1 / (settings.epsilon * settings.access_share)) for name in wanted}
+    counts = {name: values if name == "labels" else max(1 if name == "units" else 0, values[0]) for name, values in drawn.items()}
     path.with_suffix(".tmp").write_text(json.dumps(counts), encoding="utf-8")
     os.replace(path.with_suffix(".tmp"), path)
     return counts
@@ -410,15 +461,24 @@ class LossLog:
             file.write(json.dumps({"step": trainer.session.step, "loss": loss}) + "\n")
 
 
-def _finish(model, settings, mechanism, counts, release):
+def _finish(model, settings, mechanism, counts, composed, release):
     """Certificate, label shares and adapter; the adapter is renamed into place last: it marks the training as done."""
     if mechanism.private:
-        base = base_model(settings.model, preset_hash(settings.model), "not checked")
-        write_certificate(make_certificate(mechanism, settings, base=base, unit_count_public="units" not in counts), release)
+        base = base_model(settings.model, preset_hash(settings.model), contamination_note(settings, counts))
+        write_certificate(make_certificate(mechanism, settings, base=base, composed=composed), release)
     if "labels" in counts:
         (release / "label_prior.json").write_text(json.dumps(label_shares(counts["labels"])) + "\n", encoding="utf-8")
     save_adapter(model, release / "adapter.tmp")
     os.replace(release / "adapter.tmp", release / "adapter.npz")
+
+
+def contamination_note(settings, counts):
+    """What the certificate says about rows that the base model may have read before."""
+    if "overlaps" not in counts:
+        return "not checked"
+    noise = 1 / (settings.epsilon * settings.access_share)
+    return (f"about {counts['overlaps']:,} units share 50 words with {pathlib.Path(settings.contamination_corpus).name} "
+            f"(noise of scale {noise:.3g} added)")
 
 
 def label_shares(counts):

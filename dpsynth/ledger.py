@@ -9,7 +9,7 @@ __all__ = ['LARGEST_GROUP', 'LARGEST_EPSILON', 'KINDS', 'SCHEMA_VERSION', 'APPLI
            'compose', 'default_path', 'Dataset', 'Release', 'History', 'Unanswered', 'Limit', 'release_id', 'Plan',
            'Ledger', 'ledger_table', 'plot_ledger', 'ledger_command']
 
-# %% ../nbs/05_ledger.ipynb #65795650
+# %% ../nbs/05_ledger.ipynb #e7036b93
 import collections
 import contextlib
 import dataclasses
@@ -28,6 +28,7 @@ from typing import ClassVar, Literal
 import psutil
 import pydantic
 
+from . import __version__
 from .runs import now
 from .settings import BudgetError, DataError, PrivacyError, SettingsError
 
@@ -245,7 +246,7 @@ def accesses_event(accesses):
     paid = [{**entry, "kind": entry["mechanism"]} for entry in entries if entry.get("epsilon") != "public"]
     return [{name: entry[name] for name in KINDS[entry["kind"]].model_fields} for entry in paid]
 
-# %% ../nbs/05_ledger.ipynb #24160f9b
+# %% ../nbs/05_ledger.ipynb #a2dac983
 def _canonical(event):
     """Canonical text of an event, or of each event of a list: two events are equal if and only if their texts are."""
     events = event if isinstance(event, (list, tuple)) else [event]
@@ -263,8 +264,8 @@ class Question:
 
     @property
     def text(self):
-        """The question as text: the name under which the ledger remembers the answer of this version of the accountant."""
-        return json.dumps([metadata.version("dp-accounting"), sorted(self.events), self.delta, *dataclasses.astuple(self.neighbours)])
+        """The question as text: the name under which the ledger remembers the answer of these versions."""
+        return json.dumps([metadata.version("dp-accounting"), __version__, sorted(self.events), self.delta, *dataclasses.astuple(self.neighbours)])
 
     def grid(self, events):
         """Width of the grid of losses: wider for little noise and for groups, whose losses are large. A wider grid overstates ε."""
@@ -572,7 +573,7 @@ def _undominated(counters):
             kept.append(counter)
     return kept
 
-# %% ../nbs/05_ledger.ipynb #a39499fd
+# %% ../nbs/05_ledger.ipynb #9f6e6ef5
 class Unanswered(Exception):
     """A transaction needs an ε that has not been computed yet."""
 
@@ -596,6 +597,12 @@ def _worst(db, histories, releases, delta, extra=collections.Counter(), relation
     """Largest composed ε over the units of some histories."""
     counters = _undominated([_event_counts(history, releases, extra) for history in histories])
     return max(_epsilon(db, counter, delta, Neighbours(relation)) for counter in counters)
+
+
+def _bound(db, datasets, delta):
+    """ε of all charged releases of these data sets together."""
+    releases = [Release(**row) for row in db.execute("SELECT * FROM releases WHERE started IS NOT NULL")]
+    return _epsilon(db, _event_counts(History(datasets, 0, 1), releases, collections.Counter()), delta)
 
 
 def _worst_group(db, histories, releases, delta):
@@ -775,7 +782,7 @@ def _abandon(db, run_id):
         _set_state(db, release, "abandoned", ended=now())
     return _find(db, run_id)
 
-# %% ../nbs/05_ledger.ipynb #24cb39f0
+# %% ../nbs/05_ledger.ipynb #dc27602f
 class Ledger:
     """The privacy budget of every data set on this machine, across runs. Private: the file and its key never leave the machine.
 
@@ -907,6 +914,15 @@ class Ledger:
         dataset = self.dataset(dataset)
         return self._read(lambda db: _worst(db, _histories(db, dataset.id), _charged(db, dataset.id),
                                             dataset.delta if delta is None else delta, relation=relation))
+
+    def bound(self, datasets, delta):
+        """ε of all charged releases of these data sets, as if each of their units were in every one of them.
+
+        Unlike `spent` it depends on no row, only on what was done; it may be published where it is public that the data sets belong
+        together. It does not cover data sets that are not named.
+        """
+        ids = {self.dataset(dataset).id for dataset in datasets}
+        return self._read(_bound, ids, delta)
 
     def spent_by_copies(self, dataset):
         """(ε, k) for the contributor of all k exact copies of a row, the worst such row: its releases as seen by a group of k."""

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from .settings import PrivacyError, SettingsError
 from .verify import privacy_profile
 
-# %% ../nbs/04_privacy.ipynb #f486a2f5
+# %% ../nbs/04_privacy.ipynb #41c56ccf
 @dataclasses.dataclass(frozen=True)
 class Access:
     """One paid access to private rows, as the accountant is told of it.
@@ -44,9 +44,9 @@ class Access:
 
 
 def discretization_interval(accesses):
-    """Width of the cells of the PLD: wider where little noise makes losses large. Wider cells only overstate ε, here by about 1e-5."""
+    """Width of the cells of the PLD: wider where little noise makes losses large. Wider cells only overstate ε, here by some 1e-5."""
     least = min([a.noise_multiplier for a in accesses if a.mechanism == "dp_sgd"], default=1.0)
-    return 1e-4 if least >= 1 else 1e-3 * max(1.0, (0.3 / least) ** 2)
+    return 3e-4 if least >= 1 else 1e-3 * max(1.0, (0.3 / least) ** 2)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -184,11 +184,12 @@ def check_batch_and_delta(num_units, batch_size, delta):
         raise SettingsError(f"setting delta: {delta:g} is not below 1/n = {1 / num_units:.3g}; with that probability one unit could be "
                             "published whole")
 
-# %% ../nbs/04_privacy.ipynb #b210a3a3
+# %% ../nbs/04_privacy.ipynb #c2c84eef
 def count_accesses(settings):
     """The `Access` of each count that the settings want estimated, a tuple."""
-    wanted = [("number of training units", settings.unit_count), ("label histogram", settings.label_prior)]
-    return tuple(Access(what, "discrete_laplace", 1 / (settings.epsilon * settings.access_share)) for what, how in wanted if how == "private")
+    wanted = {"number of training units": settings.unit_count == "private", "label histogram": settings.label_prior == "private",
+              "units that overlap the corpus": bool(settings.contamination_corpus)}
+    return tuple(Access(what, "discrete_laplace", 1 / (settings.epsilon * settings.access_share)) for what, paid in wanted.items() if paid)
 
 
 def noisy_counts(counts, scale):

@@ -53,7 +53,7 @@ def _number(value):
     except ValueError:
         return value
 
-# %% ../nbs/00_settings.ipynb #1c0ae8bd
+# %% ../nbs/00_settings.ipynb #a98adfc8
 def _field(default, description, *, tutorial=None, public=True, **limits):
     """A pydantic field; `public=False` marks a field that has no effect on what is released."""
     extra = {"tutorial": tutorial, "affects_result": public}
@@ -118,11 +118,20 @@ class Settings(pydantic.BaseModel):
     l2_clip_norm: float = _field(1.0, "bound on the norm of one unit's gradient where `clip` is `bound`", tutorial="CLIPPING_NORM", gt=0)
     bands: str = _field("1", "updates over which the noise is correlated: 1 is DP-SGD, `auto` chooses by the analytic error")
     unit_count: Literal["public", "private"] = _field("public", "whether the number of units may be known, or is estimated out of ε")
-    access_share: float = _field(0.02, "share of ε for each count that is estimated (labels, units)", gt=0, lt=1)
+    access_share: float = _field(0.02, "share of ε for each count that is estimated (labels, units, overlaps)", gt=0, lt=1)
     monitor: Literal["off", "private"] = _field(
         "off", "`private` writes the loss on training rows under private/, and the certificate says so")
 
+    ledger: str = _field("user", "where the spending is kept: `user` (this user's ledger), `runs` (one beside the run folders), or a file",
+                         public=False, min_length=1)
     tuned_on: str = _field("", "data on which these settings were chosen, for the certificate; empty: not stated")
+
+    # audit
+    audit_fraction: float = _field(0.0, "share of the training rows that is kept out of training, to compare with in an audit", ge=0, lt=1)
+    contamination_corpus: str = _field(
+        "", "file of texts that the base model may have read; how many units share 50 words with one is estimated out of ε")
+    canaries: int = _field(0, "invented rows of which a secret coin decides whether they take part; an audit looks for them", ge=0)
+    canary_copies: int = _field(1, "how often each of them takes part; more than 1 voids the certificate's unit, so it needs epsilon: inf", ge=1)
 
     # sampling
     num_samples: int = _field(10000, "rows to make", tutorial="NUM_SAMPLES", ge=1)
@@ -159,6 +168,10 @@ class Settings(pydantic.BaseModel):
             self.prior()
         if self.epsilon == math.inf and self.noise_multiplier:
             raise ValueError("noise_multiplier: noise needs a target epsilon; `epsilon: inf` trains without differential privacy")
+        if self.contamination_corpus and not self.private:
+            raise ValueError("contamination_corpus: the overlap is estimated out of ε, and this experiment spends none")
+        if self.private and self.canaries and self.canary_copies > 1:
+            raise ValueError("canary_copies: copies of a canary are one row several times; they need `epsilon: inf`")
         if self.bands != "auto" and not (self.bands.isdigit() and int(self.bands) >= 1):
             raise ValueError(f"bands: expected `auto` or a whole number from 1, got {self.bands!r}")
         if not self.private and "private" in (self.label_prior, self.unit_count):

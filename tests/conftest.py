@@ -9,8 +9,11 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import collections
 import pathlib
+import tempfile
 
 import pytest
+
+os.environ["DPSYNTH_LEDGER"] = os.path.join(tempfile.mkdtemp(), "ledger.sqlite")  # never the ledger of whoever runs the tests
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])  # for processes that tests start

@@ -44,7 +44,7 @@ def template(tmp_path, monkeypatch):
             path,
         )
         monkeypatch.setattr(experiments, "TEMPLATE", str(path))
-        monkeypatch.setattr(experiments, "preflight", lambda experiments: None)
+        monkeypatch.setattr(experiments, "preflight", lambda experiments, out: [])
         return path
 
     return make

@@ -256,7 +256,7 @@ def test_training_without_privacy_lowers_the_loss(micro, store):
 # ---- a whole run folder --------------------------------------------------------------------------------------------
 
 RUN = Settings(model="tiny", tuning="lora", lora_rank=1, lora_targets="value", sequence_length=32, batch_size=8, microbatch_size=8, epochs=0.4,
-               epsilon=8, validation_size=4, prompt="[{label}]:")
+               epsilon=8, validation_size=4, prompt="[{label}]:", ledger="runs")
 
 
 def splits(changed=None, settings=RUN):
@@ -328,6 +328,51 @@ def test_counts_are_estimated_once_and_used(tmp_path):
     before = (tmp_path / "dp" / "private" / "counts.json").read_bytes()
     finetune_run(settings, splits(), tmp_path / "dp", progress=False)
     assert (tmp_path / "dp" / "private" / "counts.json").read_bytes() == before
+
+
+def test_overlap_with_a_corpus_is_estimated_and_stated(tmp_path):
+    settings = RUN.model_copy(update={"contamination_corpus": "corpus.csv", "access_share": 0.2})
+    finetune_run(settings, splits(), tmp_path / "dp", progress=False, overlaps=lambda settings, records: 10**6)
+    certificate = json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())
+    count = json.loads((tmp_path / "dp" / "private" / "counts.json").read_text())["overlaps"]
+    assert abs(count - 10**6) < 50 and f"about {count:,} units share 50 words with corpus.csv" in certificate["base_model"]["contamination"]
+    assert "units that overlap the corpus" in [a["what"] for a in certificate["accesses"]]
+
+
+def test_canaries_take_part_as_their_coins_say(tmp_path):
+    from dpsynth.canaries import CanaryCoins
+    settings = RUN.model_copy(update={"canaries": 30})
+    finetune_run(settings, splits(), tmp_path / "dp", progress=False)
+    certificate = json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())
+    included = CanaryCoins.flip(30, tmp_path / "dp" / "private").included
+    assert certificate["num_units"] == 70 and len(TokenStore(tmp_path / "dp" / "private" / "tokens")) == 40 + included.sum()
+    assert 5 < included.sum() < 25
+
+
+def test_a_run_is_charged_once_and_stays_charged(run, tmp_path):
+    from dpsynth.ledger import Ledger
+    from dpsynth.settings import BudgetError
+    ledger = Ledger(run.parent / ".ledger.sqlite")
+    (dataset,) = ledger.datasets()
+    assert [r.state for r in ledger.charged(dataset)] == ["finished"] and dataset.units == 40
+    certificate = json.loads((run / "release" / "certificate.json").read_text())
+    assert certificate["composed"] == {"epsilon": pytest.approx(certificate["epsilon"], rel=1e-3), "delta": certificate["delta"], "releases": 1}
+    finetune_run(RUN, splits(), run, progress=False)
+    assert len(ledger.charged(dataset)) == 1
+    ledger.set_cap(dataset, 10.0)
+    with pytest.raises(BudgetError, match="over the cap 10"):  # one more row is the same budget
+        finetune_run(RUN, splits("an entirely different row"), run.parent / "again", progress=False)
+    assert not (run.parent / "again" / "release" / "adapter.npz").exists()
+    ledger.set_cap(dataset, math.inf)
+
+
+def test_a_stopped_run_is_charged(tmp_path, monkeypatch):
+    from dpsynth.ledger import Ledger
+    monkeypatch.setattr(Trainer, "update", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+    ledger = Ledger(tmp_path / ".ledger.sqlite")
+    assert [r.state for r in ledger.charged(ledger.datasets()[0])] == ["started"]
 
 
 def test_a_column_can_be_the_unit(tmp_path):

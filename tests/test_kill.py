@@ -14,7 +14,7 @@ from dpsynth.settings import Settings
 
 SETTINGS = {"experiment": "dp_ft", "train_size": 200, "test_size": 60, "batch_size": 24, "epochs": 2.0, "epsilon": 8.0, "sequence_length": 48,
             "tuning": "lora", "lora_rank": 1, "prompt": "[film][{label}]:", "num_samples": 96, "sample_batch_size": 16, "num_mauve_samples": 40,
-            "num_mauve_trials": 3, "embed_length": 32, "validation_size": 4}
+            "num_mauve_trials": 3, "embed_length": 32, "ledger": "runs", "validation_size": 4}
 
 WORKER = """
 import pathlib, sys, time

@@ -293,7 +293,8 @@ def test_counts_and_training_together_meet_the_target():
     assert [a.what for a in paid.others] == ["number of training units", "label histogram"]
     assert paid.noise_multiplier > plain.noise_multiplier and 9.95 < paid.epsilon <= 10
     assert paid.epsilon == compose(paid.accesses, paid.delta) < sum(compose((a,), paid.delta) for a in paid.accesses)
-    certificate = make_certificate(paid, IMDB.model_copy(update={"label_prior": "private"}), base=base_model("tiny", "", "no"), unit_count_public=False)
+    settings = IMDB.model_copy(update={"label_prior": "private", "unit_count": "private"})
+    certificate = make_certificate(paid, settings, base=base_model("tiny", "", "no"))
     assert sum(a["epsilon"] == "public" for a in certificate["accesses"]) == 3 and len(certificate["accesses"]) == 6
     verify(certificate)
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from dpsynth import audit
+from dpsynth import audit, canaries
 from dpsynth.data import Records
 from dpsynth.demo import reviews
 from dpsynth.privacy import Randomness
@@ -190,8 +190,8 @@ def test_the_tpr_test_is_exact():
     rng = np.random.default_rng(1)
     scores, member = rng.normal(size=60), np.arange(60) < 30
     observed = audit.tpr_test("", scores, member, level=0.01, fpr=0.1)
-    deals = [round(audit.tpr_test("", scores, rng.permutation(member), level=0.01, fpr=0.1).statistic * 30) for _ in range(800)]
-    assert np.mean(np.array(deals) >= round(observed.statistic * 30)) == pytest.approx(observed.p_value, abs=0.05)
+    deals = [round(audit.tpr_test("", scores, rng.permutation(member), level=0.01, fpr=0.1).statistic * 30) for _ in range(500)]
+    assert np.mean(np.array(deals) >= round(observed.statistic * 30)) == pytest.approx(observed.p_value, abs=0.06)
 
 
 def test_one_percent_of_the_rows_is_seen_at_the_top_and_not_in_the_average():
@@ -331,18 +331,18 @@ def test_pictures(tables):
 
 def test_canaries_begin_like_a_public_text_and_end_in_random_words(texts):
     public = texts[2]
-    made = audit.make_canaries(300, public, seed=1)
+    made = canaries.make_canaries(300, public, seed=1)
     starts = {" ".join(text.split()[:12]) for text in public}
-    assert len(set(made)) == 300 and made == audit.make_canaries(300, public, seed=1) != audit.make_canaries(300, public, seed=2)
+    assert len(set(made)) == 300 and made == canaries.make_canaries(300, public, seed=1) != canaries.make_canaries(300, public, seed=2)
     assert all(any(canary.startswith(start) for start in starts) for canary in made[:5])
     assert all(canary not in public for canary in made)
     with pytest.raises(DataError, match="distinct words"):
-        audit.make_canaries(10, ["too few words here"] * 50)
+        canaries.make_canaries(10, ["too few words here"] * 50)
 
 
 def test_canaries_of_records_keep_the_label_of_their_beginning(texts):
     public = Records(pd.DataFrame({"text": texts[2], "label": np.arange(1000) % 2}), "public", ("a", "b"), {})
-    made = audit.make_canaries(50, public)
+    made = canaries.make_canaries(50, public)
     label_of = {" ".join(text.split()[:12]): label for text, label in zip(public.texts, public.labels)}
     assert isinstance(made, Records) and made.name == "canaries" and len(made) == 50
     assert [label_of[" ".join(t.split()[:12])] for t in made.texts if len(t.split()) == 20] == [
@@ -351,14 +351,14 @@ def test_canaries_of_records_keep_the_label_of_their_beginning(texts):
 
 def test_coins_are_secret_fair_and_thrown_once(tmp_path):
     folder = tmp_path / "private"
-    coins = audit.CanaryCoins.flip(4000, folder)
-    assert np.array_equal(coins.included, audit.CanaryCoins.flip(4000, folder).included)
+    coins = canaries.CanaryCoins.flip(4000, folder)
+    assert np.array_equal(coins.included, canaries.CanaryCoins.flip(4000, folder).included)
     assert folder.stat().st_mode & 0o777 == 0o700 and (folder / "canary_coins").stat().st_mode & 0o777 == 0o600
     assert stats.binomtest(int(coins.included.sum()), 4000).pvalue > 1e-6 and "0" not in repr(coins).replace("4000", "")
-    assert not np.array_equal(coins.included, audit.CanaryCoins.flip(4000, tmp_path / "other").included)
+    assert not np.array_equal(coins.included, canaries.CanaryCoins.flip(4000, tmp_path / "other").included)
     with pytest.raises(PrivacyError, match="10 canaries"):
-        audit.CanaryCoins.flip(10, folder)
-    keyed = [audit.CanaryCoins.flip(64, tmp_path / str(i), Randomness(bytes(32), "run")).included for i in range(2)]
+        canaries.CanaryCoins.flip(10, folder)
+    keyed = [canaries.CanaryCoins.flip(64, tmp_path / str(i), Randomness(bytes(32), "run")).included for i in range(2)]
     assert np.array_equal(*keyed) and 10 < keyed[0].sum() < 54
 
 

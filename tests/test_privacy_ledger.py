@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import traceback
 
 import dp_accounting
 import psutil
@@ -76,9 +77,9 @@ def accountant_epsilon(event, count, relation=ADD):
 @pytest.mark.parametrize("event", [TRAINING, {**TRAINING, "bands": 4}, GAUSSIAN, {"kind": "laplace", "noise_multiplier": 3.0},
                                    {"kind": "discrete_laplace", "noise_multiplier": 3.0}, {"kind": "not_private"}])  # fmt: skip
 def test_composition_is_the_accountants(event):
-    assert compose(2 * [event], DELTA) == pytest.approx(accountant_epsilon(event, 2), rel=1e-9)
+    assert compose(2 * [event], DELTA) == pytest.approx(accountant_epsilon(event, 2), abs=2e-3)
     if event["kind"] in ("dp_sgd", "gaussian"):
-        assert compose([event], DELTA, "replace_one") == pytest.approx(accountant_epsilon(event, 1, REPLACE), rel=1e-9)
+        assert compose([event], DELTA, "replace_one") == pytest.approx(accountant_epsilon(event, 1, REPLACE), abs=2e-3)
 
 
 def test_two_equal_releases_are_one_of_twice_the_steps_and_less_than_the_sum():
@@ -87,21 +88,27 @@ def test_two_equal_releases_are_one_of_twice_the_steps_and_less_than_the_sum():
     assert compose([TRAINING], DELTA) < both < 1.6 * compose([TRAINING], DELTA)
 
 
+def test_banded_training_is_rounds_of_a_larger_sample():
+    event = event_from_dict({**TRAINING, "steps": 61, "bands": 4})
+    assert (event.count, event.event.sampling_probability, event.event.event.noise_multiplier) == (16, 0.2, 1.5)
+    assert compose([{**TRAINING, "bands": 4}], DELTA) == compute_epsilon(0.05, 1.5, 60, DELTA, bands=4)
+
+
 def test_parts_of_one_release_and_separate_releases_compose_alike():
     assert compose([[GAUSSIAN, pure(0.5)]], DELTA) == compose([GAUSSIAN, pure(0.5)], DELTA) > compose([GAUSSIAN], DELTA)
 
 
 def test_stated_epsilons_add_only_where_they_must():
-    assert compose([pure(1.0)], DELTA) == pytest.approx(1.0, abs=1e-3)
+    assert compose([pure(1.0)], DELTA) == pytest.approx(1.0, abs=5e-3)
     assert compose(20 * [pure(0.1)], DELTA) < 1.9
     leaky = {"kind": "epsilon_delta", "epsilon": 1.0, "delta": DELTA}
-    assert compose([leaky], DELTA) == pytest.approx(1.0, abs=1e-3)
+    assert compose([leaky], DELTA) == pytest.approx(1.0, abs=5e-3)
     assert compose(2 * [leaky], DELTA) == math.inf > compose(2 * [leaky], 3 * DELTA)
 
 
 @pytest.mark.parametrize("event", [{"kind": "laplace", "noise_multiplier": 2.0}, pure(0.5)])
 def test_a_replacement_is_two_changes(event):
-    assert compose([event], 1e-9, "replace_one") == pytest.approx(1.0, abs=1e-3)
+    assert compose([event], 1e-9, "replace_one") == pytest.approx(1.0, abs=5e-3)
 
 
 def test_groups():
@@ -148,7 +155,7 @@ def test_the_same_rows_in_another_order_are_the_same_data_set(ledger, film):
 def test_overlap_is_recognised(ledger, film, numbers, shared):
     spend(ledger, film, pure(1.0), "r")
     other = ledger.register("other", rows(numbers), DELTA)
-    assert ledger.spent(other) == pytest.approx(1.0 if shared else 0.0, abs=1e-3)
+    assert ledger.spent(other) == pytest.approx(1.0 if shared else 0.0, abs=5e-3)
     assert len(ledger.releases(other)) == shared
 
 
@@ -156,9 +163,9 @@ def test_spend_is_the_largest_over_units_not_the_sum_over_neighbours(ledger):
     left, middle, right = (ledger.register(name, rows(numbers), DELTA) for name, numbers in [("l", [1, 2]), ("m", [2, 3]), ("r", [3, 4])])
     for number, dataset in enumerate((left, middle, right)):
         spend(ledger, dataset, pure(1.0), f"run {number}")
-    assert [ledger.spent(d) for d in (left, middle, right)] == pytest.approx([2.0, 2.0, 2.0], abs=1e-3)
-    assert ledger.spent(ledger.register("first", rows([1]), DELTA)) == pytest.approx(1.0, abs=1e-3)
-    assert ledger.spent(ledger.register("all", rows([1, 2, 3, 4]), DELTA)) == pytest.approx(2.0, abs=1e-3)
+    assert [ledger.spent(d) for d in (left, middle, right)] == pytest.approx([2.0, 2.0, 2.0], abs=5e-3)
+    assert ledger.spent(ledger.register("first", rows([1]), DELTA)) == pytest.approx(1.0, abs=5e-3)
+    assert ledger.spent(ledger.register("all", rows([1, 2, 3, 4]), DELTA)) == pytest.approx(2.0, abs=5e-3)
 
 
 def test_spend_is_that_of_a_count_unit_by_unit(ledger):
@@ -183,16 +190,16 @@ def test_a_trivial_common_row_carries_both_charges_and_the_others_do_not(ledger)
     ours, theirs = ledger.register("ours", ["", *rows(range(9))], DELTA), ledger.register("theirs", ["", *rows(range(50, 59))], DELTA)
     spend(ledger, ours, pure(1.0), "a")
     spend(ledger, theirs, pure(2.0), "b")
-    assert [ledger.spent(d) for d in (ours, theirs)] == pytest.approx([3.0, 3.0], abs=1e-3)
+    assert [ledger.spent(d) for d in (ours, theirs)] == pytest.approx([3.0, 3.0], abs=5e-3)
     clean = ledger.register("clean", rows(range(9)), DELTA)
-    assert ledger.spent(clean) == pytest.approx(1.0, abs=1e-3)
+    assert ledger.spent(clean) == pytest.approx(1.0, abs=5e-3)
 
 
 def test_copies_are_counted_and_their_contributor_is_told(ledger):
     copied = ledger.register("copied", rows([1, 1, 1, 2]), DELTA)
     assert (copied.units, copied.distinct_units, copied.copies) == (4, 2, 3)
     spend(ledger, copied, pure(0.5), "r")
-    assert ledger.spent(copied) == pytest.approx(0.5, abs=1e-3)
+    assert ledger.spent(copied) == pytest.approx(0.5, abs=5e-3)
     epsilon, copies = ledger.spent_by_copies(copied)
     assert copies == 3 and epsilon == pytest.approx(1.5, abs=0.03)
     assert ledger.register("once", rows([1, 2]), DELTA) != copied
@@ -203,8 +210,10 @@ def test_names_are_unique_and_the_nearest_is_offered(ledger, film):
     assert (film.name, other.name) == ("film", "film~2") and ledger.dataset("film~2") == other
     with pytest.raises(SettingsError, match="'flim' is not in this ledger; known: 'film'"):
         ledger.dataset("flim")
+    second = Ledger(ledger.path.with_name("second.sqlite"))
+    second.register("film", rows(range(5)), DELTA)
     with pytest.raises(SettingsError, match="not in this ledger"):
-        Ledger(ledger.path.with_name("second.sqlite")).plan("r", film, GAUSSIAN)
+        second.plan("r", film, GAUSSIAN)
 
 
 def test_bad_units_and_deltas_are_refused(ledger):
@@ -217,15 +226,23 @@ def test_bad_units_and_deltas_are_refused(ledger):
     assert ledger.register("x", rows(range(10))).delta == pytest.approx(10**-1.2)
 
 
+def test_what_may_be_published_depends_on_no_row(ledger, film):
+    apart, overlapping = ledger.register("apart", rows(range(100, 200)), DELTA), ledger.register("over", rows(range(99, 200)), DELTA)
+    for number, dataset in enumerate((film, apart, overlapping)):
+        spend(ledger, dataset, pure(1.0), f"r{number}")
+    assert ledger.bound([film, apart], DELTA) == ledger.bound([film, overlapping], DELTA) == pytest.approx(2.0, abs=1e-3)
+    assert ledger.spent(film) == pytest.approx(2.0, abs=1e-3) and ledger.bound([film], DELTA) == pytest.approx(1.0, abs=1e-3)
+
+
 # states
 
 
 def test_charge_is_made_by_start_and_never_goes_away(ledger, film):
     assert ledger.plan("r", film, pure(1.0), "the run").state == "planned"
-    assert ledger.spent(film) == 0 and ledger.total_after(film, []) == pytest.approx(1.0, abs=1e-3)
+    assert ledger.spent(film) == 0 and ledger.total_after(film, []) == pytest.approx(1.0, abs=5e-3)
     started = ledger.start("r")
     assert (started.state, started.charged, started.title) == ("started", True, "the run")
-    assert ledger.abandon("r").charged and ledger.spent(film) == pytest.approx(1.0, abs=1e-3)
+    assert ledger.abandon("r").charged and ledger.spent(film) == pytest.approx(1.0, abs=5e-3)
     assert ledger.start("r").state == "started"
     assert ledger.finish("r").state == ledger.finish("r").state == ledger.start("r").state == "finished"
     with pytest.raises(PrivacyError, match="cannot be taken back"):
@@ -291,9 +308,9 @@ def test_cap_refuses_before_it_is_crossed_and_says_everything(ledger, film):
     with pytest.raises(BudgetError, match=r"'film': epsilon 2 is spent.*asks 1, together 3 at delta 1e-05, over the cap 2.5; use a smaller") as caught:
         ledger.plan("b", film, pure(1.0))
     assert "\n" not in str(caught.value) and len(ledger.releases(film)) == 1
-    assert ledger.remaining(film) == pytest.approx(0.5, abs=1e-3)
+    assert ledger.remaining(film) == pytest.approx(0.5, abs=5e-3)
     ledger.plan("c", film, pure(0.4))
-    assert ledger.remaining(film) == pytest.approx(0.1, abs=1e-3)
+    assert ledger.remaining(film) == pytest.approx(0.1, abs=5e-3)
     with pytest.raises(BudgetError):
         ledger.plan("d", film, {"kind": "not_private"})
     ledger.set_cap(film, math.inf)
@@ -316,7 +333,7 @@ def test_a_cap_goes_with_its_units(ledger, film):
     with pytest.raises(BudgetError, match="cap 1.5 of data set 'film', which shares units"):
         ledger.plan("b", plus, pure(1.0))
     ledger.plan("b", apart, pure(1.0))
-    assert ledger.remaining(apart) == math.inf and ledger.remaining(plus) == pytest.approx(0.5, abs=1e-3)
+    assert ledger.remaining(apart) == math.inf and ledger.remaining(plus) == pytest.approx(0.5, abs=5e-3)
 
 
 def test_the_strictest_cap_applies_each_over_its_own_units(ledger, film):
@@ -349,7 +366,7 @@ def test_caps_that_are_none_are_refused(ledger, film, epsilon, delta):
 
 def test_a_sweep_is_planned_all_or_nothing_and_stated_before(ledger, film):
     sweep = [Plan(f"s{i}", pure(0.5), f"sweep {i}") for i in range(4)]
-    assert ledger.total_after(film, [plan.event for plan in sweep]) == pytest.approx(2.0, abs=1e-3)
+    assert ledger.total_after(film, [plan.event for plan in sweep]) == pytest.approx(2.0, abs=5e-3)
     ledger.set_cap(film, 1.9)
     with pytest.raises(BudgetError, match="together 2 "):
         ledger.plan_many(film, sweep)
@@ -556,7 +573,9 @@ def test_command(varied, monkeypatch, tmp_path):
     monkeypatch.setenv("DPSYNTH_LEDGER", str(varied.path))
     header, line = ledger_command().splitlines()
     assert header.split() == ["dataset", "units", "copies", "releases", "spent", "delta", "cap", "left"]
-    assert line.split() == ["film", "100", "1", "3", "3", "1e-05", "10", "6"]
+    cells = line.split()
+    assert cells[:4] + cells[5:7] == ["film", "100", "1", "3", "1e-05", "10"]
+    assert (float(cells[4]), float(cells[7])) == pytest.approx((3, 6), abs=0.01)
     shown = ledger_command("film", cap=20, plot=tmp_path / "film.svg")
     assert "a run that is abandoned" in shown and "20" in shown and (tmp_path / "film.svg").exists()
     assert varied.limits("film")[0].epsilon == 20
@@ -572,7 +591,7 @@ def test_command_on_an_empty_ledger_and_with_copies(monkeypatch, tmp_path):
     ledger = Ledger()
     ledger.register("copied", rows([1, 1, 2]), DELTA)
     spend(ledger, "copied", pure(0.5), "r")
-    assert "contributed all 2" in ledger_command("copied") and "epsilon is 1" in ledger_command("copied")
+    assert "contributed all 2 of one, epsilon is 1" in ledger_command("copied")
 
 
 # many processes, killed at random: the functions below run in a process of their own, which has imported nothing that must not fork
@@ -589,6 +608,8 @@ def fork(work, *arguments):
         try:
             work(*arguments)
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return pid
@@ -623,10 +644,12 @@ def storm(path, logs):
         time.sleep(chance.expovariate(60))
         slot = chance.randrange(SLOTS)
         os.kill(running[slot], signal.SIGKILL)
-        kills += os.waitpid(running[slot], 0)[1] == signal.SIGKILL
+        status = os.waitpid(running[slot], 0)[1]
+        assert status in (0, signal.SIGKILL), "a process failed by itself"
+        kills += status == signal.SIGKILL
         generations[slot] += 1
         running[slot] = fork(charge, path, logs / str(slot), slot, generations[slot])
-    assert all(os.waitpid(pid, 0)[1] == 0 for pid in running.values())
+    assert not any([os.waitpid(pid, 0)[1] for pid in running.values()])
     return kills
 
 

@@ -195,8 +195,8 @@ def test_every_setting_is_read_by_something(repo):
     assert [n for n in Settings.model_fields if not re.search(rf"settings\.{n}\b", source) and through.get(n, "\0") not in source] == []
 
 
-def test_what_does_not_affect_the_result_is_only_memory_and_speed():
-    assert [n for n in Settings.model_fields if not affects_result(n)] == ["microbatch_size", "sample_batch_size"]
+def test_what_does_not_affect_the_result_is_memory_speed_and_bookkeeping():
+    assert [n for n in Settings.model_fields if not affects_result(n)] == ["microbatch_size", "ledger", "sample_batch_size"]
 
 
 def test_smoke_profile_is_small_and_keeps_decisions():

@@ -1,0 +1,162 @@
+"""Break each line of the privacy contract on purpose and see its test fail.
+
+    python tools/break_lines.py [--only WORD] [--table]
+
+Works on a copy of the package and the tests in a temporary folder. Each entry names the line of the contract, what is broken, how (a text of a
+module and what it is replaced by), and the test that must fail. Exit code 1 if a break goes unnoticed. `--table` prints the list in Markdown
+without running anything.
+"""
+import argparse
+import dataclasses
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Break:
+    line: int
+    what: str
+    module: str
+    old: str
+    new: str
+    test: str
+
+    def apply(self, folder):
+        path = folder / "dpsynth" / f"{self.module}.py"
+        source = path.read_text(encoding="utf-8")
+        if source.count(self.old) != 1:
+            raise SystemExit(f"error: {self.what}: {self.old!r} occurs {source.count(self.old)} times in {self.module}.py")
+        path.write_text(source.replace(self.old, self.new), encoding="utf-8")
+
+
+P, T = "test_privacy.py::", "test_finetune.py::"
+BREAKS = [
+    Break(1, "the accountant is told more noise than is drawn", "privacy", 'Access("fine-tuning", "dp_sgd", self.noise_multiplier,',
+          'Access("fine-tuning", "dp_sgd", 1.1 * self.noise_multiplier,', P + "test_certificate_verifies_and_a_false_one_does_not"),
+    Break(1, "a given noise multiplier is checked with a tolerance", "privacy", "self.private and self.epsilon > self.target_epsilon",
+          "self.private and self.epsilon > 1.01 * self.target_epsilon", P + "test_given_noise_multiplier_is_checked_without_tolerance"),
+    Break(1, "updates are counted in microbatches", "privacy", "steps = int(settings.epochs * num_units / settings.batch_size)",
+          "steps = int(settings.epochs * num_units / settings.microbatch_size)", P + "test_steps_are_updates_not_microbatches"),
+    Break(1, "the mechanism can be changed after the noise was computed", "privacy", "@dataclasses.dataclass(frozen=True)\nclass Mechanism:",
+          "@dataclasses.dataclass\nclass Mechanism:", P + "test_mechanism_is_frozen"),
+    Break(2, "batches of a fixed size instead of Poisson samples", "privacy", "units = np.flatnonzero(below(drawn, self.sampling_probability * self.bands))",
+          "units = np.sort(np.argsort(drawn)[:self.expected_batch_size])", P + "test_batch_sizes_vary_and_average_to_the_expected_size"),
+    Break(2, "a unit twice in one update", "privacy", "return units[units % self.bands == step % self.bands]",
+          "return np.append(units, units[:1])[np.append(units, units[:1]) % self.bands == step % self.bands]",
+          P + "test_inclusion_is_binomial_and_at_most_once_per_update"),
+    Break(2, "the same sample in every update", "privacy", 'randomness.integers("batch", step,', 'randomness.integers("batch", 0,',
+          P + "test_inclusion_is_binomial_and_at_most_once_per_update"),
+    Break(2, "an empty draw is skipped", "finetune", "        total = self.gradient_sum(self.session.batch())\n",
+          "        batch = self.session.batch()\n        if not len(batch):\n            self.session.step += 1\n            return\n"
+          "        total = self.gradient_sum(batch)\n", T + "test_an_empty_draw_is_an_update_of_pure_noise"),
+    Break(2, "division by another number than the expected batch size", "privacy", "(self.grid * self.mechanism.expected_batch_size)",
+          "(self.grid * (self.mechanism.expected_batch_size + 1))", P + "test_division_is_by_the_expected_batch_size"),
+    Break(2, "padding is row 0", "finetune", "constant_values=-1)\n\n# %%", "constant_values=0)\n\n# %%",
+          T + "test_microbatch_size_changes_nothing_but_float_rounding"),
+    Break(3, "δ of 1/n is accepted", "privacy", "if not 0 < delta < 1 / num_units:", "if not 0 < delta < 2 / num_units:",
+          P + "test_impossible_mechanisms_are_refused"),
+    Break(3, "replace-one is claimed to cost what add/remove costs", "certificate", 'epsilon_after(mechanism.steps, "epsilon_replace_one")',
+          'epsilon_after(mechanism.steps, "epsilon")', P + "test_certificate_verifies_and_a_false_one_does_not"),
+    Break(3, "rows are counted where groups are the unit", "finetune", 'counts.get("units", len(units))', 'counts.get("units", len(splits.train))',
+          T + "test_a_column_can_be_the_unit"),
+    Break(3, "a group has one gradient for each of its rows", "finetune", "    return losses.sum() / jnp.maximum((total_length > 0).sum(), 1)",
+          "    return losses.sum()", T + "test_a_group_has_one_gradient_the_mean_of_its_rows"),
+    Break(4, "the loss is averaged over the padded length", "finetune", "/ jnp.maximum(weights.sum(), 1.0)", "/ tokens.shape[0]",
+          T + "test_loss_is_normalised_by_the_rows_own_length"),
+    Break(4, "layers that mix examples are accepted", "models", "(keras.layers.BatchNormalization, keras.layers.SpectralNormalization)",
+          "(keras.layers.SpectralNormalization,)", T + "test_layers_that_mix_examples_are_refused"),
+    Break(5, "a non-finite gradient is passed on", "finetune", "usable = is_real & jnp.isfinite(norm) & (norm > 0)", "usable = is_real & (norm != 0)",
+          T + "test_unusable_gradients_count_as_zero"),
+    Break(5, "rounding to the nearest grid point", "finetune", "jnp.trunc(jnp.where(usable, g, 0.0) * scale)",
+          "jnp.round(jnp.where(usable, g, 0.0) * scale)", T + "test_norm_on_the_grid_never_exceeds_the_bound"),
+    Break(5, "no clipping", "finetune", "scale = jnp.minimum(1.0, l2_clip_norm / norm)", "scale = 1.0 + 0.0 * norm",
+          T + "test_one_extreme_unit_moves_the_sum_by_at_most_the_sensitivity"),
+    Break(6, "the noise does not depend on the secret", "privacy", "hmac.new(self._secret,", "hmac.new(bytes(32),",
+          P + "test_noise_is_independent_over_steps_runs_secrets_and_from_batches"),
+    Break(6, "the noise does not depend on the run", "privacy", 'f"{self.run_id}|{tag}|{step}"', 'f"{tag}|{step}"',
+          P + "test_noise_is_independent_over_steps_runs_secrets_and_from_batches"),
+    Break(6, "the same noise in every update", "privacy", 'self._randomness.gaussians("noise", self.step, count)',
+          'self._randomness.gaussians("noise", 0, count)', P + "test_correlated_noise_is_what_the_strategy_makes_of_independent_noise"),
+    Break(6, "half the noise", "privacy", "self.mechanism.noise_multiplier * 2.0**self.bits)).astype", "0.5 * self.mechanism.noise_multiplier * 2.0**self.bits)).astype",
+          P + "test_noise_has_the_promised_standard_deviation_and_is_normal"),
+    Break(6, "noise of few distinct values", "privacy", "return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]",
+          "return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count].astype(np.float16).astype(np.float64)",
+          P + "test_noise_tail_and_resolution"),
+    Break(6, "sums in floating point", "finetune", '"int32" if self.private else "float32"', '"float32"', T + "test_sum_is_bit_equal_in_any_order"),
+    Break(6, "the secret can be read by others", "privacy", "os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600", "os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644",
+          P + "test_secret_is_private_to_its_file"),
+    Break(6, "the secret is stored with the identity of the run", "finetune", "randomness = Randomness(secret, bind_run(private, identity))",
+          'randomness = Randomness(secret, bind_run(private, {**identity, "key": secret.hex()}))', T + "test_the_secret_is_in_no_file_outside_private"),
+    Break(7, "one update more", "privacy", "if self.step >= self.mechanism.steps:", "if self.step > self.mechanism.steps:",
+          P + "test_step_after_the_last_is_refused"),
+    Break(7, "a sum is released twice", "privacy", "self._drawn, self.step = None, self.step + 1", "self.step = self.step + 1; self._drawn = self.step",
+          P + "test_a_sum_is_released_once"),
+    Break(7, "resume draws again", "privacy", 'self.step, self._drawn, self._realised = int(state["step"]), None,',
+          'self.step, self._drawn, self._realised = max(0, int(state["step"]) - 1), None,', T + "test_resume_ends_with_the_same_bits"),
+    Break(7, "changed settings, data or code may resume", "privacy", "    if changed:\n", "    if not changed and False:\n",
+          P + "test_changed_settings_data_or_code_refuse_to_resume"),
+    Break(8, "groups do not take turns", "privacy", "return units[units % self.bands == step % self.bands]", "return units",
+          P + "test_with_bands_a_unit_takes_part_at_most_once_in_as_many_updates"),
+    Break(8, "bands are accounted as plain DP-SGD", "verify", 'access["sampling_probability"] * access["bands"])', 'access["sampling_probability"])',
+          P + "test_bands_are_accounted_as_fewer_larger_samples_and_chosen_by_public_numbers"),
+    Break(8, "earlier noise is forgotten on resume", "privacy", "        self._recent.extend(state", "        list(state",
+          P + "test_bands_resume_with_the_same_bits"),
+    Break(9, "counts without noise", "privacy", "return mechanism([int(c) for c in counts])", "return [int(c) for c in counts]",
+          P + "test_noisy_counts_have_the_promised_noise"),
+    Break(9, "counts are not charged", "privacy", "others=count_accesses(settings))", "others=())", P + "test_counts_and_training_together_meet_the_target"),
+    Break(9, "counts are drawn again on resume", "finetune", "    if path.exists():\n        return json.loads(path", "    if False:\n        return json.loads(path",
+          T + "test_counts_are_estimated_once_and_used"),
+    Break(9, "one unit decides which rows of another take part", "finetune", "np.random.default_rng([seed, 7, len(g)])",
+          "np.random.default_rng([seed, 7, len(units)])", T + "test_rows_of_a_unit_are_chosen_by_the_unit_alone"),
+    Break(10, "a run is not charged before it starts", "finetune", "        self.ledger.start(run)\n", "", T + "test_a_stopped_run_is_charged"),
+    Break(11, "a length of a private row in the certificate", "finetune", 'base = base_model(settings.model, preset_hash(settings.model), "not checked")',
+          'base = base_model(settings.model, preset_hash(settings.model), f"not checked {before}")', T + "test_an_outlier_row_changes_no_released_byte_that_is_not_a_dp_output"),
+    Break(11, "the loss on private rows is released", "finetune", 'LossLog(private / "losses.jsonl", trainer)', 'LossLog(private.parent / "release" / "losses.jsonl", trainer)',
+          T + "test_monitoring_stays_private_and_is_certified"),
+    Break(12, "a certificate without privacy", "finetune", "    if mechanism.private:\n        base =", "    if True:\n        base =",
+          T + "test_without_privacy_there_is_no_certificate"),
+    Break(13, "the base model is not named", "certificate", '"base_model": base, ', "", P + "test_certificate_verifies_and_a_false_one_does_not"),
+]
+
+
+def noticed(item):
+    """Whether the test of a break fails on a broken copy, and passes on one that is whole."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        for part in ("dpsynth", "tests"):
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        item.apply(folder)
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{item.test}"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        return done.returncode == 1, done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-200:]
+
+
+def table():
+    rows = "\n".join(f"| {b.line} | {b.what} | `{b.test.split('::')[1]}` |" for b in BREAKS)
+    return f"| line | broken on purpose | test that fails |\n|---|---|---|\n{rows}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="breaks whose description or module has this word")
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if args.table:
+        print(table())
+        return 0
+    missed = 0
+    for item in BREAKS:
+        if args.only in f"{item.line} {item.what} {item.module}":
+            seen, last = noticed(item)
+            missed += not seen
+            print(f"{'noticed' if seen else 'MISSED '}  {item.line:2}  {item.what}  ({last})", flush=True)
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
