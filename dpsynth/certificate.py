@@ -59,11 +59,12 @@ def base_model(name, model_hash, contamination):
     trained_on, own = BASE_MODELS.get(family, ("not known to dpsynth", None))
     return {"name": name, "hash": model_hash, "trained_on": trained_on, "own_guarantee": own, "contamination": contamination}
 
-# %% ../nbs/04a_certificate.ipynb #860da63e
+# %% ../nbs/04a_certificate.ipynb #dd461c32
 NOT_COVERED = [
     "rows of the test split and every number computed from them (MAUVE, utility, held-out loss)",
     "the choice of hyper-parameters, if it was made by looking at these training rows",
     "side channels: running time, memory, power",
+    "releases from other data sets that share rows with this one: the owner's ledger counts them",
     "everything under private/, which must not leave the machine",
     "rows the base model may have seen in its own pre-training",
 ]
@@ -139,7 +140,7 @@ def _implementation(settings):
             "versions": versions(), "code_hash": code_hash(),
             "settings_hash": hashlib.sha256(result_settings(settings).encode()).hexdigest()}
 
-# %% ../nbs/04a_certificate.ipynb #93e7f70d
+# %% ../nbs/04a_certificate.ipynb #909946a4
 class Certificate(dict):
     """A certificate as a dict that shows itself as a card."""
 
@@ -174,7 +175,7 @@ def _facts(c):
                           f"(q = {m['sampling_probability']:.5g}), noise multiplier {m['noise_multiplier']:.5g}, {m['bands']} band(s)"),
             ("clipping", f"{m['clip']}, sensitivity {m['l2_clip']:g}"), ("truncation", c["truncation"]), ("copies", c["duplicates"]),
             ("accountant", f"{a['method']}, {a['library']} {a['version']}"),
-            ("with earlier releases", f"ε = {more['epsilon']:.4g} at δ = {more['delta']:.3g} over {more['releases']} release(s)"),
+            ("with earlier releases of these very rows", f"ε = {more['epsilon']:.4g} at δ = {more['delta']:.3g} over {more['releases']} release(s)"),
             ("an attacker at 1 % false positives", f"finds at most {1 - float(false_negatives(c['curve'], 0.01)):.1%} of the units"),
             ("groups", "; ".join(f"{g['units']} units: ε = {g['epsilon']:.4g}, δ = {g['delta']:.2g}" for g in c["groups"])),
             ("hyper-parameters", c["hyper_parameters"]), ("base model", f"{c['base_model']['name']}: {c['base_model']['trained_on']}"),

@@ -344,7 +344,7 @@ def self_check(trainer, before):
     return {"updates": session.step, "realised_over_promised_noise": session.realised_noise, "clipped": trainer.notes[0] / drawn,
             "unusable": trainer.notes[1] / drawn}
 
-# %% ../nbs/07_finetune.ipynb #868d53f2
+# %% ../nbs/07_finetune.ipynb #e3883108
 def prepare_model(settings):
     """The base model with the trainable part set up as the settings say."""
     model = load_model(settings.model, settings.dtype, settings.seed)
@@ -404,10 +404,14 @@ class Account:
         self.charged.append(run)
 
     def composed(self, delta):
-        """The certificate's `composed` entry: everything charged to these rows so far, this run included."""
+        """The certificate's `composed` entry: all that was charged to exactly these rows so far, this run included.
+
+        What the ledger knows of data sets that share some of the rows is left out: which rows those are is private.
+        """
         if self.ledger is None:
             return None
-        return {"epsilon": self.ledger.spent(self.dataset, delta), "delta": delta, "releases": len(self.ledger.charged(self.dataset))}
+        releases = [release for release in self.ledger.charged(self.dataset) if release.dataset == self.dataset.id]
+        return {"epsilon": self.ledger.bound([self.dataset], delta), "delta": delta, "releases": len(releases)}
 
     def finish(self):
         """Note that the run is complete."""

@@ -54,7 +54,7 @@ class Neighbours:
         """Additions and removals that lead from one data set to its neighbour; a replacement is two."""
         return 2 if self.relation == "replace_one" else self.group
 
-# %% ../nbs/05_ledger.ipynb #0d5dbede
+# %% ../nbs/05_ledger.ipynb #8627646b
 LARGEST_GROUP, LARGEST_EPSILON = 32, 100.0  # beyond these, a bound would say nothing; it is given as infinite
 
 
@@ -103,7 +103,7 @@ def _stated_loss(epsilon, delta, neighbours, grid):
 
 def _laplace_loss(construct, parameter, epsilon, neighbours, grid):
     """Loss of a Laplace mechanism of `epsilon`, made by `construct(parameter)`; for groups and replacements from its ε alone."""
-    if neighbours.changes > 1:
+    if neighbours.changes > 1 or epsilon > LARGEST_EPSILON:
         return _stated_loss(epsilon, 0.0, neighbours, grid)
     return construct(parameter, value_discretization_interval=grid)
 
@@ -246,7 +246,7 @@ def accesses_event(accesses):
     paid = [{**entry, "kind": entry["mechanism"]} for entry in entries if entry.get("epsilon") != "public"]
     return [{name: entry[name] for name in KINDS[entry["kind"]].model_fields} for entry in paid]
 
-# %% ../nbs/05_ledger.ipynb #a2dac983
+# %% ../nbs/05_ledger.ipynb #4571e917
 def _canonical(event):
     """Canonical text of an event, or of each event of a list: two events are equal if and only if their texts are."""
     events = event if isinstance(event, (list, tuple)) else [event]
@@ -265,7 +265,8 @@ class Question:
     @property
     def text(self):
         """The question as text: the name under which the ledger remembers the answer of these versions."""
-        return json.dumps([metadata.version("dp-accounting"), __version__, sorted(self.events), self.delta, *dataclasses.astuple(self.neighbours)])
+        versions = [metadata.version("dp-accounting"), __version__]
+        return json.dumps([versions, sorted(self.events), self.delta, dataclasses.astuple(self.neighbours)])
 
     def grid(self, events):
         """Width of the grid of losses: wider for little noise and for groups, whose losses are large. A wider grid overstates ε."""
@@ -982,7 +983,7 @@ def _release_rows(db, dataset):
                      release.planned, release.started, release.ended, ", ".join(release.parts)])
     return rows
 
-# %% ../nbs/05_ledger.ipynb #35432224
+# %% ../nbs/05_ledger.ipynb #bbf80e7a
 def ledger_table(ledger):
     """DataFrame with one line per data set: dataset, units, copies, releases (charged), spent, delta, cap, left (after reservations).
 
@@ -995,8 +996,8 @@ def ledger_table(ledger):
 
 def _table_row(ledger, dataset):
     tightest = min(ledger.limits(dataset), key=lambda limit: limit.left, default=None)
-    return [dataset.name, dataset.units, dataset.copies, len(ledger.charged(dataset)), ledger.spent(dataset), dataset.delta, _cap_text(tightest, dataset),
-            tightest.left if tightest else math.inf]
+    return [dataset.name, dataset.units, dataset.copies, len(ledger.charged(dataset)), ledger.spent(dataset), dataset.delta,
+            _cap_text(tightest, dataset), tightest.left if tightest else math.inf]
 
 
 def _cap_text(limit, dataset):

@@ -53,7 +53,7 @@ def _number(value):
     except ValueError:
         return value
 
-# %% ../nbs/00_settings.ipynb #a98adfc8
+# %% ../nbs/00_settings.ipynb #b26937e3
 def _field(default, description, *, tutorial=None, public=True, **limits):
     """A pydantic field; `public=False` marks a field that has no effect on what is released."""
     extra = {"tutorial": tutorial, "affects_result": public}
@@ -170,6 +170,8 @@ class Settings(pydantic.BaseModel):
             raise ValueError("noise_multiplier: noise needs a target epsilon; `epsilon: inf` trains without differential privacy")
         if self.contamination_corpus and not self.private:
             raise ValueError("contamination_corpus: the overlap is estimated out of ε, and this experiment spends none")
+        if 0 < self.canaries < 40:
+            raise ValueError(f"canaries: {self.canaries} are too few to show anything; use at least 40")
         if self.private and self.canaries and self.canary_copies > 1:
             raise ValueError("canary_copies: copies of a canary are one row several times; they need `epsilon: inf`")
         if self.bands != "auto" and not (self.bands.isdigit() and int(self.bands) >= 1):

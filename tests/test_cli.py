@@ -212,7 +212,7 @@ def test_check_names_what_is_not_on_this_machine(dpsynth, repo, tmp_path):
 def sweep(tmp_path_factory):
     """Three experiments on the built-in set, run by a process of its own in a folder of its own: (folder of the runs, process)."""
     home = tmp_path_factory.mktemp("sweep")
-    kinds = {"dp_ft": {"epsilon": 2, "canaries": 16, "audit_fraction": 0.25}, "baseline_without_examples": {"generator": "prompt"}, "upper_bound": {"generator": "real_test"}}
+    kinds = {"dp_ft": {"epsilon": 2, "canaries": 60, "audit_fraction": 0.25, "num_samples": 24}, "baseline_without_examples": {"generator": "prompt"}, "upper_bound": {"generator": "real_test"}}
     for name, values in kinds.items():
         (home / f"{name}.yaml").write_text(yaml.safe_dump({**SMALL, **values}))
     call = "import sys; from dpsynth.cli import main; sys.exit(main())"
@@ -245,8 +245,8 @@ def test_results_have_the_numbers(sweep, dpsynth):
     assert (
         dp["private"]
         and 1.9 < dp["epsilon"] <= 2
-        and dp["delta"] == pytest.approx(76**-1.2)
-        and dp["steps"] == 3
+        and dp["delta"] == pytest.approx(120**-1.2)
+        and dp["steps"] == 6
         and dp["noise_multiplier"] > 0
     )
     assert (
@@ -255,7 +255,7 @@ def test_results_have_the_numbers(sweep, dpsynth):
         and rows["baseline_without_examples"]["epsilon"] is None
     )
     for row in rows.values():
-        assert 0 < row["mauve_mean"] <= 1 and row["mauve_embedder"] == "tiny" and 0 < row["num_samples"] <= 12 and row["rejected"] >= 0
+        assert 0 < row["mauve_mean"] <= 1 and row["mauve_embedder"] == "tiny" and 0 < row["num_samples"] <= 24 and row["rejected"] >= 0
         assert row["seconds"] == pytest.approx(sum(row.get(f"seconds_{s}", 0) for s in ("load", "fit", "sample", "evaluate")), abs=0.1)
     for form in ("table", "markdown", "csv"):
         assert dpsynth("results", sweep[0], "--format", form).out.count("dp_ft") == 1
@@ -329,7 +329,7 @@ def test_certificate_verifies_and_a_smaller_claim_does_not(sweep, dpsynth, tmp_p
 def test_a_run_can_be_audited(sweep, dpsynth, refused):
     folder = sweep[0] / "dp_ft"
     code, out, err = dpsynth("audit", folder)
-    assert code in (0, 1) and not err and "16 canaries" in out
+    assert code in (0, 1) and not err and "60 canaries" in out
     certificate = json.loads((folder / "release" / "certificate.json").read_text())
     assert certificate["audit"]["summary"] in out and 0 <= certificate["audit"]["epsilon_bound"] <= 1.2 * certificate["audit"]["largest"]
     assert dpsynth("verify", folder / "release" / "certificate.json").code == 0

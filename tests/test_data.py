@@ -184,7 +184,7 @@ def test_which_rows_are_taken_does_not_depend_on_what_is_in_them(tmp_path):
 
 def test_one_row_cannot_be_split(tmp_path):
     write(tmp_path / "a.csv", "text,label\nFine.,1\n")
-    assert message(Settings(data="a.csv")) == "a.csv: 1 row cannot be divided into training and test rows; set test_data"
+    assert message(Settings(data="a.csv")) == "a.csv: 1 row cannot be divided by test_fraction; give it more rows, or set test_data"
 
 
 @pytest.mark.parametrize("duplicates, left, dropped", [("keep", 6, 0), ("drop", 4, 2)])

@@ -341,12 +341,12 @@ def test_overlap_with_a_corpus_is_estimated_and_stated(tmp_path):
 
 def test_canaries_take_part_as_their_coins_say(tmp_path):
     from dpsynth.canaries import CanaryCoins
-    settings = RUN.model_copy(update={"canaries": 30})
+    settings = RUN.model_copy(update={"canaries": 60})
     finetune_run(settings, splits(), tmp_path / "dp", progress=False)
     certificate = json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())
-    included = CanaryCoins.flip(30, tmp_path / "dp" / "private").included
-    assert certificate["num_units"] == 70 and len(TokenStore(tmp_path / "dp" / "private" / "tokens")) == 40 + included.sum()
-    assert 5 < included.sum() < 25
+    included = CanaryCoins.flip(60, tmp_path / "dp" / "private").included
+    assert certificate["num_units"] == 100 and len(TokenStore(tmp_path / "dp" / "private" / "tokens")) == 40 + included.sum()
+    assert 12 < included.sum() < 48
 
 
 def test_a_run_is_charged_once_and_stays_charged(run, tmp_path):

@@ -74,8 +74,17 @@ def accountant_epsilon(event, count, relation=ADD):
     return accountant.get_epsilon(DELTA)
 
 
-@pytest.mark.parametrize("event", [TRAINING, {**TRAINING, "bands": 4}, GAUSSIAN, {"kind": "laplace", "noise_multiplier": 3.0},
-                                   {"kind": "discrete_laplace", "noise_multiplier": 3.0}, {"kind": "not_private"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "event",
+    [
+        TRAINING,
+        {**TRAINING, "bands": 4},
+        GAUSSIAN,
+        {"kind": "laplace", "noise_multiplier": 3.0},
+        {"kind": "discrete_laplace", "noise_multiplier": 3.0},
+        {"kind": "not_private"},
+    ],
+)
 def test_composition_is_the_accountants(event):
     assert compose(2 * [event], DELTA) == pytest.approx(accountant_epsilon(event, 2), abs=2e-3)
     if event["kind"] in ("dp_sgd", "gaussian"):
@@ -122,13 +131,28 @@ def test_groups():
 
 
 def test_no_noise_is_infinite_for_ever():
-    for event in ({"kind": "not_private"}, {**TRAINING, "noise_multiplier": 0.0}, {**GAUSSIAN, "noise_multiplier": 0}):
+    for event in (
+        {"kind": "not_private"},
+        {**TRAINING, "noise_multiplier": 0.0},
+        {**GAUSSIAN, "noise_multiplier": 0},
+        {"kind": "laplace", "noise_multiplier": 1e-9},
+    ):
         assert compose([event, pure(0.1)], DELTA) == math.inf
 
 
-@pytest.mark.parametrize("event, words", [({"kind": "gausian", "noise_multiplier": 1}, "gausian.*'gaussian'"), ({"noise_multiplier": 1}, "None"), ("dp_sgd", "dp_sgd"),
-                                          ({**TRAINING, "stpes": 3}, "stpes"), ({**TRAINING, "steps": 0}, "steps"), ({**TRAINING, "sampling_probability": 1.5}, "sampling"),
-                                          ({"kind": "laplace", "noise_multiplier": 0}, "noise"), ({**GAUSSIAN, "noise_multiplier": math.nan}, "noise")])  # fmt: skip
+@pytest.mark.parametrize(
+    "event, words",
+    [
+        ({"kind": "gausian", "noise_multiplier": 1}, "gausian.*'gaussian'"),
+        ({"noise_multiplier": 1}, "None"),
+        ("dp_sgd", "dp_sgd"),
+        ({**TRAINING, "stpes": 3}, "stpes"),
+        ({**TRAINING, "steps": 0}, "steps"),
+        ({**TRAINING, "sampling_probability": 1.5}, "sampling"),
+        ({"kind": "laplace", "noise_multiplier": 0}, "noise"),
+        ({**GAUSSIAN, "noise_multiplier": math.nan}, "noise"),
+    ],
+)
 def test_what_is_no_event_is_refused(event, words):
     with pytest.raises(SettingsError, match=words) as caught:
         read_event(event)
@@ -137,7 +161,14 @@ def test_what_is_no_event_is_refused(event, words):
 
 def test_accesses_of_a_mechanism_or_certificate_are_an_event():
     training = Access("training", "dp_sgd", 1.5, 0.05, 60, 2)
-    labels = {"what": "labels", "mechanism": "discrete_laplace", "noise_multiplier": 10.0, "sampling_probability": 1.0, "steps": 1, "epsilon": 0.1}
+    labels = {
+        "what": "labels",
+        "mechanism": "discrete_laplace",
+        "noise_multiplier": 10.0,
+        "sampling_probability": 1.0,
+        "steps": 1,
+        "epsilon": 0.1,
+    }
     event = accesses_event([training, labels, {"what": "rows", "epsilon": "public"}])
     assert event == [{**TRAINING, "bands": 2}, {"kind": "discrete_laplace", "noise_multiplier": 10.0}]
     assert all(set(part) == set(KINDS[part["kind"]].model_fields) for part in event)
@@ -305,7 +336,9 @@ def test_equal_settings_with_other_secrets_are_two_releases():
 def test_cap_refuses_before_it_is_crossed_and_says_everything(ledger, film):
     ledger.set_cap(film, 2.5)
     spend(ledger, film, pure(2.0), "a")
-    with pytest.raises(BudgetError, match=r"'film': epsilon 2 is spent.*asks 1, together 3 at delta 1e-05, over the cap 2.5; use a smaller") as caught:
+    with pytest.raises(
+        BudgetError, match=r"'film': epsilon 2 is spent.*asks 1, together 3 at delta 1e-05, over the cap 2.5; use a smaller"
+    ) as caught:
         ledger.plan("b", film, pure(1.0))
     assert "\n" not in str(caught.value) and len(ledger.releases(film)) == 1
     assert ledger.remaining(film) == pytest.approx(0.5, abs=5e-3)
@@ -405,7 +438,14 @@ def test_a_reservation_lives_as_long_as_its_process(ledger, film):
     assert ledger.releases(film).set_index("run_id")["state"].to_dict() == {"theirs": "abandoned", "ours": "planned"}
 
 
-@pytest.mark.parametrize("change, freed", [("host = 'elsewhere', pid = 0", False), ("pid_started = pid_started - 60", True), ("state = 'started', started = planned, pid = 0", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, freed",
+    [
+        ("host = 'elsewhere', pid = 0", False),
+        ("pid_started = pid_started - 60", True),
+        ("state = 'started', started = planned, pid = 0", False),
+    ],
+)
 def test_only_reservations_known_to_be_dead_are_freed(ledger, film, change, freed):
     ledger.set_cap(film, 1.5)
     ledger.plan("a", film, pure(1.0))
@@ -495,12 +535,19 @@ def set_pragma(name, value):
     return spoil
 
 
-@pytest.mark.parametrize("spoil, words", [(lambda path: path.write_text("not a database, but long enough to be read as one" * 50), "cannot be used"),
-                                          (spoil_pages, "cannot be used"), (lambda path: path.write_bytes(b""), "not a ledger"),
-                                          (set_pragma("application_id", 1), "not a ledger"), (set_pragma("user_version", 7), "version 7, this dpsynth knows 1"),
-                                          (lambda path: path.with_name("ledger.sqlite.key").unlink(), "key of the ledger is missing"),
-                                          (lambda path: path.with_name("ledger.sqlite.key").write_bytes(bytes(32)), "does not belong"),
-                                          (lambda path: path.with_name("ledger.sqlite.key").write_bytes(b"short"), "32 bytes")])  # fmt: skip
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda path: path.write_text("not a database, but long enough to be read as one" * 50), "cannot be used"),
+        (spoil_pages, "cannot be used"),
+        (lambda path: path.write_bytes(b""), "not a ledger"),
+        (set_pragma("application_id", 1), "not a ledger"),
+        (set_pragma("user_version", 7), "version 7, this dpsynth knows 1"),
+        (lambda path: path.with_name("ledger.sqlite.key").unlink(), "key of the ledger is missing"),
+        (lambda path: path.with_name("ledger.sqlite.key").write_bytes(bytes(32)), "does not belong"),
+        (lambda path: path.with_name("ledger.sqlite.key").write_bytes(b"short"), "32 bytes"),
+    ],
+)
 def test_a_damaged_or_foreign_file_is_one_clear_error(ledger, film, spoil, words):
     spend(ledger, film, pure(1.0), "r")
     spoil(ledger.path)
@@ -532,7 +579,9 @@ def test_a_ledger_that_is_held_for_too_long_says_so(ledger, film, monkeypatch):
 def varied(ledger, film):
     """A data set with a release in every state."""
     ledger.set_cap(film, 10.0)
-    ledger.plan_many(film, [Plan(state, pure(1.0), f"a run that is {state}") for state in ("finished", "started", "abandoned", "free", "planned")])
+    ledger.plan_many(
+        film, [Plan(state, pure(1.0), f"a run that is {state}") for state in ("finished", "started", "abandoned", "free", "planned")]
+    )
     for run_id in ("finished", "started", "abandoned"):
         ledger.start(run_id)
     ledger.finish("finished")
@@ -553,7 +602,14 @@ def test_releases_and_table(varied):
 def test_plot_shows_every_state_and_the_cap(varied, tmp_path):
     figure = plot_ledger(varied, "film")
     axes = figure.axes[0]
-    assert axes.get_legend_handles_labels()[1] == ["finished", "started, not finished", "abandoned, charged", "reserved", "given up, not charged", "cap 10 (film)"]
+    assert axes.get_legend_handles_labels()[1] == [
+        "finished",
+        "started, not finished",
+        "abandoned, charged",
+        "reserved",
+        "given up, not charged",
+        "cap 10 (film)",
+    ]
     assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 10
     figure.savefig(tmp_path / "ledger.png")
     boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
@@ -579,7 +635,13 @@ def test_command(varied, monkeypatch, tmp_path):
     shown = ledger_command("film", cap=20, plot=tmp_path / "film.svg")
     assert "a run that is abandoned" in shown and "20" in shown and (tmp_path / "film.svg").exists()
     assert varied.limits("film")[0].epsilon == 20
-    for wrong in ({"cap": 3}, {"plot": "x.png"}, {"dataset": "flim"}, {"dataset": "film", "cap": 0}, {"dataset": "film", "plot": tmp_path / "x.nope"}):
+    for wrong in (
+        {"cap": 3},
+        {"plot": "x.png"},
+        {"dataset": "flim"},
+        {"dataset": "film", "cap": 0},
+        {"dataset": "film", "plot": tmp_path / "x.nope"},
+    ):
         with pytest.raises(SettingsError) as caught:
             ledger_command(**wrong)
         assert "\n" not in str(caught.value)
@@ -670,7 +732,9 @@ def test_sixteen_processes_and_a_hundred_kills(tmp_path):
     logs.mkdir()
     prepare(path, room, cap)
     code = "import pathlib, sys, test_privacy_ledger as t; print(t.storm(*map(pathlib.Path, sys.argv[1:])))"
-    done = subprocess.run([sys.executable, "-c", code, path, logs], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code, path, logs], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 100
     ledger = Ledger(path)
@@ -734,7 +798,9 @@ def test_a_killed_registration_is_whole_or_not_there(tmp_path):
     ledger = Ledger(path)
     for dataset in ledger.datasets():
         with sqlite3.connect(path) as db:
-            covered = db.execute("SELECT SUM(cells.units) FROM memberships JOIN cells ON cells.id = cell WHERE dataset = ?", [dataset.id]).fetchone()[0]
+            covered = db.execute(
+                "SELECT SUM(cells.units) FROM memberships JOIN cells ON cells.id = cell WHERE dataset = ?", [dataset.id]
+            ).fetchone()[0]
         db.close()
         assert covered == dataset.distinct_units
     register_many(path, 40_000)
