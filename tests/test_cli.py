@@ -7,7 +7,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import time
 
 import nbformat
 import pandas as pd
@@ -167,12 +166,10 @@ def test_debug_shows_the_traceback(dpsynth):
 # what is answered at once
 
 
-def test_help_is_fast_and_imports_nothing_slow():
+def test_help_imports_nothing_slow():
     slow = ("jax", "keras", "tensorflow", "pandas", "papermill")
     probe = f"import sys; from dpsynth.cli import main; main(['--help']); print([m for m in {slow} if m in sys.modules])"
-    began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
-    assert time.monotonic() - began < 5  # about half a second on a quiet machine
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]"
     assert all(verb in done.stdout for verb in ("demo", "run", "check", "fit", "sample", "evaluate", "results", "audit", "verify", "ledger", "settings"))
 
