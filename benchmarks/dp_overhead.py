@@ -34,7 +34,8 @@ def make_trainer(settings, store, epsilon):
     """A trainer whose batches always hold every row, so that both contenders do the same work."""
     model = load_model("tiny", seed=0)
     setup_tuning(model, settings)
-    mechanism = Mechanism(num_units=len(store), expected_batch_size=len(store), steps=100, noise_multiplier=1.0 if epsilon < np.inf else 0.0,
+    noise = 1.0 if epsilon < np.inf else 0.0
+    mechanism = Mechanism(num_units=len(store), expected_batch_size=len(store), steps=100, noise_multiplier=noise,
                           delta=1e-5, target_epsilon=np.inf)
     return Trainer(model, store, settings, mechanism, Randomness(os.urandom(32), "benchmark"))
 
@@ -78,7 +79,8 @@ def main():
         for name, figures in result.items():
             print(f"{tuning:8} {name:9} {figures['median_seconds']:9.3f} {figures['rows_per_second']:8.1f}")
         report["contenders"][tuning] = result
-        report["ratios"]["dp_over_non_dp" if tuning == "lora" else "dp_over_non_dp_full"] = result["private"]["median_seconds"] / result["plain"]["median_seconds"]
+        ratio = result["private"]["median_seconds"] / result["plain"]["median_seconds"]
+        report["ratios"]["dp_over_non_dp" if tuning == "lora" else "dp_over_non_dp_full"] = ratio
     print(report["ratios"])
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")

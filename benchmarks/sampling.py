@@ -3,12 +3,14 @@
     python benchmarks/sampling.py --json OUT
 
 All contenders decode the same architecture (the bundled model) from the same prompts, at the same batch size and length limit, with
-top-p .95, in one process and in alternating rounds, after a round for compilation. Lengths are IMDb-like by construction: a table says
-at which (position, newest token) a text ends, drawn so that lengths are log-normal (median 230 tokens) whatever the weights are; every
-contender looks into the same table at every token. `keras_hub` is what the JAX-Privacy tutorial does (`TopPSampler(p=0.95)`);
-`keras_hub_k` sets `k=256`, which avoids the sort of the whole vocabulary but is no longer exactly top-p. transformers gets the
-architecture with random weights, and one thread or all, whichever is faster on this machine. `generate` decodes one batch after another, so its rate is timed on `--peer-batches` batches;
-dpsynth decodes all `--rows`, with the idle slots at the end of them.
+top-p .95, in one process and in alternating rounds, after a round for compilation. Lengths are those of IMDb by construction, whatever the
+weights are: a table says at which (position, newest token) a text ends, and every contender looks into it at every token. It is drawn so
+that lengths, end token included, are log-normal above a least length and have the quartiles of the first 2,000 training reviews of IMDb
+under the bundled tokenizer: 203, 283 and 455 tokens. The length limit cuts a fifth of them, there as here. `keras_hub` is what the
+JAX-Privacy tutorial does (`TopPSampler(p=0.95)`); `keras_hub_k` sets `k=256`, which avoids the sort of the whole vocabulary but is no
+longer exactly top-p. transformers gets the architecture with random weights, and one thread or all, whichever is faster on this machine.
+`generate` decodes one batch after another, so its rate is timed on `--peer-batches` batches; dpsynth decodes all `--rows`, with the idle
+slots at the end of them.
 """
 import argparse
 import importlib.util
@@ -28,20 +30,35 @@ from dpsynth.sampling import assign_prompts, sample_stream
 import jax.numpy as jnp
 
 PROMPTS = ["[imdb][negative]:", "[imdb][positive]:"]
-MEDIAN, SIGMA, TOP_P, NEVER = 230, 0.8, 0.95, -1e9
+QUARTILES, TOP_P, NEVER = (203, 283, 455), 0.95, -1e9
 
 
-def end_table(length, vocabulary):
-    """Whether a text ends after `token` at `position`: bool [length, vocabulary]; lengths are then log-normal."""
-    cdf = np.array([0, 0, *(statistics.NormalDist(np.log(MEDIAN), SIGMA).cdf(np.log(n)) for n in range(2, length + 1))])
+def share_of_lengths(tokens):
+    """Share of the texts that have at most so many tokens: log-normal above a least length, with the quartiles `QUARTILES`."""
+    first, median, third = QUARTILES
+    ratio = (third - median) / (median - first)
+    scale = (median - first) / (1 - 1 / ratio)
+    above = np.log(max(tokens - median + scale, 1e-9) / scale)
+    return statistics.NormalDist(0, np.log(ratio) / statistics.NormalDist().inv_cdf(0.75)).cdf(above)
+
+
+def longest_prompt(model):
+    """Tokens of the longest prompt."""
+    return max(len(model.prompt_ids(prompt)) for prompt in PROMPTS)
+
+
+def end_table(model, length):
+    """Whether the next token after `token` at `position` is the end: bool [length, vocabulary]."""
+    tokens = np.arange(length) + 2 - longest_prompt(model)  # of the text, if it ends there
+    cdf = np.array([share_of_lengths(n) for n in (tokens[0] - 1, *tokens)])
     hazard = np.diff(cdf) / (1 - cdf[:-1])
-    return np.random.default_rng(0).random((length, vocabulary)) < hazard[:, None]
+    return np.random.default_rng(0).random((length, model.vocabulary_size)) < hazard[:, None]
 
 
 def tiny_with_ends(length):
     """The bundled model, its cached call changed to end texts by the table and by nothing else."""
     model = load_model("tiny")
-    table, original = jnp.asarray(end_table(length, model.vocabulary_size)), model.causal_lm.call_with_cache
+    table, original = jnp.asarray(end_table(model, length)), model.causal_lm.call_with_cache
 
     def call_with_cache(token_ids, cache, cache_update_index, **rest):
         logits, hidden, cache = original(token_ids, cache, cache_update_index, **rest)
@@ -78,7 +95,7 @@ def transformers_contender(length, batch_size):
     import torch
     import transformers
     model = load_model("tiny")
-    backbone, table = model.causal_lm.backbone, torch.tensor(end_table(length, model.vocabulary_size))
+    backbone, table = model.causal_lm.backbone, torch.tensor(end_table(model, length))
     config = transformers.Gemma3TextConfig(
         vocab_size=model.vocabulary_size, num_hidden_layers=backbone.num_layers, hidden_size=backbone.hidden_dim,
         head_dim=backbone.head_dim, intermediate_size=backbone.intermediate_dim, num_attention_heads=backbone.num_query_heads,
@@ -90,7 +107,7 @@ def transformers_contender(length, batch_size):
             scores[:, list(model.stop_ids)] = NEVER
             scores[:, model.end_id] = torch.where(table[ids.shape[1] - 1, ids[:, -1]], -NEVER, NEVER)
             return scores
-    longest = max(len(model.prompt_ids(prompt)) for prompt in PROMPTS)
+    longest = longest_prompt(model)
     prompt = torch.tensor([ids + [10] * (longest - len(ids)) for ids in map(model.prompt_ids, PROMPTS)])
 
     def generate(limit):

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['FAILED', 'WRONG', 'slow_import', 'demo', 'run', 'results', 'check', 'findings', 'describe_lengths',
-           'describe_mechanism', 'fit', 'sample', 'evaluate', 'audit', 'verify', 'ledger', 'settings', 'complain',
-           'Parser', 'positive', 'count', 'make_parser', 'exit_code', 'describe_error', 'main']
+           'describe_mechanism', 'held', 'fit', 'sample', 'new_seed', 'evaluate', 'audit', 'verify', 'ledger',
+           'settings', 'complain', 'Parser', 'positive', 'count', 'make_parser', 'exit_code', 'describe_error', 'main']
 
-# %% ../nbs/15_cli.ipynb #f5adceda
+# %% ../nbs/15_cli.ipynb #cfe7c12b
 import argparse
+import contextlib
 import importlib
 import importlib.resources
 import math
@@ -16,7 +17,7 @@ import sys
 import traceback
 
 from . import __version__
-from .settings import DpsynthError, PrivacyError, SettingsError, quiet_libraries, settings_table
+from .settings import DpsynthError, PrivacyError, SettingsError, make_settings, quiet_libraries, settings_table
 
 # %% ../nbs/15_cli.ipynb #882ac123
 def slow_import(name):
@@ -50,7 +51,7 @@ def results(args):
     from dpsynth.experiments import collect, results_table
     print(results_table(collect(args.runs), args.format))
 
-# %% ../nbs/15_cli.ipynb #16fd4599
+# %% ../nbs/15_cli.ipynb #05ca335e
 def check(args):
     """Look at configurations without running them."""
     from dpsynth import experiments
@@ -71,6 +72,8 @@ def findings(survey):
     pipeline = slow_import("pipeline")
     if survey.splits is not None:
         yield "rows", f"{len(survey.splits.train):,} to train on, {len(survey.splits.test):,} to test on"
+        source = survey.splits.train.source
+        yield "copies", f"{source['duplicates']:,} exact copies among the rows to train on; {source['train_rows_in_test']:,} of these rows are test rows too"
     if survey.tokenizer is not None:
         yield "prompt", f"{survey.prompt_length} of {survey.settings.sequence_length} tokens"
     if survey.tokenizer is not None and survey.splits is not None:
@@ -99,44 +102,61 @@ def describe_mechanism(mechanism):
         return f"{updates}, no noise: not private"
     return f"{updates}, noise multiplier {mechanism.noise_multiplier:.4g}, epsilon {mechanism.epsilon:.4g}, delta {mechanism.delta:.3g}"
 
-# %% ../nbs/15_cli.ipynb #4ca40050
+# %% ../nbs/15_cli.ipynb #500d06ae
+@contextlib.contextmanager
+def held(folder):
+    """The settings of a run folder, held for the length of the block. Raises SettingsError where it is none or another process is at it."""
+    from dpsynth import runs
+    settings = runs.read_settings(folder)
+    with runs.locked(folder):
+        yield settings
+
+
 def fit(args):
     """Fine-tune, or resume."""
-    from dpsynth import runs
-    pipeline = slow_import("pipeline")
-    settings = runs.read_settings(args.run)
-    splits = pipeline.survey(settings).splits
-    pipeline.load_stage(settings, args.run, splits)
-    pipeline.fit_stage(settings, args.run, splits)
+    with held(args.run) as settings:
+        pipeline = slow_import("pipeline")
+        splits = pipeline.survey(settings).splits
+        pipeline.load_stage(settings, args.run, splits)
+        pipeline.fit_stage(settings, args.run, splits)
     print(f"{args.run}: fitted")
 
 
 def sample(args):
     """Make the rows of a run, or more rows from its adapter."""
-    from dpsynth import runs
-    pipeline = slow_import("pipeline")
-    settings = runs.read_settings(args.run)
-    if args.rows or args.seed is not None:
-        rows, seed = args.rows or settings.num_samples, settings.seed + 1 if args.seed is None else args.seed
-        print(pipeline.sample_again(settings, args.run, rows, seed))
-        return
-    real = settings.generator.startswith("real")
-    splits = pipeline.load_stage(settings, args.run) if real else None
-    pipeline.sample_stage(settings, args.run, splits, None if real else pipeline.load_generator(settings, args.run))
-    print(pipeline.rows_file(settings, args.run))
+    with held(args.run) as settings:
+        if args.rows or args.seed is not None:
+            seed = new_seed(settings, args.seed)
+            print(slow_import("pipeline").sample_again(settings, args.run, args.rows or settings.num_samples, seed))
+        else:
+            print(_sample_run(settings, args.run))
+
+
+def new_seed(settings, seed=None):
+    """A seed for more rows of a run, by default the one after its own. Raises SettingsError: out of range, or the run's own."""
+    seed = make_settings({**settings.model_dump(), "seed": settings.seed + 1 if seed is None else seed}).seed
+    if seed == settings.seed:
+        raise SettingsError(f"--seed {seed}: the run's own seed, which makes the rows that are there already; choose another --seed")
+    return seed
+
+
+def _sample_run(settings, folder):
+    pipeline, real = slow_import("pipeline"), settings.generator.startswith("real")
+    splits = pipeline.load_stage(settings, folder) if real else None
+    pipeline.sample_stage(settings, folder, splits, None if real else pipeline.load_generator(settings, folder))
+    return pipeline.rows_file(settings, folder)
 
 
 def evaluate(args):
     """Compare the rows of a run with real test rows."""
-    from dpsynth import runs
-    pipeline = slow_import("pipeline")
     from dpsynth.experiments import collect, results_table
-    settings = runs.read_settings(args.run)
-    pipeline.read_rows(pipeline.rows_file(settings, args.run))
-    pipeline.evaluate_stage(settings, args.run, pipeline.load_stage(settings, args.run))
+    with held(args.run) as settings:
+        pipeline = slow_import("pipeline")
+        pipeline.read_rows(pipeline.rows_file(settings, args.run))
+        pipeline.evaluate_stage(settings, args.run, pipeline.load_stage(settings, args.run))
     print(results_table(collect(args.run)))
 
-# %% ../nbs/15_cli.ipynb #9e60b17d
+# %% ../nbs/15_cli.ipynb #b85271bc
 def audit(args):
     """Attack a run folder, or any synthetic rows together with training rows and rows that were held out."""
     files = [args.synthetic, args.train, args.holdout]
@@ -151,17 +171,15 @@ def _audit_files(synthetic, train, holdout, json_path):
 
 
 def _audit_run(run):
-    from dpsynth import runs
-    pipeline, settings = slow_import("pipeline"), runs.read_settings(run)
-    pipeline.read_rows(pipeline.rows_file(settings, run))
-    model = pipeline.load_generator(settings, run) if settings.generator == "finetune" else None
-    canaries, report = pipeline.audit_stage(settings, run, pipeline.load_stage(settings, run), model)
-    for found in filter(None, (canaries, report and report.summary)):
-        print(found)
-    refuted = canaries is not None and settings.private and canaries.refutes(settings.epsilon)
-    return int(refuted or report is not None and not report.passed)
+    with held(run) as settings:
+        pipeline = slow_import("pipeline")
+        pipeline.read_rows(pipeline.rows_file(settings, run))
+        model = pipeline.load_generator(settings, run) if settings.generator == "finetune" else None
+        found = pipeline.audit_stage(settings, run, pipeline.load_stage(settings, run), model)
+    print(found)
+    return int(not found.passed(settings))
 
-# %% ../nbs/15_cli.ipynb #043079fb
+# %% ../nbs/15_cli.ipynb #46e1bef4
 def verify(args):
     """Recompute what a certificate claims."""
     from dpsynth.certificate import verify
@@ -172,14 +190,14 @@ def verify(args):
 def ledger(args):
     """Show what has been spent on each data set, or on one of them, and what is left."""
     from dpsynth.ledger import ledger_command
-    print(ledger_command(args.dataset, cap=args.cap, plot=args.plot))
+    print(ledger_command(args.dataset, cap=args.cap, plot=args.plot, path=args.ledger))
 
 
 def settings(args):
     """Print every setting with its default and meaning."""
     print(settings_table())
 
-# %% ../nbs/15_cli.ipynb #215d7018
+# %% ../nbs/15_cli.ipynb #f3979571
 def complain(message):
     """The one line of a failure."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
@@ -241,20 +259,30 @@ def make_parser():
     _verb(verbs, fit, folder)
     verb = _verb(verbs, sample, folder)
     verb.add_argument("--rows", type=count, help="make so many more rows, in release/synthetic-SEED.jsonl")
-    verb.add_argument("--seed", type=int, help="seed of these rows (default: the run's seed + 1)")
+    verb.add_argument("--seed", type=int, help="seed of these rows, not the run's own (default: the one after it)")
     _verb(verbs, evaluate, folder)
-    verb = _verb(verbs, results, ("runs", {"nargs": "?", "default": "runs", "metavar": "RUNS", "help": "a folder of runs (default: runs)"}))
+    where = "a run folder, or a folder of runs or of sweeps (default: runs)"
+    verb = _verb(verbs, results, ("runs", {"nargs": "?", "default": "runs", "metavar": "RUNS", "help": where}))
     verb.add_argument("--format", choices=("table", "markdown", "csv", "json"), default="table", help="default: %(default)s")
     _verb(verbs, verify, ("certificate", {"metavar": "CERTIFICATE", "help": "a certificate.json"}))
     verb = _verb(verbs, audit, ("run", {"nargs": "?", "metavar": "RUN", "help": "a run folder"}))
+    _audit_options(verb)
+    verb = _verb(verbs, ledger, ("dataset", {"nargs": "?", "metavar": "DATASET", "help": "name of a data set (default: all of them)"}))
+    _ledger_options(verb)
+    _verb(verbs, settings)
+    return parser
+
+
+def _audit_options(verb):
     for name, what in (("synthetic", "synthetic rows"), ("train", "the rows they were made from"), ("holdout", "rows like these that were not used")):
         verb.add_argument(f"--{name}", metavar="FILE", help=f"{what}: CSV, TSV, JSON, JSONL or Parquet")
     verb.add_argument("--json", metavar="FILE", help="write the report of the files there; it is private")
-    verb = _verb(verbs, ledger, ("dataset", {"nargs": "?", "metavar": "DATASET", "help": "name of a data set (default: all of them)"}))
+
+
+def _ledger_options(verb):
+    verb.add_argument("--ledger", metavar="PATH", help="a ledger file, or a folder of runs that keeps its own (default: yours)")
     verb.add_argument("--cap", type=positive, metavar="EPSILON", help="refuse from now on what would bring a row of it over this")
     verb.add_argument("--plot", metavar="FILE", help="draw its releases into an image")
-    _verb(verbs, settings)
-    return parser
 
 # %% ../nbs/15_cli.ipynb #e0a1cadc
 def exit_code(error, args):

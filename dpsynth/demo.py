@@ -989,7 +989,7 @@ def _type(rng, text, loud, sloppy):
         if rng.random() < .03 + sloppy * .3: text = _slip(rng, text)
     return text
 
-# %% ../nbs/01a_demo.ipynb #e65062de
+# %% ../nbs/01a_demo.ipynb #774b1062
 def _mix(rng):
     "How often this reviewer argues the other side."
     r = rng.random()
@@ -1004,13 +1004,17 @@ def _write(rng, label, domain, title):
     return _type(rng, _paragraphs(rng, sents), *voice[5:])
 
 def review(rng: random.Random, label: int, domain="film", titles=None) -> str:
-    "One review of sentiment `label` (an index into `LABELS`), of one of the list `titles` if given, else of something new."
+    """One review of sentiment `label` (an index into `LABELS`), of one of the list `titles` if given, else of something new.
+
+    Raises:
+        ValueError: unknown domain, or a label other than 0 and 1.
+    """
     _one_of("domain", domain, DOMAINS)
     _one_of("label", label, (0, 1))
     title = rng.choice(titles) if titles else _title(rng, rng.randrange(2), domain)
     return _write(rng, label, domain, title)
 
-# %% ../nbs/01a_demo.ipynb #fca51fbd
+# %% ../nbs/01a_demo.ipynb #5ba1d680
 _BLOCK, _PER_BLOCK = 100, 20
 
 @lru_cache(20000)
@@ -1026,13 +1030,21 @@ def _numbered(seed, domain, split, i):
     return {"text": _write(rng, label, domain, title), "label": label, "title": title}
 
 def reviews(n: int, seed: int = 0, domain: str = "film", split: str = "train") -> list:
-    "`n` reviews as dicts with `text`, `label` and `title`; the titles of the two splits never meet."
+    """`n` reviews as dicts with `text`, `label` and `title`; the titles of the two splits never meet.
+
+    Raises:
+        ValueError: unknown domain or split, or a negative `n`.
+    """
     _one_of("domain", domain, DOMAINS)
     _one_of("split", split, _SPLITS)
     if n < 0: raise ValueError(f"n must not be negative: {n}")
     return [_numbered(seed, domain, split, i) for i in range(n)]
 
-# %% ../nbs/01a_demo.ipynb #98063bbb
-def demo_frame(n_train: int = 4000, n_test: int = 1000, seed: int = 0) -> tuple:
-    "Film reviews to learn from and others, of other films, to test on."
+# %% ../nbs/01a_demo.ipynb #d3749dbe
+def demo_frame(n_train: int = 4000, n_test: int = 2000, seed: int = 0) -> tuple[list, list]:
+    """Film reviews to learn from and others, of other films, to test on: two lists of dicts, as `reviews` gives them.
+
+    Raises:
+        ValueError: a negative number.
+    """
     return reviews(n_train, seed), reviews(n_test, seed, split="test")

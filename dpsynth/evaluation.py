@@ -10,7 +10,7 @@ __all__ = ['LENGTH_STEP', 'BATCH_TOKENS', 'ACCELERATOR_TOKENS', 'OWN_POOLING', '
            'mauve_repeated', 'split_reference', 'disjoint_halves', 'text_statistics', 'ngram_distance', 'plot_lengths',
            'train_on_synthetic', 'cautions', 'evaluate']
 
-# %% ../nbs/10_evaluation.ipynb #0e4cfcd7
+# %% ../nbs/10_evaluation.ipynb #3848ba7a
 import collections
 import concurrent.futures
 import contextlib
@@ -24,12 +24,11 @@ import math
 import os
 import pathlib
 import random
-import sys
 import tempfile
 import time
 
 from .models import load_embedder, preset_hash  # before jax: dpsynth selects Keras' JAX backend
-from .settings import DataError, ModelError, SettingsError
+from .settings import DataError, ModelError, SettingsError, quiet_libraries
 
 import jax
 import jax.numpy as jnp
@@ -289,7 +288,7 @@ def embed(texts, embedder, *, length=256, pooling="mean", cache=None, progress=T
     """
     return embed_with(open_embedder(embedder, length, pooling), list(texts), cache, progress)[0]
 
-# %% ../nbs/10_evaluation.ipynb #212cce8f
+# %% ../nbs/10_evaluation.ipynb #b7aaead1
 @dataclasses.dataclass(frozen=True)
 class MauveResult:
     """MAUVE on several subsamples: `std` is the sample standard deviation of `scores` (0 for one trial), `size` the number of
@@ -302,27 +301,15 @@ class MauveResult:
     seeds: tuple[int, ...]
     seconds: float
 
-# %% ../nbs/10_evaluation.ipynb #8674955d
-@contextlib.contextmanager
-def _without_faiss_advice():
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            held.seek(0)
-            os.write(2, b"".join(line for line in held if b"please provide at least" not in line))
+    def __str__(self):
+        return f"{self.mean:.3f} ± {self.std:.3f} ({self.trials} trials of {self.size} texts)"
 
-
+# %% ../nbs/10_evaluation.ipynb #9cfae2e6
 def mauve_score(p_features, q_features, seed):
     """MAUVE of two sets of vectors float[n, d], with n/10 clusters; `seed` starts k-means. The same for any number of cores."""
     import mauve
     import threadpoolctl
-    with threadpoolctl.threadpool_limits(1), _without_faiss_advice():
+    with threadpoolctl.threadpool_limits(1), quiet_libraries(lambda line: b"please provide at least" not in line):
         result = mauve.compute_mauve(p_features=p_features, q_features=q_features, num_buckets="auto", seed=seed, verbose=False)
     return float(result.mauve)
 
@@ -375,7 +362,7 @@ def disjoint_halves(records, seed):
     first, second = split_reference(len(records), seed=seed)
     return records.take(first), records.take(second)
 
-# %% ../nbs/10_evaluation.ipynb #fa2a8ce1
+# %% ../nbs/10_evaluation.ipynb #c0ca286b
 def _ngrams(texts, n):
     """Counter of the n-grams of words, none across texts."""
     counts = collections.Counter()
@@ -391,10 +378,10 @@ def _distinct(texts, n):
 
 
 def text_statistics(texts):
-    """dict of `tokens_mean`, `tokens_median` (words by blanks), `distinct_1`, `distinct_2` (distinct n-grams over all n-grams) and
+    """dict of `words_mean`, `words_median` (words of a text, by blanks), `distinct_1`, `distinct_2` (distinct n-grams over all n-grams) and
     `duplicate_texts` (share of texts that are an exact copy of an earlier one)."""
     lengths = [len(text.split()) for text in texts]
-    return {"tokens_mean": float(np.mean(lengths)), "tokens_median": float(np.median(lengths)), "distinct_1": _distinct(texts, 1),
+    return {"words_mean": float(np.mean(lengths)), "words_median": float(np.median(lengths)), "distinct_1": _distinct(texts, 1),
             "distinct_2": _distinct(texts, 2), "duplicate_texts": 1 - len(set(texts)) / len(texts)}
 
 # %% ../nbs/10_evaluation.ipynb #554f5644
@@ -406,7 +393,7 @@ def ngram_distance(p_texts, q_texts, n):
     p_total, q_total = p.total(), q.total()
     return 0.5 * math.fsum(abs(p[g] / p_total - q[g] / q_total) for g in p.keys() | q.keys())
 
-# %% ../nbs/10_evaluation.ipynb #45d0fbeb
+# %% ../nbs/10_evaluation.ipynb #02b0dd0e
 def plot_lengths(synthetic, reference):
     """Histograms of the number of words in both sets of texts, as a matplotlib Figure."""
     import matplotlib.pyplot as plt
@@ -414,7 +401,7 @@ def plot_lengths(synthetic, reference):
     figure, axes = plt.subplots(figsize=(6, 2.5), layout="constrained")
     bins = np.linspace(0, np.percentile(lengths[0] + lengths[1], 99) + 1, 40)
     axes.hist(lengths, bins=bins, density=True, histtype="step", label=["synthetic", "reference"])
-    axes.set(xlabel="words", ylabel="share of the texts per word")
+    axes.set(xlabel="words", ylabel="share of the texts per word", title="How long the texts are")
     axes.legend()
     plt.close(figure)
     return figure

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LARGEST_GROUP', 'LARGEST_EPSILON', 'KINDS', 'SCHEMA_VERSION', 'APPLICATION', 'SCHEMA', 'FIELDS', 'TOUCHING',
-           'HISTORIES', 'CAPS', 'MARKS', 'Neighbours', 'DpSgd', 'Gaussian', 'Laplace', 'DiscreteLaplace',
-           'EpsilonDelta', 'NotPrivate', 'read_event', 'nearest', 'event_from_dict', 'accesses_event', 'Question',
-           'compose', 'default_path', 'Dataset', 'Release', 'History', 'Unanswered', 'Limit', 'release_id', 'Plan',
-           'Ledger', 'ledger_table', 'plot_ledger', 'ledger_command']
+           'HISTORIES', 'CAPS', 'MARKS', 'RUNS_LEDGER', 'Neighbours', 'group_privacy', 'DpSgd', 'Gaussian', 'Laplace',
+           'DiscreteLaplace', 'EpsilonDelta', 'NotPrivate', 'read_event', 'known_names', 'event_from_dict',
+           'accesses_event', 'Question', 'compose', 'default_path', 'Dataset', 'Release', 'History', 'Unanswered',
+           'Limit', 'Total', 'release_id', 'Plan', 'Ledger', 'ledger_table', 'plot_ledger', 'ledger_command']
 
 # %% ../nbs/05_ledger.ipynb #e7036b93
 import collections
@@ -54,7 +54,7 @@ class Neighbours:
         """Additions and removals that lead from one data set to its neighbour; a replacement is two."""
         return 2 if self.relation == "replace_one" else self.group
 
-# %% ../nbs/05_ledger.ipynb #8627646b
+# %% ../nbs/05_ledger.ipynb #674446be
 LARGEST_GROUP, LARGEST_EPSILON = 32, 100.0  # beyond these, a bound would say nothing; it is given as infinite
 
 
@@ -87,18 +87,25 @@ def _mixture_loss(noise_multiplier, probability, group, grid):
                                                      value_discretization_interval=grid)
 
 
-def _stated_loss(epsilon, delta, neighbours, grid):
-    """Loss of the worst mechanism that is (ε, δ)-DP under add/remove; None where there is no bound.
+def group_privacy(epsilon, delta, size):
+    """`(ε, δ)` for `size` changes of something that is (ε, δ)-DP for one: kε and δ·(e^kε − 1)/(e^ε − 1), at most 1.
 
-    Source: Vadhan 2017, "The complexity of differential privacy", lemma 2.2 (group privacy), its geometric sum left as it is:
-    k changes give (kε, δ·(e^kε − 1)/(e^ε − 1)).
+    Source: Vadhan 2017, "The complexity of differential privacy", lemma 2.2 (group privacy), its geometric sum left as it is.
     """
+    total = size * epsilon
+    if total > 700:  # e^kε is no float any more
+        return total, 1.0 if delta else 0.0
+    growth = math.expm1(total) / math.expm1(epsilon) if epsilon else size
+    return total, min(1.0, delta * growth)
+
+
+def _stated_loss(epsilon, delta, neighbours, grid):
+    """Loss of the worst mechanism that is (ε, δ)-DP under add/remove; None where there is no bound."""
     from dp_accounting.pld.common import DifferentialPrivacyParameters
-    k = neighbours.changes
-    if k * epsilon > LARGEST_EPSILON:
+    epsilon, delta = group_privacy(epsilon, delta, neighbours.changes)
+    if epsilon > LARGEST_EPSILON:
         return None
-    growth = math.expm1(k * epsilon) / math.expm1(epsilon) if epsilon else k
-    return _losses().from_privacy_parameters(DifferentialPrivacyParameters(k * epsilon, min(1.0, delta * growth)), grid)
+    return _losses().from_privacy_parameters(DifferentialPrivacyParameters(epsilon, delta), grid)
 
 
 def _laplace_loss(construct, parameter, epsilon, neighbours, grid):
@@ -107,10 +114,16 @@ def _laplace_loss(construct, parameter, epsilon, neighbours, grid):
         return _stated_loss(epsilon, 0.0, neighbours, grid)
     return construct(parameter, value_discretization_interval=grid)
 
-# %% ../nbs/05_ledger.ipynb #ff0b42f7
+# %% ../nbs/05_ledger.ipynb #cc06a276
 class _Event(pydantic.BaseModel):
     """`dp_event()` is the accountant's name for it; `loss(count, neighbours, grid)` its privacy loss distribution, None for ∞."""
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _verified(event):
+    """The accountant's event of an access, as a certificate is recomputed with it."""
+    from dpsynth.verify import event as accounted
+    return accounted({**event.model_dump(), "mechanism": event.kind}, "epsilon")
 
 
 class DpSgd(_Event):
@@ -121,24 +134,15 @@ class DpSgd(_Event):
     steps: int = pydantic.Field(ge=1)
     bands: int = pydantic.Field(1, ge=1)
 
-    @property
-    def probability(self):
-        """Probability that a unit takes part in a round of `bands` updates."""
-        return min(1.0, self.sampling_probability * self.bands)
-
-    @property
-    def rounds(self):
-        return math.ceil(self.steps / self.bands)
-
     def dp_event(self):
-        sampled = _events().PoissonSampledDpEvent(self.probability, _events().GaussianDpEvent(self.noise_multiplier))
-        return _events().SelfComposedDpEvent(sampled, self.rounds)
+        return _verified(self)
 
     def loss(self, count, neighbours, grid):
         if self.bands > 1 and neighbours.group > 1:
             return None
-        once = _gaussian_loss(self.noise_multiplier, self.probability, neighbours, grid)
-        return once and once.self_compose(self.rounds * count)
+        rounds = self.dp_event()
+        once = _gaussian_loss(rounds.event.event.noise_multiplier, rounds.event.sampling_probability, neighbours, grid)
+        return once and once.self_compose(rounds.count * count)
 
 
 class Gaussian(_Event):
@@ -172,11 +176,12 @@ class DiscreteLaplace(_Event):
     noise_multiplier: float = pydantic.Field(gt=0)
 
     def dp_event(self):
-        return _events().DiscreteLaplaceDpEvent(1 / self.noise_multiplier, 1)
+        return _verified(self)
 
     def loss(self, count, neighbours, grid):
-        construct = functools.partial(_losses().from_discrete_laplace_mechanism, sensitivity=1)
-        once = _laplace_loss(construct, 1 / self.noise_multiplier, 1 / self.noise_multiplier, neighbours, grid)
+        event = self.dp_event()
+        construct = functools.partial(_losses().from_discrete_laplace_mechanism, sensitivity=event.sensitivity)
+        once = _laplace_loss(construct, event.noise_parameter, event.noise_parameter * event.sensitivity, neighbours, grid)
         return once and once.self_compose(count)
 
 
@@ -216,7 +221,7 @@ def read_event(description):
     """
     if not isinstance(description, dict) or description.get("kind") not in KINDS:
         given = description.get("kind") if isinstance(description, dict) else description
-        raise SettingsError(f"event kind {given!r}: expected {nearest(str(given), KINDS)}")
+        raise SettingsError(f"event kind {given!r} is not one; {known_names(str(given), KINDS)}")
     try:
         return KINDS[description["kind"]](**description)
     except pydantic.ValidationError as error:
@@ -224,10 +229,10 @@ def read_event(description):
         raise SettingsError(f"event {description['kind']}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
 
 
-def nearest(name, known):
-    """The known name most like `name`, or all of them if none is."""
+def known_names(name, known):
+    """The part of a message that offers the known name most like `name`, if one is, and lists them all."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return repr(near[0]) if near else ", ".join(map(repr, known)) or "none; the ledger is empty"
+    return (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(map(repr, known)) or 'none'}"
 
 
 def event_from_dict(description):
@@ -357,19 +362,19 @@ def _load_key(path, ledger):
         raise PrivacyError(f"{path}: damaged, a key has 32 bytes and this {len(key)}; restore it from a backup")
     return key
 
-# %% ../nbs/05_ledger.ipynb #01dc810b
-SCHEMA_VERSION, APPLICATION = 1, 0x64707379  # "dpsy"
+# %% ../nbs/05_ledger.ipynb #db77677b
+SCHEMA_VERSION, APPLICATION = 2, 0x64707379  # "dpsy"
 SCHEMA = """
 CREATE TABLE locks (key_check BLOB NOT NULL);
-CREATE TABLE datasets (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, digest BLOB NOT NULL UNIQUE, units INTEGER NOT NULL,
-  distinct_units INTEGER NOT NULL, copies INTEGER NOT NULL, delta REAL NOT NULL, cap_epsilon REAL, cap_delta REAL);
-CREATE TABLE cells (id INTEGER PRIMARY KEY, units INTEGER NOT NULL);
+CREATE TABLE datasets (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, digest BLOB NOT NULL UNIQUE, declared TEXT NOT NULL,
+  units INTEGER NOT NULL, hashes INTEGER NOT NULL, copies INTEGER NOT NULL, delta REAL NOT NULL, cap_epsilon REAL, cap_delta REAL);
+CREATE TABLE cells (id INTEGER PRIMARY KEY, hashes INTEGER NOT NULL);
 CREATE TABLE memberships (cell INTEGER NOT NULL REFERENCES cells, dataset INTEGER NOT NULL REFERENCES datasets,
   copies INTEGER NOT NULL, PRIMARY KEY (cell, dataset)) WITHOUT ROWID;
 CREATE INDEX cells_of_dataset ON memberships (dataset, cell);
 CREATE TABLE units (hash BLOB PRIMARY KEY, cell INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE releases (id INTEGER PRIMARY KEY, run_id TEXT NOT NULL UNIQUE, title TEXT NOT NULL,
-  dataset INTEGER NOT NULL REFERENCES datasets, event TEXT NOT NULL,
+  dataset INTEGER NOT NULL REFERENCES datasets, declared TEXT NOT NULL, event TEXT NOT NULL,
   state TEXT NOT NULL CHECK (state IN ('planned', 'started', 'finished', 'abandoned')),
   planned TEXT NOT NULL, started TEXT, ended TEXT, host TEXT NOT NULL, pid INTEGER NOT NULL, pid_started REAL NOT NULL);
 CREATE TABLE answers (question TEXT PRIMARY KEY, epsilon REAL NOT NULL) WITHOUT ROWID;
@@ -397,7 +402,8 @@ def _check_file(db, path, key):
     if application != APPLICATION:
         raise PrivacyError(f"{path}: not a ledger; set DPSYNTH_LEDGER to another file")
     if version != SCHEMA_VERSION:
-        raise PrivacyError(f"{path}: ledger of schema version {version}, this dpsynth knows {SCHEMA_VERSION}; update dpsynth")
+        raise PrivacyError(f"{path}: ledger of schema version {version}, this dpsynth knows {SCHEMA_VERSION}; "
+                           "use the dpsynth that wrote it, or set DPSYNTH_LEDGER to another file")
     if db.execute("SELECT key_check FROM locks").fetchone()[0] != _digest(key, b"dpsynth key", b"", 16):
         raise PrivacyError(f"{path}: does not belong to the key beside it; restore the two from the same backup")
 
@@ -429,14 +435,18 @@ def _transaction(db, begin="BEGIN IMMEDIATE"):
             db.execute("ROLLBACK")
         raise
 
-# %% ../nbs/05_ledger.ipynb #a4985db3
+# %% ../nbs/05_ledger.ipynb #0fafbb1c
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Rows that the ledger knows: `units` of them, `distinct_units` different ones, the commonest `copies` times."""
+    """Rows that the ledger knows: so many privacy `units`, with `hashes` different contents, the commonest of them `copies` times.
+
+    `declared` is the name that was given for them, which other rows may have too; `name` is theirs alone.
+    """
     id: int
     name: str
+    declared: str = dataclasses.field(compare=False)
     units: int
-    distinct_units: int
+    hashes: int
     copies: int
     delta: float
 
@@ -456,13 +466,13 @@ def _count_units(key, units):
     return counts
 
 
-def _insert_dataset(db, name, digest, counts, delta):
+def _insert_dataset(db, name, digest, counts, num_units, delta):
     """Store a data set that is not there yet; its units are in the table `incoming`."""
     taken = {row["name"] for row in db.execute("SELECT name FROM datasets")}
     names = (f"{name}~{n}" if n > 1 else name for n in range(1, len(taken) + 2))
-    values = [next(n for n in names if n not in taken), digest, counts.total(), len(counts), max(counts.values()), delta]
-    columns = "name, digest, units, distinct_units, copies, delta"
-    _split_cells(db, db.execute(f"INSERT INTO datasets ({columns}) VALUES (?, ?, ?, ?, ?, ?)", values).lastrowid)
+    values = [next(n for n in names if n not in taken), name, digest, num_units, len(counts), max(counts.values()), delta]
+    columns = "name, declared, digest, units, hashes, copies, delta"
+    _split_cells(db, db.execute(f"INSERT INTO datasets ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", values).lastrowid)
 
 
 def _split_cells(db, dataset):
@@ -470,30 +480,31 @@ def _split_cells(db, dataset):
     db.execute("CREATE TEMP TABLE pieces (old INTEGER, copies INTEGER, new INTEGER)")
     parts = db.execute("SELECT units.cell, incoming.copies, COUNT(*) FROM incoming LEFT JOIN units USING (hash) GROUP BY 1, 2").fetchall()
     for old, copies, count in parts:
-        new = db.execute("INSERT INTO cells (units) VALUES (?)", [count]).lastrowid
+        new = db.execute("INSERT INTO cells (hashes) VALUES (?)", [count]).lastrowid
         db.execute("INSERT INTO memberships SELECT ?, dataset, copies FROM memberships WHERE cell = ?", [new, old])
         db.execute("INSERT INTO memberships VALUES (?, ?, ?)", [new, dataset, copies])
-        db.execute("UPDATE cells SET units = units - ? WHERE id = ?", [count, old])
+        db.execute("UPDATE cells SET hashes = hashes - ? WHERE id = ?", [count, old])
         db.execute("INSERT INTO pieces VALUES (?, ?, ?)", [old, copies, new])
     db.execute("""INSERT INTO units SELECT incoming.hash, pieces.new FROM incoming LEFT JOIN units USING (hash)
       JOIN pieces ON pieces.old IS units.cell AND pieces.copies = incoming.copies WHERE true ORDER BY incoming.hash
       ON CONFLICT (hash) DO UPDATE SET cell = excluded.cell""")
-    db.execute("DELETE FROM memberships WHERE cell IN (SELECT id FROM cells WHERE units = 0)")
-    db.execute("DELETE FROM cells WHERE units = 0")
+    db.execute("DELETE FROM memberships WHERE cell IN (SELECT id FROM cells WHERE hashes = 0)")
+    db.execute("DELETE FROM cells WHERE hashes = 0")
 
 
-def _register(db, key, name, counts, delta):
-    """The data set with these units, stored if it is new."""
+def _register(db, key, name, counts, num_units, delta):
+    """The data set with these contents, stored if it is new."""
     ordered = sorted(counts.items())
     digest = _digest(key, b"dpsynth dataset", b"".join(unit + count.to_bytes(8, "big") for unit, count in ordered), 32)
     db.execute("CREATE TEMP TABLE incoming (hash BLOB PRIMARY KEY, copies INTEGER) WITHOUT ROWID")
     db.executemany("INSERT INTO incoming VALUES (?, ?)", ordered)
     with _transaction(db):
         if not db.execute("SELECT 1 FROM datasets WHERE digest = ?", [digest]).fetchone():
-            _insert_dataset(db, name, digest, counts, delta)
-    return Dataset(*db.execute(f"SELECT {FIELDS} FROM datasets WHERE digest = ?", [digest]).fetchone())
+            _insert_dataset(db, name, digest, counts, num_units, delta)
+    known = Dataset(*db.execute(f"SELECT {FIELDS} FROM datasets WHERE digest = ?", [digest]).fetchone())
+    return dataclasses.replace(known, declared=name)
 
-# %% ../nbs/05_ledger.ipynb #7cdb35ae
+# %% ../nbs/05_ledger.ipynb #5611a4b7
 @dataclasses.dataclass(frozen=True)
 class Release:
     """One row of the ledger. It is `charged` once it has started, whatever became of it, and `held` also while it is planned."""
@@ -501,6 +512,7 @@ class Release:
     run_id: str
     title: str
     dataset: int
+    declared: str
     event: str
     state: str
     planned: str
@@ -519,6 +531,11 @@ class Release:
         return self.charged or self.state == "planned"
 
     @property
+    def run(self):
+        """The run that it is of: the first word of `run_id`, because a run that releases in several parts charges each of them."""
+        return self.run_id.partition(" ")[0]
+
+    @property
     def parts(self):
         """Canonical texts of the events that the run releases."""
         return json.loads(self.event)
@@ -526,19 +543,19 @@ class Release:
 
 TOUCHING = """SELECT * FROM releases WHERE dataset IN (SELECT theirs.dataset FROM memberships AS mine
   JOIN memberships AS theirs USING (cell) WHERE mine.dataset = ?) ORDER BY id"""
-HISTORIES = """SELECT seen, SUM(units), MAX(copies) FROM (
-  SELECT group_concat(theirs.dataset) AS seen, cells.units, MAX(theirs.copies) AS copies FROM memberships AS mine
+HISTORIES = """SELECT seen, SUM(hashes), MAX(copies) FROM (
+  SELECT group_concat(theirs.dataset) AS seen, cells.hashes, MAX(theirs.copies) AS copies FROM memberships AS mine
   JOIN cells ON cells.id = mine.cell JOIN memberships AS theirs ON theirs.cell = mine.cell
   WHERE mine.dataset = ? AND mine.cell IN (SELECT cell FROM memberships WHERE dataset = ?)
-    AND (theirs.dataset = mine.dataset OR theirs.dataset IN (SELECT dataset FROM releases))
+    AND (theirs.dataset = mine.dataset OR theirs.dataset IN (SELECT value FROM json_each(?)))
   GROUP BY mine.cell) GROUP BY seen"""
 
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """`units` distinct units that were in exactly these data sets, at most `copies` times in any of them."""
+    """So many `hashes` that were in exactly these data sets, at most `copies` times in any of them."""
     datasets: frozenset
-    units: int
+    hashes: int
     copies: int
 
 
@@ -555,15 +572,15 @@ def _held(db, dataset):
     return [release for release in _touching(db, dataset) if release.held]
 
 
-def _histories(db, dataset, within=None):
-    """The histories of the units of `dataset` (those that are also in `within`)."""
-    rows = db.execute(HISTORIES, [dataset, within or dataset])
-    return [History(frozenset(map(int, seen.split(","))), units, copies) for seen, units, copies in rows]
+def _histories(db, dataset, releases, within=None):
+    """The histories of the units of `dataset` (those that are also in `within`), as far as these releases tell them apart."""
+    rows = db.execute(HISTORIES, [dataset, within or dataset, json.dumps(sorted({release.dataset for release in releases}))])
+    return [History(frozenset(map(int, seen.split(","))), hashes, copies) for seen, hashes, copies in rows]
 
 
-def _event_counts(history, releases, extra):
-    """Counter of canonical event texts that the units of a history went through, with `extra` on top."""
-    return collections.Counter(part for release in releases if release.dataset in history.datasets for part in release.parts) + extra
+def _event_counts(history, releases):
+    """Counter of canonical event texts that the units of a history went through."""
+    return collections.Counter(part for release in releases if release.dataset in history.datasets for part in release.parts)
 
 
 def _undominated(counters):
@@ -574,7 +591,7 @@ def _undominated(counters):
             kept.append(counter)
     return kept
 
-# %% ../nbs/05_ledger.ipynb #9f6e6ef5
+# %% ../nbs/05_ledger.ipynb #48835cfc
 class Unanswered(Exception):
     """A transaction needs an ε that has not been computed yet."""
 
@@ -594,24 +611,32 @@ def _epsilon(db, counter, delta, neighbours=Neighbours()):
     return row["epsilon"]
 
 
-def _worst(db, histories, releases, delta, extra=collections.Counter(), relation="add_or_remove_one"):
+def _worst(db, histories, releases, delta, relation="add_or_remove_one"):
     """Largest composed ε over the units of some histories."""
-    counters = _undominated([_event_counts(history, releases, extra) for history in histories])
+    counters = _undominated([_event_counts(history, releases) for history in histories])
     return max(_epsilon(db, counter, delta, Neighbours(relation)) for counter in counters)
 
 
-def _bound(db, datasets, delta):
-    """ε of all charged releases of these data sets together."""
-    releases = [Release(**row) for row in db.execute("SELECT * FROM releases WHERE started IS NOT NULL")]
-    return _epsilon(db, _event_counts(History(datasets, 0, 1), releases, collections.Counter()), delta)
+def _spent(db, dataset, delta, relation):
+    charged = _charged(db, dataset)
+    return _worst(db, _histories(db, dataset, charged), charged, delta, relation)
 
 
-def _worst_group(db, histories, releases, delta):
+def _released_as(db, name, delta):
+    """(ε, number of runs) of all that was charged to rows of this declared name."""
+    releases = [Release(**row) for row in db.execute("SELECT * FROM releases WHERE declared = ? AND started IS NOT NULL", [name])]
+    together = collections.Counter(part for release in releases for part in release.parts)
+    return _epsilon(db, together, delta), len({release.run for release in releases})
+
+
+def _worst_group(db, dataset, delta):
     """Largest composed ε over the owners of all copies of a row: (ε, copies)."""
-    counters = [_event_counts(history, releases, collections.Counter()) for history in histories]
+    charged = _charged(db, dataset)
+    histories = _histories(db, dataset, charged)
+    counters = [_event_counts(history, charged) for history in histories]
     return max((_epsilon(db, counter, delta, Neighbours(group=h.copies)), h.copies) for counter, h in zip(counters, histories))
 
-# %% ../nbs/05_ledger.ipynb #f411176c
+# %% ../nbs/05_ledger.ipynb #2b342454
 @dataclasses.dataclass(frozen=True)
 class Limit:
     """A cap that binds a data set: whose it is, (ε, δ), and what the worst unit under it has `spent`, reservations included."""
@@ -629,10 +654,10 @@ CAPS = """SELECT id, name, cap_epsilon, cap_delta FROM datasets WHERE cap_epsilo
   SELECT theirs.dataset FROM memberships AS mine JOIN memberships AS theirs USING (cell) WHERE mine.dataset = ?) ORDER BY id"""
 
 
-def _limits(db, dataset, releases, extra=collections.Counter()):
-    """Every cap over a unit of `dataset`, with what these releases and `extra` spend under it."""
+def _limits(db, dataset, releases):
+    """Every cap over a unit of `dataset`, with what these releases spend under it."""
     return [Limit(row["name"], row["cap_epsilon"], row["cap_delta"],
-                  _worst(db, _histories(db, dataset, row["id"]), releases, row["cap_delta"], extra))
+                  _worst(db, _histories(db, dataset, releases, row["id"]), releases, row["cap_delta"]))
             for row in db.execute(CAPS, [dataset])]
 
 
@@ -640,17 +665,17 @@ def _dataset_name(db, dataset):
     return db.execute("SELECT name FROM datasets WHERE id = ?", [dataset]).fetchone()["name"]
 
 
-def _check_caps(db, dataset, releases, extra):
-    """Raise BudgetError if `extra` events on every unit of `dataset` would cross a cap over one of them."""
-    for limit in _limits(db, dataset, releases, extra):
+def _check_caps(db, dataset, releases, plans):
+    """Raise BudgetError if these plans, after these releases, would cross a cap over a unit of `dataset`."""
+    for limit in _limits(db, dataset, [*releases, *plans]):
         if limit.spent > limit.epsilon:
-            before = next(other.spent for other in _limits(db, dataset, releases) if other.name == limit.name)
+            spends = ({other.name: other.spent for other in _limits(db, dataset, some)} for some in (releases, plans))
+            before, asked = (spend[limit.name] for spend in spends)
             name = _dataset_name(db, dataset)
             owner = "" if limit.name == name else f" of data set {limit.name!r}, which shares units with it"
-            raise BudgetError(
-                f"data set {name!r}: epsilon {before:.4g} is spent or reserved, this asks {_epsilon(db, extra, limit.delta):.4g}, "
-                f"together {limit.spent:.4g} at delta {limit.delta:.3g}, over the cap {limit.epsilon:g}{owner}; "
-                "use a smaller epsilon, fewer runs, or raise the cap")
+            raise BudgetError(f"data set {name!r}: epsilon {before:.4g} is spent or reserved, this asks {asked:.4g}, "
+                              f"together {limit.spent:.4g} at delta {limit.delta:.3g}, over the cap {limit.epsilon:g}{owner}; "
+                              "use a smaller epsilon, fewer runs, or raise the cap")
 
 
 def _is_running(pid, began):
@@ -662,25 +687,51 @@ def _is_running(pid, began):
         return False
 
 
+def _is_dead(release):
+    """Whether it is the reservation of a process on this machine that has died."""
+    return release.state == "planned" and release.host == socket.gethostname() and not _is_running(release.pid, release.pid_started)
+
+
 def _give_up_dead(db, releases):
-    """Give up the reservations whose process on this machine has died; returns the releases that are left to count."""
-    dead = [r for r in releases if r.state == "planned" and r.host == socket.gethostname() and not _is_running(r.pid, r.pid_started)]
+    """Give up the reservations of dead processes; returns the releases that are left to count."""
+    dead = [release for release in releases if _is_dead(release)]
     db.executemany("UPDATE releases SET state = 'abandoned', ended = ? WHERE id = ?", [(now(), r.id) for r in dead])
     return [r for r in releases if r not in dead]
 
 
-def _make_room(db, dataset, extra, without=()):
+def _make_room(db, plan):
     """Check the caps, giving up reservations of dead processes if that is what it takes. Raises BudgetError."""
-    held = [r for r in _held(db, dataset) if r.run_id not in without]
+    held = [release for release in _held(db, plan.dataset) if release.run_id != plan.run_id]
     try:
-        _check_caps(db, dataset, held, extra)
+        _check_caps(db, plan.dataset, held, [plan])
     except BudgetError:
         alive = _give_up_dead(db, held)
         if alive == held:
             raise
-        _check_caps(db, dataset, alive, extra)
+        _check_caps(db, plan.dataset, alive, [plan])
 
-# %% ../nbs/05_ledger.ipynb #f001585d
+
+
+@dataclasses.dataclass(frozen=True)
+class Total:
+    """What the worst unit of a data set will have spent (`epsilon` at `delta`), `earlier` and planned `runs` that touch it included."""
+    dataset: Dataset
+    epsilon: float
+    delta: float
+    runs: int
+    earlier: int
+
+
+def _total(db, dataset, plans, delta):
+    """The `Total` of one data set, if all plans, which may be for others, come true. Raises BudgetError."""
+    earlier = [release for release in _held(db, dataset.id) if not _is_dead(release)]
+    _check_caps(db, dataset.id, earlier, plans)
+    histories = _histories(db, dataset.id, [*earlier, *plans])
+    touched = frozenset().union(*(history.datasets for history in histories))
+    return Total(dataset, _worst(db, histories, [*earlier, *plans], delta), delta, sum(plan.dataset in touched for plan in plans),
+                 len({release.run for release in earlier}))
+
+# %% ../nbs/05_ledger.ipynb #6b27c3e8
 def release_id(run_id, secret):
     """Name of a release: of what is computed (`run_id`, a text) and of the secret that its noise comes from, which it does not show."""
     return hashlib.blake2b(run_id.encode(), digest_size=16, key=secret, person=b"dpsynth release").hexdigest()
@@ -688,14 +739,12 @@ def release_id(run_id, secret):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run that wants to release `event` (a dict, or a list of dicts that it releases together)."""
-    run_id: str
-    event: dict | list
+    """What a run wants to release from a data set (by its number): `parts` are canonical texts of events."""
+    dataset: int
+    declared: str
+    parts: list
+    run_id: str = ""
     title: str = ""
-
-    @property
-    def parts(self):
-        return _canonical(self.event)
 
 
 def _find(db, run_id):
@@ -711,11 +760,14 @@ def _find_planned(db, run_id):
     return release
 
 
-def _check_same(db, release, plan, dataset):
-    """Raise PrivacyError if a run comes back with another event or other rows."""
-    if release.dataset != dataset:
+def _check_same(db, release, plan):
+    """Raise PrivacyError if a run comes back with another event, other rows or another name for them."""
+    if release.dataset != plan.dataset:
         raise PrivacyError(f"run {plan.run_id}: is in the ledger with data set {_dataset_name(db, release.dataset)!r}, "
-                           f"not {_dataset_name(db, dataset)!r}; use another output folder")
+                           f"not {_dataset_name(db, plan.dataset)!r}; use another output folder")
+    if release.declared != plan.declared:
+        raise PrivacyError(f"run {plan.run_id}: is in the ledger under the name {release.declared!r}, not {plan.declared!r}; "
+                           "use another output folder")
     if release.parts != plan.parts:
         raise PrivacyError(f"run {plan.run_id}: is in the ledger with {', '.join(release.parts)}, not {', '.join(plan.parts)}; "
                            "use another output folder")
@@ -726,26 +778,23 @@ def _owner():
     return [socket.gethostname(), os.getpid(), psutil.Process().create_time()]
 
 
-def _write_plan(db, plan, dataset):
+def _write_plan(db, plan):
     """Reserve: a new row, or an old one that was not charged and is held by this process from now on."""
-    db.execute("""INSERT INTO releases (run_id, title, dataset, event, state, planned, host, pid, pid_started)
-      VALUES (?, ?, ?, ?, 'planned', ?, ?, ?, ?) ON CONFLICT (run_id) DO UPDATE SET state = 'planned', ended = NULL,
+    db.execute("""INSERT INTO releases (run_id, title, dataset, declared, event, state, planned, host, pid, pid_started)
+      VALUES (?, ?, ?, ?, ?, 'planned', ?, ?, ?, ?) ON CONFLICT (run_id) DO UPDATE SET state = 'planned', ended = NULL,
       host = excluded.host, pid = excluded.pid, pid_started = excluded.pid_started WHERE started IS NULL""",
-               [plan.run_id, plan.title, dataset, json.dumps(plan.parts), now(), *_owner()])
+               [plan.run_id, plan.title, plan.dataset, plan.declared, json.dumps(plan.parts), now(), *_owner()])
 
 
-def _reserve(db, dataset, plans):
-    """Reserve room for all plans or for none; those that already have it keep it, once."""
-    known = {plan.run_id: _find(db, plan.run_id) for plan in plans}
-    for plan in plans:
-        if known[plan.run_id] is not None:
-            _check_same(db, known[plan.run_id], plan, dataset)
-    asking = [plan for plan in plans if known[plan.run_id] is None or not known[plan.run_id].held]
-    if asking:
-        _make_room(db, dataset, collections.Counter(part for plan in asking for part in plan.parts))
-    for plan in plans:
-        _write_plan(db, plan, dataset)
-    return [_find(db, plan.run_id) for plan in plans]
+def _reserve(db, plan):
+    """Reserve room for a plan; one that already has it keeps it, once."""
+    known = _find(db, plan.run_id)
+    if known is not None:
+        _check_same(db, known, plan)
+    if known is None or not known.held:
+        _make_room(db, plan)
+    _write_plan(db, plan)
+    return _find(db, plan.run_id)
 
 
 def _set_state(db, release, state, **times):
@@ -759,7 +808,7 @@ def _start(db, run_id):
     if not release.held:
         raise PrivacyError(f"run {run_id}: its reservation was given up; plan it again")
     if not release.charged:
-        _make_room(db, release.dataset, collections.Counter(release.parts), without=[run_id])
+        _make_room(db, release)
         _set_state(db, release, "started", started=now())
     elif release.state == "abandoned":
         _set_state(db, release, "started", ended=None)
@@ -783,7 +832,7 @@ def _abandon(db, run_id):
         _set_state(db, release, "abandoned", ended=now())
     return _find(db, run_id)
 
-# %% ../nbs/05_ledger.ipynb #dc27602f
+# %% ../nbs/05_ledger.ipynb #1c078d6e
 class Ledger:
     """The privacy budget of every data set on this machine, across runs. Private: the file and its key never leave the machine.
 
@@ -798,7 +847,7 @@ class Ledger:
 
     def __init__(self, path=None):
         self.path = pathlib.Path(path or default_path())
-        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o777 if path else 0o700)  # a given folder may hold what others read
         self._key = _load_key(self.path.with_name(self.path.name + ".key"), self.path)
         if not self.path.exists():
             _create(self.path, self._key)
@@ -831,37 +880,41 @@ class Ledger:
 
     # data sets
 
-    def register(self, name, units, delta=None):
-        """The `Dataset` of these privacy units, recognised by its units and stored if it is new.
+    def register(self, name, units, delta=None, num_units=None):
+        """The `Dataset` of these rows, recognised by its units and stored if it is new.
 
         Args:
-            name: what people call it. A name that other rows have is made unique; rows that are known keep their first name and δ.
-            units: iterable of bytes or str, the raw content of each privacy unit; read once.
+            name: what people call it, kept as `declared`. A name that other rows have is made unique; rows that are known keep
+                their first unique name and δ.
+            units: iterable of bytes or str, the raw content of each privacy unit; read once. Where units are groups of rows, the
+                name of each group and the text of each row.
             delta: δ at which its spend is stated; n^-1.2 over the units by default.
+            num_units: number n of privacy units; as many as there are `units` by default, so give it where units are groups.
 
         Raises:
             DataError: no units, or one that is neither bytes nor str.
             SettingsError: δ is not below 1/n.
         """
         counts = _count_units(self._key, units)
+        num_units = counts.total() if num_units is None else num_units
         if delta is None:
             from dpsynth.privacy import default_delta
-            delta = default_delta(counts.total())
-        _check_delta(delta, counts.total())
+            delta = default_delta(num_units)
+        _check_delta(delta, num_units)
         with self._connect() as db:
-            return _register(db, self._key, name, counts, delta)
+            return _register(db, self._key, name, counts, num_units, delta)
 
     def datasets(self):
         """Every known `Dataset`, in order of arrival."""
         return self._read(lambda db: [Dataset(*row) for row in db.execute(f"SELECT {FIELDS} FROM datasets ORDER BY id")])
 
     def dataset(self, name):
-        """The `Dataset` of this name; one that is given is checked. Raises SettingsError naming the nearest known name."""
+        """The `Dataset` of this (unique) name; one that is given is checked. Raises SettingsError with the names that are known."""
         known = {dataset.name: dataset for dataset in self.datasets()}
         given = name.name if isinstance(name, Dataset) else name
         if given not in known or isinstance(name, Dataset) and known[given] != name:
-            raise SettingsError(f"data set {given!r} is not in this ledger; known: {nearest(given, known)}")
-        return known[given]
+            raise SettingsError(f"data set {given!r} is not in this ledger; {known_names(given, known)}")
+        return name if isinstance(name, Dataset) else known[given]
 
     def set_cap(self, dataset, epsilon, delta=None):
         """Refuse from now on what would bring any unit of `dataset`, here or in another data set, over (ε, δ); ε = inf lifts the cap."""
@@ -879,22 +932,17 @@ class Ledger:
         """Reserve room for one release; returns the `Release`. A run that is known keeps its place and is not charged again.
 
         Args:
-            run_id: name of what is computed *and* of the secret of its noise (see `release_id`).
+            run_id: name of what is computed *and* of the secret of its noise (see `release_id`). A run that releases in several parts
+                plans each of them, under its name, a blank and what the part is.
             event: a dict, or a list of dicts that are released together, such as `accesses_event(mechanism.accesses)`.
             title: what people call the run.
 
         Raises:
             BudgetError: a unit of the data set would go over a cap.
-            PrivacyError: the run is known with another event or other rows.
+            PrivacyError: the run is known with another event, other rows or another name for them.
         """
-        return self.plan_many(dataset, [Plan(run_id, event, title)])[0]
-
-    def plan_many(self, dataset, plans):
-        """Reserve room for a sweep, all of it or nothing; returns the releases. Raises as `plan`."""
-        plans, names = list(plans), collections.Counter(plan.run_id for plan in plans)
-        if names and names.most_common(1)[0][1] > 1:
-            raise SettingsError(f"run {names.most_common(1)[0][0]}: planned twice in one sweep; two releases need two run ids")
-        return self._write(_reserve, self.dataset(dataset).id, plans)
+        dataset = self.dataset(dataset)
+        return self._write(_reserve, Plan(dataset.id, dataset.declared, _canonical(event), run_id, title))
 
     def start(self, run_id):
         """Charge the release, for good. When this returns it is on disk, and the first batch may be drawn. Harmless when resumed."""
@@ -913,32 +961,43 @@ class Ledger:
     def spent(self, dataset, delta=None, relation="add_or_remove_one"):
         """Largest composed ε over the units of the data set, of all releases that started."""
         dataset = self.dataset(dataset)
-        return self._read(lambda db: _worst(db, _histories(db, dataset.id), _charged(db, dataset.id),
-                                            dataset.delta if delta is None else delta, relation=relation))
+        return self._read(_spent, dataset.id, dataset.delta if delta is None else delta, relation)
 
-    def bound(self, datasets, delta):
-        """ε of all charged releases of these data sets, as if each of their units were in every one of them.
+    def released_as(self, name, delta):
+        """(ε at `delta`, number of runs) of all that was charged to rows registered under this declared name, whichever rows they were.
 
-        Unlike `spent` it depends on no row, only on what was done; it may be published where it is public that the data sets belong
-        together. It does not cover data sets that are not named.
+        It is what a unit has lost that took part in every one of them, and the only statement here that may be published. Why the
+        name and not the content: whether two data sets have equal rows, or share one, is a fact about private rows. A certificate
+        that counted the releases from *these* rows would say 1 instead of 2 because one person left and another came. Names, and what
+        was done under them, are public. Rows that were also released under other names are not covered.
         """
-        ids = {self.dataset(dataset).id for dataset in datasets}
-        return self._read(_bound, ids, delta)
+        return self._read(_released_as, name, delta)
 
     def spent_by_copies(self, dataset):
         """(ε, k) for the contributor of all k exact copies of a row, the worst such row: its releases as seen by a group of k."""
         dataset = self.dataset(dataset)
-        return self._read(lambda db: _worst_group(db, _histories(db, dataset.id), _charged(db, dataset.id), dataset.delta))
+        return self._read(_worst_group, dataset.id, dataset.delta)
 
     def charged(self, dataset):
         """Every `Release` that is charged to a unit of the data set, in order."""
         return self._read(_charged, self.dataset(dataset).id)
 
-    def total_after(self, dataset, events, delta=None):
-        """What `spent` would be, reservations included, if these events (a list, one entry per run) were released as well."""
-        dataset, extra = self.dataset(dataset), collections.Counter(part for event in events for part in _canonical(event))
-        return self._read(lambda db: _worst(db, _histories(db, dataset.id), _held(db, dataset.id),
-                                            dataset.delta if delta is None else delta, extra))
+    def totals_after(self, planned, delta=None):
+        """What would be spent if all these runs released as well: a `Total` for each of their data sets.
+
+        Each is of its worst unit: earlier and reserved releases, and those of every planned run that has the unit, included.
+
+        Args:
+            planned: list of (data set, event), an entry for each run; an event is what `plan` takes.
+            delta: δ of the totals; that of each data set by default.
+
+        Raises:
+            BudgetError: all of them together would bring a unit of any data set over a cap.
+        """
+        planned = [(self.dataset(dataset), _canonical(event)) for dataset, event in planned]
+        plans = [Plan(dataset.id, dataset.declared, parts) for dataset, parts in planned]
+        return [self._read(_total, dataset, plans, dataset.delta if delta is None else delta)
+                for dataset in dict.fromkeys(dataset for dataset, _ in planned)]
 
     def limits(self, dataset):
         """Every `Limit` that binds the data set, its own and those of data sets that share units with it."""
@@ -949,20 +1008,21 @@ class Ledger:
         """Cap minus spend under the tightest cap; inf without one.
 
         A mechanism that is (ε, 0)-DP with this ε certainly fits, because pure ε adds. A DP-SGD run may fit although its own ε is
-        larger: ask `total_after`.
+        larger: ask `totals_after`.
         """
         return min((limit.left for limit in self.limits(dataset)), default=math.inf)
 
     def releases(self, dataset):
         """DataFrame of every release that touched a unit of the data set, in order.
 
-        Columns: title, run_id, dataset (whose), state, charged, units (distinct units of this data set that it touched), epsilon
-        (alone), composed (of all charged or reserved up to here, worst unit), planned, started, ended, event. Both ε are at the
-        data set's δ.
+        Columns: title, run_id, dataset (whose), state, charged, contents (different units, or rows of them, of this data set that it
+        touched), epsilon (alone), composed (of all charged or reserved up to here, worst unit), planned, started, ended, event. Both ε
+        are at the data set's δ.
         """
         import pandas as pd
         dataset = self.dataset(dataset)
-        columns = ["title", "run_id", "dataset", "state", "charged", "units", "epsilon", "composed", "planned", "started", "ended", "event"]
+        columns = ["title", "run_id", "dataset", "state", "charged", "contents", "epsilon", "composed", "planned", "started", "ended",
+                   "event"]
         return pd.DataFrame(self._read(_release_rows, dataset), columns=columns)
 
 
@@ -973,12 +1033,13 @@ def _check_delta(delta, units):
 
 def _release_rows(db, dataset):
     """Rows of `Ledger.releases`."""
-    releases, histories = _touching(db, dataset.id), _histories(db, dataset.id)
+    releases = _touching(db, dataset.id)
+    histories = _histories(db, dataset.id, releases)
     rows, counted = [], []
     for release in releases:
         counted += [release] if release.held else []
         rows.append([release.title or release.run_id, release.run_id, _dataset_name(db, release.dataset), release.state, release.charged,
-                     sum(h.units for h in histories if release.dataset in h.datasets),
+                     sum(h.hashes for h in histories if release.dataset in h.datasets),
                      _epsilon(db, collections.Counter(release.parts), dataset.delta), _worst(db, histories, counted, dataset.delta),
                      release.planned, release.started, release.ended, ", ".join(release.parts)])
     return rows
@@ -1059,23 +1120,36 @@ def _label(axes, dataset, table, heights):
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 
-# %% ../nbs/05_ledger.ipynb #254b2244
-def ledger_command(dataset=None, *, cap=None, plot=None):
-    """Text of `dpsynth ledger [DATASET] [--cap E] [--plot FILE]`, on the ledger of `default_path`.
+# %% ../nbs/05_ledger.ipynb #092c1fcd
+RUNS_LEDGER = ".ledger.sqlite"  # in a folder of runs whose settings say `ledger: runs`
+
+
+def _existing(path):
+    """The ledger in a file, or in a folder of runs that keeps one. Raises SettingsError where there is none."""
+    path = pathlib.Path(path)
+    path = path / RUNS_LEDGER if path.is_dir() else path
+    if not path.exists():
+        raise SettingsError(f"{path}: no ledger there; give its file, or the folder of runs that it is kept in")
+    return Ledger(path)
+
+
+def ledger_command(dataset=None, *, cap=None, plot=None, path=None):
+    """Text of `dpsynth ledger [DATASET] [--cap E] [--plot FILE] [--ledger PATH]`.
 
     Args:
         dataset: name of a data set; its releases are listed. None lists all data sets.
         cap: ε, a new cap for this data set.
         plot: file to draw it into; the ending says the format.
+        path: a ledger, or a folder of runs that keeps its own; the one of `default_path` by default.
 
     Raises:
-        SettingsError: unknown data set (naming the nearest), or `cap` or `plot` without one.
+        SettingsError: unknown data set (with those that are known), `cap` or `plot` without one, or no ledger at `path`.
     """
-    ledger = Ledger()
+    ledger = Ledger() if path is None else _existing(path)
     if dataset is None:
         if cap is not None or plot is not None:
-            known = nearest("", [known.name for known in ledger.datasets()])
-            raise SettingsError(f"{'--cap' if cap is not None else '--plot'}: name the data set; known: {known}")
+            known = known_names("", [known.name for known in ledger.datasets()])
+            raise SettingsError(f"{'--cap' if cap is not None else '--plot'}: name the data set; {known}")
         return _text(ledger_table(ledger), "the ledger is empty")
     dataset = ledger.dataset(dataset)
     if cap is not None:
@@ -1088,7 +1162,7 @@ def ledger_command(dataset=None, *, cap=None, plot=None):
 def _describe_dataset(ledger, dataset):
     """The line of the data set, its releases, and what copies mean for whoever contributed them."""
     table = ledger_table(ledger)
-    shown = ledger.releases(dataset)[["title", "dataset", "state", "charged", "units", "epsilon", "composed"]]
+    shown = ledger.releases(dataset)[["title", "dataset", "state", "charged", "contents", "epsilon", "composed"]]
     lines = [_text(table[table["dataset"] == dataset.name], ""), "", _text(shown, "no release yet")]
     if dataset.copies > 1:
         epsilon, copies = ledger.spent_by_copies(dataset)

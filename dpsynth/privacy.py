@@ -6,9 +6,9 @@
 __all__ = ['CODE_MODULES', 'LIBRARIES', 'Access', 'discretization_interval', 'compose', 'compute_epsilon', 'calibrate_noise',
            'Mechanism', 'below', 'check_batch_and_delta', 'count_accesses', 'noisy_counts', 'default_delta',
            'make_mechanism', 'with_noise', 'strategy', 'noise_filter', 'prefix_error', 'choose_bands', 'Randomness',
-           'load_secret', 'grid_bits', 'Session', 'code_hash', 'versions', 'run_identity', 'bind_run']
+           'write_private', 'load_secret', 'grid_bits', 'Session', 'code_hash', 'versions', 'run_identity', 'bind_run']
 
-# %% ../nbs/04_privacy.ipynb #d8392aee
+# %% ../nbs/04_privacy.ipynb #6faee4fe
 import collections
 import dataclasses
 import functools
@@ -24,10 +24,10 @@ from importlib import metadata, resources
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from .settings import PrivacyError, SettingsError
+from .settings import DataError, PrivacyError, SettingsError
 from .verify import privacy_profile
 
-# %% ../nbs/04_privacy.ipynb #41c56ccf
+# %% ../nbs/04_privacy.ipynb #22fc2d5a
 @dataclasses.dataclass(frozen=True)
 class Access:
     """One paid access to private rows, as the accountant is told of it.
@@ -44,7 +44,7 @@ class Access:
 
 
 def discretization_interval(accesses):
-    """Width of the cells of the PLD: wider where little noise makes losses large. Wider cells only overstate ε, here by some 1e-5."""
+    """Width of the cells of the PLD: wider where little noise makes losses large. Wider cells only overstate ε, by up to their width."""
     least = min([a.noise_multiplier for a in accesses if a.mechanism == "dp_sgd"], default=1.0)
     return 3e-4 if least >= 1 else 1e-3 * max(1.0, (0.3 / least) ** 2)
 
@@ -86,7 +86,7 @@ def calibrate_noise(sampling_probability, steps, epsilon, delta, bands=1, others
         low, high = (middle, high) if exceeds(middle) else (low, middle)
     return high
 
-# %% ../nbs/04_privacy.ipynb #e24b781d
+# %% ../nbs/04_privacy.ipynb #27215b5a
 @dataclasses.dataclass(frozen=True)
 class Mechanism:
     """DP-SGD with Poisson sampling: `steps` updates, each of a sum of clipped per-unit gradients plus Gaussian noise.
@@ -157,18 +157,24 @@ class Mechanism:
     def batch(self, randomness, step, count=None):
         """Indices of the units of update `step`, out of `count` (default: `num_units`): each unit once, independently.
 
-        With one band each unit is drawn with the sampling probability. With more, a unit belongs to the group of its index modulo
-        `bands`, the groups take turns, and a unit of the group whose turn it is is drawn with `bands` times the probability.
+        With one band each unit is drawn with the sampling probability. With more, each unit belongs to one of `bands` groups drawn at
+        random (not by position: a unit that leaves would move all behind it), the groups take turns, and a unit of the group whose turn
+        it is is drawn with `bands` times the probability.
         """
-        drawn = randomness.integers("batch", step, self.num_units if count is None else count)
-        units = np.flatnonzero(below(drawn, self.sampling_probability * self.bands))
-        return units[units % self.bands == step % self.bands]
+        count = self.num_units if count is None else count
+        units = np.flatnonzero(below(randomness.integers("batch", step, count), self.sampling_probability * self.bands))
+        return units[_groups(randomness, count, self.bands)[units] == step % self.bands]
 
     def describe(self):
         """The fields of the certificate's `mechanism` entry."""
         return {"sampler": "poisson" if self.bands == 1 else "cyclic poisson", "sampling_probability": self.sampling_probability,
                 "steps": self.steps, "expected_batch_size": self.expected_batch_size, "bands": self.bands,
                 "noise_multiplier": self.noise_multiplier, "clip": self.clip, "l2_clip": self.sensitivity}
+
+
+def _groups(randomness, count, bands):
+    """int[count]: the group of each unit, independent and uniform; the same in all updates."""
+    return (randomness.integers("group", 0, count) % np.uint64(bands)).astype(np.int64) if bands > 1 else np.zeros(count, np.int64)
 
 
 def below(words, probability):
@@ -184,12 +190,18 @@ def check_batch_and_delta(num_units, batch_size, delta):
         raise SettingsError(f"setting delta: {delta:g} is not below 1/n = {1 / num_units:.3g}; with that probability one unit could be "
                             "published whole")
 
-# %% ../nbs/04_privacy.ipynb #c2c84eef
+# %% ../nbs/04_privacy.ipynb #e51b2c62
 def count_accesses(settings):
-    """The `Access` of each count that the settings want estimated, a tuple."""
-    wanted = {"number of training units": settings.unit_count == "private", "label histogram": settings.label_prior == "private",
-              "units that overlap the corpus": bool(settings.contamination_corpus)}
-    return tuple(Access(what, "discrete_laplace", 1 / (settings.epsilon * settings.access_share)) for what, paid in wanted.items() if paid)
+    """The counts that the settings want estimated: a dict of name (`units`, `labels`, `overlaps`, `likelier`) to its `Access`.
+
+    What is charged, what is drawn and with how much noise all follow from here.
+    """
+    wanted = {"units": ("number of training units", settings.unit_count == "private"),
+              "labels": ("label histogram", settings.label_prior == "private"),
+              "overlaps": ("units that overlap the corpus", bool(settings.contamination_corpus)),
+              "likelier": ("units the base model finds likely", bool(settings.contamination_reference))}
+    return {name: Access(what, "discrete_laplace", 1 / (settings.epsilon * settings.access_share))
+            for name, (what, paid) in wanted.items() if paid}
 
 
 def noisy_counts(counts, scale):
@@ -201,7 +213,7 @@ def noisy_counts(counts, scale):
         raise PrivacyError(f"counts: OpenDP states epsilon {mechanism.map(1):.6g} where {1 / scale:.6g} is accounted for")
     return mechanism([int(c) for c in counts])
 
-# %% ../nbs/04_privacy.ipynb #6864c414
+# %% ../nbs/04_privacy.ipynb #86557d46
 def default_delta(num_units):
     """n^-1.2: well below 1/n, as in NIST SP 800-226's advice that δ be much smaller than 1/n."""
     return num_units ** -1.2 if num_units > 1 else 0.5
@@ -213,7 +225,7 @@ def make_mechanism(settings, num_units):
     check_batch_and_delta(num_units, settings.batch_size, delta)
     steps = int(settings.epochs * num_units / settings.batch_size)
     fixed = Mechanism(num_units=num_units, expected_batch_size=settings.batch_size, steps=steps, noise_multiplier=settings.noise_multiplier,
-                      delta=delta, clip=settings.clip, l2_clip_norm=settings.l2_clip_norm, unit=settings.unit, others=count_accesses(settings))
+                      delta=delta, clip=settings.clip, l2_clip_norm=settings.l2_clip_norm, unit=settings.unit, others=tuple(count_accesses(settings).values()))
     if settings.epsilon == math.inf:
         return fixed
     bands = choose_bands(fixed, settings.epsilon) if settings.bands == "auto" else int(settings.bands)
@@ -226,7 +238,7 @@ def with_noise(mechanism, epsilon, bands=1):
                                                           mechanism.others)
     return dataclasses.replace(mechanism, noise_multiplier=sigma, target_epsilon=epsilon, bands=bands)
 
-# %% ../nbs/04_privacy.ipynb #18f905ec
+# %% ../nbs/04_privacy.ipynb #2b84e0f7
 @functools.lru_cache(maxsize=64)
 def strategy(steps, bands):
     """float64[bands]: coefficients of the Toeplitz matrix C, of norm 1."""
@@ -260,9 +272,10 @@ def choose_bands(mechanism, epsilon):
     """The number of bands, a power of two of at most 64, with the least `prefix_error` at a target ε. Uses public numbers only."""
     most = min(64, mechanism.steps, mechanism.num_units // mechanism.expected_batch_size)
     candidates = [2**k for k in range(most.bit_length()) if 2**k <= most]
+    mechanism = dataclasses.replace(mechanism, noise_multiplier=0.0)
     return min(candidates, key=lambda bands: prefix_error(with_noise(mechanism, epsilon, bands)))
 
-# %% ../nbs/04_privacy.ipynb #77003751
+# %% ../nbs/04_privacy.ipynb #4fa42930
 class Randomness:
     """Keyed streams of cryptographic random numbers; `secret` is 32 bytes, `run_id` any text."""
 
@@ -296,6 +309,20 @@ class Randomness:
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
 
+def write_private(path, content):
+    """Write text or bytes to a file that only its owner can read, replacing it as a whole. Raises DataError if it cannot be written."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
 def load_secret(folder):
     """The 32-byte secret of a run, made on first use: file `secret` (mode 0600) in `folder` (mode 0700)."""
     folder = pathlib.Path(folder)
@@ -303,16 +330,10 @@ def load_secret(folder):
     folder.chmod(0o700)
     path = folder / "secret"
     if not path.exists():
-        temporary = folder / f"secret.{os.getpid()}.tmp"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(os.urandom(32))
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, path)
+        write_private(path, os.urandom(32))
     return path.read_bytes()
 
-# %% ../nbs/04_privacy.ipynb #fef1b8fa
+# %% ../nbs/04_privacy.ipynb #dfe6ebc6
 def grid_bits(expected_batch_size, noise_multiplier=0.0):
     """b such that twice the expected batch at full norm, and 16 standard deviations of the noise, fit into int32; at most 20."""
     return min(20, 30 - math.ceil(math.log2(max(expected_batch_size, 8 * noise_multiplier, 1))))
@@ -394,17 +415,19 @@ class Session:
 
     def state(self):
         """The arrays that the next update needs: part of the private checkpoint, and of nothing else."""
-        return {"step": np.int64(self.step), "realised": self._realised, **{f"noise_{i}": row for i, row in enumerate(self._recent)}}
+        return {"step": np.int64(self.step), "realised": self._realised, "strategy": strategy(self.mechanism.steps, self.mechanism.bands), **{f"noise_{i}": row for i, row in enumerate(self._recent)}}
 
     def restore(self, state):
-        """Continue after the updates of a saved state."""
+        """Continue after the updates of a saved state. Raises PrivacyError if its noise was correlated by another matrix."""
+        if not np.array_equal(state["strategy"], strategy(self.mechanism.steps, self.mechanism.bands)):
+            raise PrivacyError("the checkpoint's noise was correlated by another matrix than this installation computes; use another folder")
         self.step, self._drawn, self._realised = int(state["step"]), None, np.array(state["realised"])
         self._recent.clear()
         self._recent.extend(state[f"noise_{i}"] for i in range(sum(name.startswith("noise_") for name in state)))
 
-# %% ../nbs/04_privacy.ipynb #2d51c0c0
-CODE_MODULES = ("settings", "data", "formats", "verify", "privacy", "models", "finetune", "sampling")
-LIBRARIES = ("jax", "jaxlib", "keras", "keras-hub", "optax", "dp-accounting", "numpy")
+# %% ../nbs/04_privacy.ipynb #e0d73579
+CODE_MODULES = ("settings", "data", "formats", "verify", "privacy", "certificate", "canaries", "models", "finetune", "sampling")
+LIBRARIES = ("jax", "jaxlib", "jax-privacy", "keras", "keras-hub", "optax", "dp-accounting", "numpy", "opendp", "cryptography")
 
 
 def code_hash():
@@ -431,23 +454,24 @@ def run_identity(result_settings, fingerprint, base_model_hash):
             "libraries": json.dumps(versions(), sort_keys=True)}
 
 
-def bind_run(folder, identity):
+def bind_run(folder, identity, finished=False):
     """Store the identity of a run in its private folder, or compare with what is stored; returns the run id.
+
+    A finished run draws nothing any more: it may be read by other code and with other libraries than trained it.
 
     Raises:
         PrivacyError: the folder belongs to another run; the message says what differs.
     """
     path = pathlib.Path(folder) / "identity.json"
     if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(identity, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
+        write_private(path, json.dumps(identity, indent=1))
     stored = json.loads(path.read_text(encoding="utf-8"))
-    changed = [part for part in identity if stored.get(part) != identity[part]]
+    free = ("code", "libraries") if finished else ()
+    changed = [part for part in identity if part not in free and stored.get(part) != identity[part]]
     if changed:
         raise PrivacyError(f"{path.parent.parent}: this run was started with other {_difference(changed[0], stored, identity)}; "
                            "use another output folder, or restore them to resume")
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
 
 
 def _difference(part, stored, identity):

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'write_text', 'write_json', 'read_json', 'version_of', 'version_line', 'run_folder', 'prepare_folder',
-           'read_settings', 'record', 'timed', 'now', 'write_status', 'is_alive', 'read_status']
+           'read_settings', 'BusyError', 'locked', 'record', 'forget_scores', 'timed', 'now', 'write_status',
+           'is_alive', 'read_status']
 
-# %% ../nbs/13a_runs.ipynb #bff9d8bc
+# %% ../nbs/13a_runs.ipynb #5a675ce2
 import contextlib
 import datetime
+import fcntl
 import json
 import os
 import pathlib
@@ -90,13 +92,43 @@ def read_settings(folder):
         raise SettingsError(f"{folder}: not a run folder (settings.yaml is missing)")
     return resolve(load_settings(path))
 
-# %% ../nbs/13a_runs.ipynb #fa02459f
+# %% ../nbs/13a_runs.ipynb #5dca5b70
+class BusyError(SettingsError):
+    """Another process is at this run."""
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a run folder, which exists, for the length of the block; yields the open lock file. Raises BusyError where another holds it."""
+    with open(pathlib.Path(folder) / ".lock", "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(f"{folder}: another process is at this run; wait until it has ended") from None
+        yield file
+
+# %% ../nbs/13a_runs.ipynb #4c79260c
 def record(folder, **numbers):
-    """Merge numbers into metrics.json; returns all of them."""
+    """Merge numbers into metrics.json; returns all of them. Raises DataError where one is not finite."""
     path = pathlib.Path(folder) / "metrics.json"
+    for name, value in numbers.items():
+        _check_finite(f"{path}: {name}", value)
     merged = {**read_json(path), **numbers}
     write_json(path, merged)
     return merged
+
+
+def _check_finite(name, value):
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise DataError(f"{name} is {value}, not a finite number: this stage is not recorded; look whether training diverged") from None
+
+
+def forget_scores(folder):
+    """Take the scores of an earlier evaluation out of metrics.json: those of other settings must not stand beside the new ones."""
+    path = pathlib.Path(folder) / "metrics.json"
+    write_json(path, {k: v for k, v in read_json(path).items() if not k.startswith(("mauve", "utility", "warnings"))})
 
 
 @contextlib.contextmanager

@@ -567,11 +567,11 @@ def resume(files, state, edges):
     for path, part in zip(files.parts, lines):
         cut(path, part, edges[complete[-1]])
 
-# %% ../nbs/08_sampling.ipynb #013a8687
-def block_record(samples, rows, seconds):
-    """What the state remembers of a block."""
+# %% ../nbs/08_sampling.ipynb #15597b6e
+def block_record(samples, rows, most, seconds):
+    """What the state remembers of a block, of whose rows the first `most` are wanted."""
     reasons = [row["reason"] for row in rows if "reason" in row]
-    kept = [sample for sample, row in zip(samples, rows) if "text" in row]
+    kept = [sample for sample, row in zip(samples, rows) if "text" in row][:most]
     return {"rows": len(kept), "tokens": sum(s.tokens for s in samples), "unfinished": sum(not s.finished for s in kept),
             "rejected": {reason: reasons.count(reason) for reason in sorted(set(reasons))}, "seconds": seconds}
 
@@ -588,7 +588,7 @@ def decode_block(decoder, fmt, first, assignment, bar):
 
 
 def count_rows(state):
-    """Rows in the blocks of a state."""
+    """Rows in the blocks of a state, those beyond the number wanted not counted."""
     return sum(block["rows"] for block in state["blocks"])
 
 
@@ -602,7 +602,7 @@ def sample_blocks(decoder, fmt, num_samples, assignment, files, state, bar):
         samples, lines = decode_block(decoder, fmt, first, assignment[first:last], bar)
         for path, key in zip(files.parts, ("text", "reason")):
             append_lines(path, [line for line in lines if key in line])
-        state["blocks"].append(block_record(samples, lines, time.perf_counter() - started))
+        state["blocks"].append(block_record(samples, lines, num_samples - count_rows(state), time.perf_counter() - started))
         save_state(files, state)
 
 
@@ -617,16 +617,16 @@ def finish(files, state, num_samples):
     os.replace(rejected, files.rejected)
 
 
-def summary(state, num_samples):
+def summary(state):
     """Rows, rejections by reason, seconds, tokens, and the share of rows that the length limit cut."""
     total = {key: sum(block.get(key, 0) for block in state["blocks"]) for key in ("rows", "tokens", "unfinished", "seconds")}
     reasons = sorted({reason for block in state["blocks"] for reason in block["rejected"]})
-    return {"rows": min(total["rows"], num_samples), "seconds": total["seconds"], "tokens": total["tokens"],
+    return {"rows": total["rows"], "seconds": total["seconds"], "tokens": total["tokens"],
             "rejected": {r: sum(block["rejected"].get(r, 0) for block in state["blocks"]) for r in reasons},
             "tokens_per_second": total["tokens"] / total["seconds"] if total["seconds"] else 0.0,
             "unfinished": total["unfinished"] / max(total["rows"], 1)}
 
-# %% ../nbs/08_sampling.ipynb #37b79aad
+# %% ../nbs/08_sampling.ipynb #60242f27
 def sample_rows(model, settings, fmt, files, state, progress):
     """Bring the files of a begun run to `num_samples` rows.
 
@@ -643,7 +643,7 @@ def sample_rows(model, settings, fmt, files, state, progress):
         sample_blocks(decoder, fmt, n, assign_prompts(2 * n, settings.prior(), settings.seed), files, state, bar)
     if count_rows(state) < n:
         raise DataError(f"{files.rows}: only {count_rows(state)} of {2 * n} samples made rows, {n} were wanted; rejected: "
-                        f"{summary(state, n)['rejected']}; train longer, or change temperature or top_p")
+                        f"{summary(state)['rejected']}; train longer, or change temperature or top_p")
 
 
 def sample_to_file(model, settings, fmt, folder, progress=True):
@@ -667,4 +667,4 @@ def sample_to_file(model, settings, fmt, folder, progress=True):
         finish(files, state, settings.num_samples)
     elif files.parts[1].exists():
         os.replace(files.parts[1], files.rejected)
-    return summary(state, settings.num_samples)
+    return summary(state)

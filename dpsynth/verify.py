@@ -12,7 +12,7 @@ import sys
 
 from dp_accounting import NeighboringRelation, dp_event, pld
 
-# %% ../nbs/03a_verify.ipynb #d78343d4
+# %% ../nbs/03a_verify.ipynb #6c1fcf52
 RELATIONS = {"epsilon": NeighboringRelation.ADD_OR_REMOVE_ONE,
              "epsilon_replace_one": NeighboringRelation.REPLACE_ONE}
 
@@ -23,32 +23,33 @@ def event(access, claim):
     if access["mechanism"] == "discrete_laplace":
         worst = dp_event.RandomizedResponseDpEvent(2 / (1 + math.exp(2 / noise)), 2)
         return dp_event.DiscreteLaplaceDpEvent(1 / noise, 1) if claim == "epsilon" else worst
-    probability = min(1.0, access["sampling_probability"] * access["bands"])
-    update = dp_event.PoissonSampledDpEvent(probability, dp_event.GaussianDpEvent(noise))
+    update = dp_event.PoissonSampledDpEvent(min(1.0, access["sampling_probability"] * access["bands"]), dp_event.GaussianDpEvent(noise))
     return dp_event.SelfComposedDpEvent(update, math.ceil(access["steps"] / access["bands"]))
 
 
 def privacy_profile(accesses, claim, interval):
     """The function from δ to ε of all `accesses` together; `interval` is the width of the PLD's cells (wider overstates ε)."""
     accountant = pld.PLDAccountant(neighboring_relation=RELATIONS[claim], value_discretization_interval=interval)
-    for access in accesses:
-        accountant.compose(event(access, claim))
+    accountant.compose(dp_event.ComposedDpEvent([event(access, claim) for access in accesses]))
     return accountant.get_epsilon
 
-# %% ../nbs/03a_verify.ipynb #353f12e1
+# %% ../nbs/03a_verify.ipynb #e21bf229
 def verify(certificate, tolerance=1e-3):
     """The recomputed claims of a certificate (dict). Raises ValueError where it claims less than its mechanisms spend."""
     paid = [a for a in certificate["accesses"] if a["epsilon"] != "public"]
-    described = {k: certificate["mechanism"][k] for k in ("noise_multiplier", "sampling_probability", "steps", "bands")}
-    if not any(described.items() <= access.items() for access in paid):
+    mechanism, delta, count = certificate["mechanism"], certificate["delta"], certificate["num_units"]
+    if not any(all(access.get(k) == mechanism[k] for k in ("noise_multiplier", "sampling_probability", "steps", "bands")) for access in paid):
         raise ValueError("the mechanism it describes is not among the accesses it charges for")
-    if not 0 < certificate["delta"] < 1 / certificate["num_units"]:
-        raise ValueError(f"delta {certificate['delta']:g} is not below 1/n; a whole unit could be published with that probability")
-    spent = {claim: privacy_profile(paid, claim, certificate["accountant"]["interval"])(certificate["delta"]) for claim in RELATIONS}
-    for claim, epsilon in spent.items():
-        if not epsilon <= certificate[claim] + tolerance:
-            raise ValueError(f"it claims {claim} {certificate[claim]:.6g}, but spends {epsilon:.6g}")
-    return {**spent, "delta": certificate["delta"]}
+    if not math.isclose(mechanism["sampling_probability"] * count, mechanism["expected_batch_size"]):
+        raise ValueError("its sampling probability is not the expected batch over the number of units")
+    if not 0 < delta < 1 / count:
+        raise ValueError(f"delta {delta:g} is not below 1/n; a whole unit could be published with that probability")
+    spent = {claim: privacy_profile(paid, claim, certificate["accountant"]["interval"]) for claim in RELATIONS}
+    further = [("epsilon", point["epsilon"], point["delta"]) for point in (*certificate["curve"], certificate["composed"])]
+    for claim, stated, at in [(claim, certificate[claim], delta) for claim in RELATIONS] + further:
+        if not spent[claim](at) <= stated + tolerance:
+            raise ValueError(f"it claims {claim} {stated:.6g} at delta {at:.3g}, but spends {spent[claim](at):.6g}")
+    return {**{claim: spent[claim](delta) for claim in RELATIONS}, "delta": delta}
 
 
 if __name__ == "__main__" and sys.argv[0].endswith("verify.py"):

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from dpsynth import __version__, demo
+from dpsynth.runs import locked, prepare_folder
 from dpsynth.settings import Settings
 
 LABELS = ["negative", "positive"]
@@ -100,7 +101,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(refused, config, 
         ("text,label\nfine,positive\nfine,positive,more\n", "line 3"),
         ("text,label\n,positive\n", "line 2"),
         ('text,label\n"never closed,positive\n', "line 2"),
-        ("text,label\nfine,perhaps\nfine,positive\n", "perhaps"),
+        ("text,label\nfine,perhaps\nfine,positive\n", "line 2, column label"),
     ],
 )
 def test_broken_data_is_refused_with_its_place(refused, config, tmp_path, content, word):
@@ -161,6 +162,39 @@ def test_certificates_that_are_none_are_refused(refused, tmp_path):
 def test_debug_shows_the_traceback(dpsynth):
     code, _, err = dpsynth("--debug", "results", "no-such")
     assert code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("error: ")
+
+
+def test_a_run_that_is_held_is_refused_to_the_stages(refused, tmp_path):
+    folder = prepare_folder(Settings(**SMALL), tmp_path / "dp_ft")
+    before = sorted(tmp_path.rglob("*"))
+    with locked(folder):
+        for verb in (["fit"], ["sample"], ["sample", "--rows", 5], ["evaluate"], ["audit"]):
+            assert "another process is at this run" in refused(verb[0], folder, *verb[1:])
+    assert sorted({*tmp_path.rglob("*")} - {folder / ".lock"}) == before
+
+
+@pytest.mark.parametrize(
+    "seed, word",
+    [(-1, "setting 'seed'"), (2**31, "setting 'seed'"), (42, "the run's own seed")],
+    ids=["below the range", "above the range", "its own"],
+)
+def test_seeds_that_give_no_new_rows_are_refused(refused, tmp_path, seed, word):
+    folder = prepare_folder(Settings(**SMALL), tmp_path / "dp_ft")
+    for more in ([], ["--rows", 5]):
+        assert word in refused("sample", folder, "--seed", seed, *more)
+    assert list((folder / "release").iterdir()) == []
+
+
+def test_results_of_a_file_that_is_no_table(refused, tmp_path):
+    (tmp_path / "metrics.json").write_text('{"mauve_mean": 0.8}')
+    assert "metrics.json: not a table of runs" in refused("results", tmp_path / "metrics.json")
+
+
+def test_results_without_a_folder_find_the_demo(dpsynth, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare_folder(Settings(), tmp_path / "runs" / "demo" / "dp_ft")
+    code, out, err = dpsynth("results")
+    assert (code, err) == (0, "") and "demo/dp_ft" in out and "no guarantee yet" in out
 
 
 # what is answered at once
@@ -229,7 +263,7 @@ def test_sweep_is_done_and_says_so(sweep):
     runs, done = sweep
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert done.stdout.startswith("privacy: 1 run(s) on demo bring what is spent to epsilon ")
-    assert done.stdout.count(": done, ") == 3 and "± " in done.stdout and done.stdout.count("not private") == 2
+    assert done.stdout.count(": done, ") == 3 and "[2/3] dp_ft ...\n" in done.stdout and "± " in done.stdout and done.stdout.count("not private") == 2
     for name in ("dp_ft", "baseline_without_examples", "upper_bound"):
         assert json.loads((runs / name / "status.json").read_text())["state"] == "done"
 
@@ -349,6 +383,7 @@ def test_the_ledger_is_shown_and_drawn(sweep, dpsynth, refused, tmp_path):
     assert "demo" in out and dpsynth("ledger", "demo", "--plot", tmp_path / "spent.png").out.count("dp_ft: training") == 1
     assert (tmp_path / "spent.png").read_bytes().startswith(b"\x89PNG")
     assert "'demo'" in refused("ledger", "dmo") and "--cap" in refused("ledger", "--cap", "3")
+    assert "no ledger there" in refused("ledger", "--ledger", tmp_path / "none.sqlite")
 
 
 def test_more_rows_from_the_adapter_alone(sweep, dpsynth, refused):

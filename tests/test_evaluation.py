@@ -291,6 +291,7 @@ def test_clustering_uses_one_thread_because_the_score_depends_on_their_number(mo
 def test_size_is_what_was_really_drawn():
     result = evaluation.mauve_repeated(gaussian(90), gaussian(120, seed=1), size=5000, trials=1, seed=0)
     assert result.size == 90 and result.std == 0.0 and len(result.scores) == result.trials == 1
+    assert str(result) == f"{result.mean:.3f} ± 0.000 (1 trials of 90 texts)"
 
 
 @pytest.mark.parametrize("p, q, message", [
@@ -301,10 +302,16 @@ def test_vectors_that_cannot_be_compared(p, q, message):
         evaluation.mauve_repeated(p, q, size=50, trials=1, seed=0)
 
 
-def test_only_the_advice_of_faiss_is_held_back(capfd):
+def test_only_the_advice_of_faiss_is_held_back(monkeypatch, capfd):
     import os
-    with evaluation._without_faiss_advice():
+    import mauve
+
+    def compute_mauve(**arguments):
         os.write(2, b"WARNING clustering 10 points to 2 centroids: please provide at least 78 training points\nsomething else\n")
+        return types.SimpleNamespace(mauve=0.5)
+    monkeypatch.setattr(mauve, "compute_mauve", compute_mauve)
+    capfd.readouterr()
+    evaluation.mauve_score(gaussian(20), gaussian(20), 3)
     assert capfd.readouterr().err == "something else\n"
 
 
@@ -324,7 +331,7 @@ def test_the_two_sides_of_the_ceiling_share_no_row():
 
 def test_text_statistics():
     numbers = evaluation.text_statistics(["a b", "a b", "a b c d e f"])
-    assert numbers == {"tokens_mean": pytest.approx(10 / 3), "tokens_median": 2.0, "distinct_1": pytest.approx(6 / 10),
+    assert numbers == {"words_mean": pytest.approx(10 / 3), "words_median": 2.0, "distinct_1": pytest.approx(6 / 10),
                        "distinct_2": pytest.approx(5 / 7), "duplicate_texts": pytest.approx(1 / 3)}
 
 

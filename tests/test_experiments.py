@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import subprocess
 import sys
 
 import nbformat
@@ -16,8 +17,20 @@ import pytest
 import yaml
 
 from dpsynth import experiments
-from dpsynth.experiments import TEMPLATE, check_template, collect, execute, read_configs, results_table, run
-from dpsynth.runs import now, prepare_folder, read_json, read_settings, read_status, timed, write_json, write_status
+from dpsynth.experiments import TEMPLATE, check_template, collect, execute, is_done, plot_results, read_configs, results_table, run
+from dpsynth.runs import (
+    BusyError,
+    locked,
+    now,
+    prepare_folder,
+    read_json,
+    read_settings,
+    read_status,
+    record,
+    timed,
+    write_json,
+    write_status,
+)
 from dpsynth.settings import DataError, PrivacyError, Settings, SettingsError, make_settings, parameters_cell
 
 REPORT = """
@@ -68,7 +81,7 @@ def test_every_value_arrives_as_it_is(template, tmp_path):
     settings = make_settings(
         {"experiment": "hard", "prompt": hard, "epsilon": "inf", "delta": 1e-30, "utility": False, "seed": 2**31 - 1, "data": "a=b,c.csv"}
     )
-    assert execute(settings, tmp_path / "runs{0}" / "hard") == "done"
+    assert execute(settings, tmp_path / "runs{0}" / "hard") == ("done", "")
     executable, cwd, seen = read_json(tmp_path / "runs{0}" / "hard" / "seen.json")
     assert seen == {n: repr(v) for n, v in settings.model_dump().items()}
     assert executable == sys.executable and cwd == os.getcwd()
@@ -131,7 +144,9 @@ def test_one_bad_run_does_not_stop_the_others(template, tmp_path):
         config(tmp_path / "sweep", name, epsilon=3, batch_size=64)
     lines = []
     rows = run([tmp_path / "sweep"], tmp_path / "runs", timeout=8, say=lines.append)
-    assert [r["experiment"] for r in rows] == names and len(lines) == 6
+    assert [r["experiment"] for r in rows] == names
+    assert lines[::2] == [f"[{i}/6] {name} ..." for i, name in enumerate(names, 1)]
+    assert lines[3] == "b_fails: failed (ValueError: no such thing)"
     assert {r["experiment"]: r["status"] for r in rows} == {
         "a_works": "done",
         "b_fails": "failed",
@@ -226,13 +241,97 @@ def test_running_counts_only_while_its_process_lives(tmp_path):
     assert read_status(folder)["state"] == "killed"
 
 
-def test_a_run_is_not_started_twice(template, tmp_path):
+LOCK_HELD = """
+import psutil
+(folder / "open").write_text(str([f.path for f in psutil.Process().open_files()]))
+"""
+
+
+def test_a_run_that_cannot_start_does_not_stop_the_others(template, tmp_path):
+    template(LOCK_HELD)
+    for name in ("a_elsewhere", "b_spoilt", "c_works"):
+        config(tmp_path / "sweep", name)
+    elsewhere = prepare_folder(read_configs([tmp_path / "sweep"])[0], tmp_path / "runs" / "a_elsewhere")
+
+    def say(line):
+        if line.endswith("b_spoilt ..."):
+            (tmp_path / "runs" / "b_spoilt").write_text("")
+
+    with locked(elsewhere):
+        rows = run([tmp_path / "sweep"], tmp_path / "runs", say=say)
+    assert [(r["experiment"], r["status"]) for r in rows] == [
+        ("a_elsewhere", "running elsewhere"),
+        ("b_spoilt", "failed"),
+        ("c_works", "done"),
+    ]
+    assert "another process is at this run" in rows[0]["reason"] and rows[1]["reason"].startswith("FileExistsError")
+    assert not (elsewhere / "calls").exists() and not (elsewhere / "status.json").exists()
+    assert str(tmp_path / "runs" / "c_works" / ".lock") in (tmp_path / "runs" / "c_works" / "open").read_text()  # outlives a killed runner
+    assert "running elsewhere" in results_table(rows)
+
+
+def test_a_run_that_was_finished_meanwhile_is_not_run_again(template, tmp_path, monkeypatch):
     template("")
     path = config(tmp_path / "c", "a")
-    folder = prepare_folder(read_configs([path])[0], tmp_path / "runs" / "a")
-    write_json(folder / "status.json", {"state": "running", "reason": "", "started": now(), "pid": os.getppid()})
-    with pytest.raises(SettingsError, match=f"process {os.getppid()} is running it"):
-        run([path], tmp_path / "runs")
+
+    def other_process(experiments, out):
+        write_status(prepare_folder(experiments[0], out / "a"), "done")
+        return []
+
+    monkeypatch.setattr(experiments, "preflight", other_process)
+    lines = []
+    assert [r["status"] for r in run([path], tmp_path / "runs", say=lines.append)] == ["done"]
+    assert lines == ["[1/1] a ...", "a: done before"] and not (tmp_path / "runs" / "a" / "notebook.ipynb").exists()
+
+
+def test_the_lock_ends_with_its_process_however_it_ends(tmp_path):
+    code = "import sys; from dpsynth.runs import locked\nwith locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(BusyError, match="another process is at this run"), locked(tmp_path):
+            pass
+        other.kill()
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("spoilt", ["a", "a/release", "a/private"])
+def test_run_folders_are_checked_before_anything_runs(template, tmp_path, spoilt):
+    template("")
+    (tmp_path / "runs" / spoilt).parent.mkdir(parents=True)
+    (tmp_path / "runs" / spoilt).write_text("")
+    lines = []
+    with pytest.raises(SettingsError, match=f"{tmp_path / 'runs' / spoilt}.*: cannot be written"):
+        run([config(tmp_path / "c", "a"), config(tmp_path / "c", "b")], tmp_path / "runs", say=lines.append)
+    assert not lines and not (tmp_path / "runs" / "b").exists()
+
+
+def test_a_full_disk_is_a_reason_like_any_other(template, tmp_path, monkeypatch):
+    template("")
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(experiments.papermill, "execute_notebook", full)
+    monkeypatch.setattr(experiments, "remove_progress", lambda path: nbformat.reads("", 4))
+    rows = run([config(tmp_path / "c", "a"), config(tmp_path / "c", "b")], tmp_path / "runs", say=lambda line: None)
+    assert [(r["status"], r["reason"]) for r in rows] == [("failed", "OSError: [Errno 28] No space left on device")] * 2
+    assert rows == collect(tmp_path / "runs")
+    monkeypatch.setattr(experiments, "write_status", full)
+    assert execute(Settings(experiment="c"), tmp_path / "c")[0] == "failed"
+
+
+def test_what_only_evaluation_reads_may_change(template, tmp_path):
+    template("")
+    path, folder = config(tmp_path / "c", "dp_ft", epsilon=3, second_embedder="tiny"), tmp_path / "runs" / "dp_ft"
+    write_status(prepare_folder(read_configs([path])[0], folder), "done")
+    write_json(folder / "metrics.json", {"mauve_mean": 0.8, "mauve2_mean": 0.9, "steps": 5})
+    other = ["second_embedder=", "num_mauve_trials=3", "utility=false"]
+    assert is_done(read_configs([path])[0], folder) and not is_done(read_configs([path], other)[0], folder)
+    for repeat in range(2):
+        assert [r["status"] for r in run([path], tmp_path / "runs", other, say=lambda line: None)] == ["done"]
+        assert (folder / "calls").read_text() == "x" and read_settings(folder) == read_configs([path], other)[0]
+    assert read_json(folder / "metrics.json") == {"steps": 5}
 
 
 def test_private_folder_is_closed_to_others(tmp_path):
@@ -250,6 +349,14 @@ def test_seconds_add_up_over_attempts(tmp_path):
         1 / 0
     numbers = read_json(tmp_path / "metrics.json")
     assert 100 <= numbers["seconds_fit"] < 101 and 120 <= numbers["seconds"] < 121
+
+
+def test_a_score_that_is_no_number_is_named(tmp_path):
+    record(tmp_path, steps=5)
+    for value in (math.nan, [0.5, math.inf]):
+        with pytest.raises(DataError, match="metrics.json: held_out_loss is .*not a finite number"):
+            record(tmp_path, steps=6, held_out_loss=value)
+    assert read_json(tmp_path / "metrics.json") == {"steps": 5}
 
 
 def test_broken_json_is_named(tmp_path):
@@ -298,7 +405,8 @@ def sweep(tmp_path):
     }
     for name, values in kinds.items():
         folder = prepare_folder(make_settings({"experiment": name, **values}), tmp_path / "runs" / name)
-        write_json(folder / "metrics.json", numbers | ({"epsilon": 9.99, "delta": 1e-5} if name == "dp_ft" else {}))
+        write_json(folder / "metrics.json", numbers | {"epsilon": 5.55})
+        write_json(folder / "release" / "certificate.json", {"epsilon": 9.99, "delta": 1e-5})
         write_status(folder, "done")
     write_status(
         prepare_folder(make_settings({"experiment": "dp_ft_eps1", "epsilon": 1}), tmp_path / "runs" / "dp_ft_eps1"), "failed", "a | b"
@@ -316,8 +424,9 @@ def test_rows_have_the_schema_and_the_order(sweep):
         "non_dp_ft": (False, None, None),
         "use_train": (False, None, None),
         "aaa": (False, None, None),
-        "dp_ft_eps1": (True, 1.0, None),
+        "dp_ft_eps1": (True, None, None),
     }
+    assert "no guarantee yet" in next(line for line in results_table(rows).splitlines() if line.startswith("dp_ft_eps1"))
 
 
 def test_tables_say_the_same_in_every_format(sweep):
@@ -337,6 +446,50 @@ def test_results_can_be_read_from_a_file(sweep, tmp_path):
     (tmp_path / "kept.json").write_text(results_table(collect(sweep), "json"))
     assert collect(tmp_path / "kept.json") == collect(sweep)
     assert collect(sweep / "dp_ft") == [r for r in collect(sweep) if r["experiment"] == "dp_ft"]
-    for missing in (tmp_path / "nowhere", tmp_path):
+    (tmp_path / "empty").mkdir()
+    for missing in (tmp_path / "nowhere", tmp_path / "empty"):
         with pytest.raises(SettingsError):
             collect(missing)
+
+
+def test_a_folder_that_cannot_be_read_is_a_row(sweep):
+    before = {r["experiment"]: r for r in collect(sweep)}
+    (sweep / "use_train" / "settings.yaml").write_text("epsilom: 3\n")
+    (sweep / "aaa" / "metrics.json").write_text("{")
+    rows = {r["experiment"]: r for r in collect(sweep)}
+    assert list(rows) == list(before) and all(SCHEMA <= set(r) for r in rows.values())
+    assert {name for name in rows if rows[name] != before[name]} == {"use_train", "aaa"}
+    for name, reason in (("use_train", "did you mean 'epsilon'"), ("aaa", "metrics.json: not valid JSON")):
+        assert rows[name]["status"] == "unreadable" and reason in rows[name]["reason"]
+    for form in ("table", "markdown", "csv", "json"):
+        assert "unreadable" in results_table(list(rows.values()), form)
+
+
+def test_sweeps_in_a_folder_are_told_apart(sweep, tmp_path):
+    for name in ("mine", "dp_ft"):
+        prepare_folder(make_settings({"experiment": name}), tmp_path / "runs" / "demo" / name)
+    names = [r["experiment"] for r in collect(tmp_path / "runs")]
+    own = ["baseline_without_examples", "dp_ft", "non_dp_ft", "use_train", "aaa", "dp_ft_eps1"]
+    assert names == [*own, "demo/dp_ft", "demo/mine"]
+    assert [r["experiment"] for r in collect(tmp_path / "runs" / "demo")] == ["dp_ft", "mine"]
+    assert len(collect(tmp_path)) == 6  # two levels, not three
+
+
+@pytest.mark.parametrize("content", ["{}", '{"mauve_mean": 0.8}', "[3]", '[{"experiment": "a"}]'])
+def test_a_file_that_is_no_table_is_refused(tmp_path, content):
+    (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(SettingsError, match="metrics.json: not a table of runs"):
+        collect(tmp_path / "metrics.json")
+
+
+def test_the_picture_has_room_for_every_run_and_says_what_colours_mean(sweep):
+    rows = collect(sweep)
+    figure = plot_results(rows)
+    (axes,) = figure.axes
+    assert axes.get_ylim() == (5.5, -0.5) and [t.get_text() for t in axes.get_yticklabels()] == [r["experiment"] for r in rows]
+    assert [t.get_text() for t in axes.texts] == ["a | b"] and axes.get_title()
+    (legend,) = figure.legends
+    shown = {t.get_text(): patch.get_facecolor() for t, patch in zip(legend.get_texts(), legend.get_patches())}
+    bars = {round(bar.get_y() + bar.get_height() / 2): bar.get_facecolor() for bar in axes.patches}
+    assert bars == {i: shown["private" if r["private"] else "not private"] for i, r in enumerate(rows) if r["mauve_mean"]}
+    assert len(set(shown.values())) == 2

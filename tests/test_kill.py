@@ -1,81 +1,251 @@
-"""A run that is killed at five random moments and started again makes the rows that an undisturbed run with its secret makes."""
+"""`dpsynth run`, killed at five random moments and started again, releases the bytes that an undisturbed run with its secret releases.
+
+The runs are real ones: a runner, and a kernel that is a session of its own. A `sitecustomize` for both slows the work, so that a random
+moment is in the stage it is meant for, lets a checkpoint be written each second instead of each half minute, and makes ten blocks of what
+would be one; nothing is changed in how work is stored and resumed.
+"""
+
 import os
 import random
+import shutil
 import signal
-import subprocess
 import sys
 import time
 
+import numpy as np
+import psutil
 import pytest
 import yaml
 
-from dpsynth.runs import read_json
-from dpsynth.settings import Settings
+from dpsynth.runs import BusyError, locked, read_json, read_status
 
-SETTINGS = {"experiment": "dp_ft", "train_size": 200, "test_size": 60, "batch_size": 24, "epochs": 2.0, "epsilon": 8.0, "sequence_length": 48,
-            "tuning": "lora", "lora_rank": 1, "prompt": "[film][{label}]:", "num_samples": 96, "sample_batch_size": 16, "num_mauve_samples": 40,
-            "num_mauve_trials": 3, "embed_length": 32, "ledger": "runs", "validation_size": 4}
+SETTINGS = {
+    "train_size": 200,
+    "test_size": 60,
+    "sequence_length": 32,
+    "prompt": "[film][{label}]:",
+    "tuning": "lora",
+    "lora_rank": 1,
+    "batch_size": 8,
+    "microbatch_size": 8,
+    "epochs": 2.0,
+    "epsilon": 8.0,
+    "validation_size": 0,
+    "num_samples": 160,
+    "sample_batch_size": 16,
+    "num_mauve_samples": 40,
+    "num_mauve_trials": 3,
+    "embed_length": 32,
+    "ledger": "runs",
+}
+BLOCKS = 10
 
-WORKER = """
-import pathlib, sys, time
-from dpsynth import finetune, pipeline, sampling
-from dpsynth.runs import read_settings
-folder = pathlib.Path(sys.argv[1])
-settings = read_settings(folder)
-print("start", flush=True)
-update = finetune.Trainer.update
-def slow(trainer):
-    print("fit", flush=True)
-    time.sleep(0.05)
-    update(trainer)
-    trainer.save(folder / "private" / "checkpoint.npz")
-finetune.Trainer.update = slow
-splits = pipeline.load_stage(settings, folder)
-model = pipeline.fit_stage(settings, folder, splits)
-print("sample", flush=True)
-pipeline.sample_stage(settings, folder, splits, model)
-print("evaluate", flush=True)
-pipeline.evaluate_stage(settings, folder, splits)
-print("done", flush=True)
+PACED = """
+import sys, time
+from importlib.machinery import PathFinder, SourceFileLoader
+
+def slow(owner, name, seconds):
+    work = getattr(owner, name)
+    setattr(owner, name, lambda *arguments, **options: (time.sleep(seconds), work(*arguments, **options))[1])
+
+def finetune(module):
+    module.train.__kwdefaults__["seconds_between"] = 1.0
+    slow(module.Trainer, "update", 0.15)
+
+def sampling(module):
+    module.BLOCK = 16
+    slow(module, "decode_block", 0.5)
+
+def evaluation(module):
+    slow(module, "mauve_score", 1.0)
+
+CHANGES = {"dpsynth." + change.__name__: change for change in (finetune, sampling, evaluation)}
+
+class Paced(SourceFileLoader):
+    def exec_module(self, module):
+        super().exec_module(module)
+        CHANGES[module.__name__](module)
+
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name in CHANGES:
+            spec = PathFinder.find_spec(name, path)
+            spec.loader = Paced(name, spec.origin)
+            return spec
+
+sys.meta_path.insert(0, Finder)
 """
+CALL = "import sys; from dpsynth.cli import main; sys.exit(main())"
+PATIENCE = 900  # seconds until something that must happen counts as not happening
 
 
-def start(folder):
-    return subprocess.Popen([sys.executable, "-c", WORKER, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+def wait(longest):
+    """Sleep for a random part of so many seconds."""
+    seconds = random.SystemRandom().uniform(0, longest)
+    print(f"waited {seconds:.3f} s")  # pytest shows it where the test fails
+    time.sleep(seconds)
 
 
-def kill_in(folder, stage, count, wait):
-    """Start a run and kill it `wait` seconds after the `count`-th time that it says `stage`; returns the stages it went through."""
-    process, seen = start(folder), []
-    for line in process.stdout:
-        seen.append(line.strip())
-        if seen.count(stage) == count:
-            time.sleep(wait)
-            process.send_signal(signal.SIGKILL)
-            break
-    assert process.wait() == -signal.SIGKILL, seen
-    return seen
+def lives(process):
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
-def prepared(folder, secret):
-    (folder / "private").mkdir(parents=True, mode=0o700)
-    (folder / "private" / "secret").write_bytes(secret)
-    (folder / "settings.yaml").write_text(yaml.safe_dump(Settings(**SETTINGS).model_dump()))
-    return folder
+class Run:
+    """One run folder, and the processes that are or were at it."""
+
+    def __init__(self, home, name):
+        self.config, self.out, self.log, self.paced = home / "dp_ft.yaml", home / name, home / f"{name}.log", home / "paced"
+        self.folder = self.out / "dp_ft"
+        self.private, self.release = self.folder / "private", self.folder / "release"
+        self.checkpoint, self.adapter = self.private / "checkpoint.npz", self.release / "adapter.npz"
+        self.rows = self.release / "synthetic.jsonl"
+        self.processes = []
+
+    def start(self):
+        path = os.pathsep.join([str(self.paced), os.environ["PYTHONPATH"]])
+        command = [sys.executable, "-c", CALL, "run", str(self.config), "--out", str(self.out)]
+        with open(self.log, "wb") as log:
+            self.runner = psutil.Popen(command, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": path})
+        self.processes.append(self.runner)
+
+    def code(self):
+        """The exit code of the runner, once it has ended."""
+        return self.runner.wait(PATIENCE)
+
+    def wait_until(self, happened):
+        """Wait for something that happens while a kernel is at work."""
+        until = time.monotonic() + PATIENCE
+        while not happened():
+            assert lives(self.runner) and time.monotonic() < until, self.log.read_text()
+            time.sleep(0.02)
+
+    def kernel(self):
+        """The process of the kernel."""
+        children = self.runner.children(recursive=True)
+        self.processes += children
+        return next(process for process in children if "ipykernel_launcher" in process.cmdline())
+
+    def wait_until_gone(self):
+        until = time.monotonic() + PATIENCE
+        while any(map(lives, self.processes)):
+            assert time.monotonic() < until, self.processes
+            time.sleep(0.02)
+
+    def end(self):
+        """Kill all processes, the runner first, and wait until they are gone."""
+        if self.processes and lives(self.runner):
+            self.processes += self.runner.children(recursive=True)
+        for process in filter(lives, self.processes):
+            process.kill()
+        self.wait_until_gone()
+
+    def kill(self, longest):
+        """Kill runner and kernel at a random moment of the next `longest` seconds."""
+        wait(longest)
+        self.end()
+        assert self.code() == -signal.SIGKILL and read_status(self.folder)["state"] == "killed"
+
+    def stage(self):
+        """Where the run is, by its files."""
+        return "training" if not self.adapter.exists() else "evaluation" if self.rows.exists() else "sampling"
+
+    def step(self):
+        """Updates in the checkpoint."""
+        if not self.checkpoint.exists():
+            return 0
+        with np.load(self.checkpoint) as file:
+            return int(file["step"])
+
+    def blocks(self):
+        return read_json(self.release / "sampling.json").get("blocks", [])
+
+    def metrics(self):
+        return read_json(self.folder / "metrics.json")
+
+    def released(self):
+        return {path.name: path.read_bytes() for path in self.release.iterdir()}
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Make a `Run`; what is left of its processes when the test ends is killed."""
+    (tmp_path / "paced").mkdir()
+    (tmp_path / "paced" / "sitecustomize.py").write_text(PACED)
+    (tmp_path / "dp_ft.yaml").write_text(yaml.safe_dump(SETTINGS))
+    made = []
+
+    def make(name):
+        made.append(Run(tmp_path, name))
+        return made[-1]
+
+    yield make
+    for run in made:
+        run.end()
+
+
+def kill_the_runner_alone(run):
+    """The kernel is stopped meanwhile, as it would end itself when it finds out: until then, however long, it holds the run."""
+    kernel = run.kernel()
+    kernel.suspend()
+    run.runner.kill()
+    assert run.code() == -signal.SIGKILL
+    with pytest.raises(BusyError), locked(run.folder):
+        pass
+    before = run.checkpoint.read_bytes()
+    run.start()
+    assert run.code() == 1 and "dp_ft: running elsewhere (" in run.log.read_text(), run.log.read_text()
+    assert run.checkpoint.read_bytes() == before
+    kernel.resume()
+    run.wait_until_gone()
 
 
 @pytest.mark.slow
-def test_killed_at_five_random_moments(tmp_path):
-    chance, secret = random.Random(os.urandom(8)), os.urandom(32)
-    whole, killed = (prepared(tmp_path / name / "dp_ft", secret) for name in ("whole", "killed"))
-    assert start(whole).wait() == 0
-    assert "sample" not in kill_in(killed, "fit", chance.randint(2, 6), chance.random() / 10)
-    assert "sample" not in kill_in(killed, "fit", chance.randint(2, 6), chance.random() / 10)
-    assert "evaluate" not in kill_in(killed, "sample", 1, chance.random())
-    resumed = kill_in(killed, "sample", 1, chance.random())
-    assert "fit" not in resumed and "evaluate" not in resumed
-    kill_in(killed, "evaluate", 1, chance.random())
-    assert start(killed).wait() == 0
-    for name in ("synthetic.jsonl", "adapter.npz", "certificate.json"):
-        assert (killed / "release" / name).read_bytes() == (whole / "release" / name).read_bytes(), name
-    assert read_json(killed / "metrics.json")["mauve_mean"] == read_json(whole / "metrics.json")["mauve_mean"]
+def test_killed_at_five_random_moments(make, refused):
+    run, undisturbed = make("killed"), make("undisturbed")
+
+    run.start()
+    run.wait_until((run.private / "tokens").exists)
+    run.kill(1.5)
+    assert run.stage() == "training"
+    undisturbed.private.mkdir(parents=True, mode=0o700)
+    shutil.copy(run.private / "secret", undisturbed.private / "secret")
+    undisturbed.start()  # meanwhile
+
+    before = run.step()
+    run.start()
+    run.wait_until(lambda: run.step() > before)
+    wait(1.0)
+    kill_the_runner_alone(run)
+    assert run.stage() == "training"
+    assert "was made with epsilon=8, not 3" in refused("run", run.config, "--out", run.out, "--set", "epsilon=3")
+
+    before, changed = run.step(), run.checkpoint.stat().st_mtime_ns
+    run.start()
+    run.wait_until(lambda: run.checkpoint.stat().st_mtime_ns != changed)
+    assert run.step() > before > 0
+    run.wait_until(run.blocks)
+    run.kill(1.0)
+    assert run.stage() == "sampling" and 0 < len(run.blocks()) < BLOCKS
+
+    blocks, trained = run.blocks(), run.adapter.stat().st_mtime_ns
+    run.start()
+    run.wait_until(lambda: len(run.blocks()) > len(blocks))
+    run.kill(1.0)
+    assert run.stage() == "sampling" and run.blocks()[: len(blocks)] == blocks  # their seconds too: they were not decoded again
+
+    run.start()
+    run.wait_until(lambda: "num_samples" in run.metrics())
+    run.kill(2.0)
+    assert run.stage() == "evaluation" and "mauve_mean" not in run.metrics()
+
+    sampled = run.rows.stat().st_mtime_ns
+    run.start()
+    assert run.code() == 0, run.log.read_text()
+    assert (run.adapter.stat().st_mtime_ns, run.rows.stat().st_mtime_ns) == (trained, sampled)
+    assert undisturbed.code() == 0, undisturbed.log.read_text()
+    assert len(run.rows.read_text().splitlines()) == SETTINGS["num_samples"] and len(run.blocks()) >= BLOCKS
+    assert run.released() == undisturbed.released()
+    assert run.metrics()["mauve_mean"] == undisturbed.metrics()["mauve_mean"]

@@ -14,18 +14,21 @@ import time
 import traceback
 
 import dp_accounting
+import pandas as pd
 import psutil
 import pytest
 from dp_accounting import pld
 
+from dpsynth.data import from_frame
 from dpsynth.ledger import (
     KINDS,
     Ledger,
-    Plan,
+    Neighbours,
     accesses_event,
     compose,
     default_path,
     event_from_dict,
+    group_privacy,
     ledger_command,
     ledger_table,
     plot_ledger,
@@ -33,7 +36,7 @@ from dpsynth.ledger import (
     release_id,
 )
 from dpsynth.privacy import Access, compute_epsilon
-from dpsynth.settings import BudgetError, DataError, PrivacyError, SettingsError
+from dpsynth.settings import BudgetError, DataError, PrivacyError, Settings, SettingsError
 
 DELTA = 1e-5
 ADD, REPLACE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, dp_accounting.NeighboringRelation.REPLACE_ONE
@@ -130,6 +133,32 @@ def test_groups():
     assert compose([{**TRAINING, "bands": 2}], DELTA, group=2) == math.inf
 
 
+def test_group_privacy():
+    assert group_privacy(2.0, 1e-6, 1) == (2.0, 1e-6) and group_privacy(0.0, 1e-6, 3) == (0.0, 3e-6)
+    assert group_privacy(0.5, 1e-6, 2) == (1.0, pytest.approx(1e-6 * (1 + math.exp(0.5))))
+    assert group_privacy(0.5, 0.3, 4) == (2.0, 1.0)
+    assert group_privacy(400.0, 1e-300, 2) == (800.0, 1.0) and group_privacy(400.0, 0.0, 2) == (800.0, 0.0)
+    assert group_privacy(math.inf, 0.0, 2) == (math.inf, 0.0)
+
+
+@pytest.mark.parametrize(
+    "event, other",
+    [
+        (TRAINING, {**TRAINING, "steps": 61, "bands": 4, "sampling_probability": 0.02, "noise_multiplier": 1.2}),
+        ({"kind": "discrete_laplace", "noise_multiplier": 3.0}, {"kind": "discrete_laplace", "noise_multiplier": 2.0}),
+    ],
+)
+def test_events_are_those_that_certificates_are_verified_with(event, other, monkeypatch):
+    from dpsynth import verify
+
+    def epsilon(description):
+        return read_event(description).loss(1, Neighbours(), 1e-3).get_epsilon_for_delta(DELTA)
+
+    stated, epsilons = verify.event({**other, "mechanism": other["kind"]}, "epsilon"), [epsilon(event), epsilon(other)]
+    monkeypatch.setattr(verify, "event", lambda access, claim: stated)
+    assert event_from_dict(event) == stated and epsilon(event) == epsilons[1] != epsilons[0]
+
+
 def test_no_noise_is_infinite_for_ever():
     for event in (
         {"kind": "not_private"},
@@ -143,7 +172,7 @@ def test_no_noise_is_infinite_for_ever():
 @pytest.mark.parametrize(
     "event, words",
     [
-        ({"kind": "gausian", "noise_multiplier": 1}, "gausian.*'gaussian'"),
+        ({"kind": "gausian", "noise_multiplier": 1}, "gausian.*did you mean 'gaussian'.*'laplace'"),
         ({"noise_multiplier": 1}, "None"),
         ("dp_sgd", "dp_sgd"),
         ({**TRAINING, "stpes": 3}, "stpes"),
@@ -214,7 +243,7 @@ def test_spend_is_that_of_a_count_unit_by_unit(ledger):
         naive = max(sum(e for other, e in charges if unit in contents[other]) for unit in units)
         assert ledger.spent(name, 1e-12) == pytest.approx(naive, rel=1e-3)
         known = ledger.dataset(name)
-        assert (known.units, known.distinct_units, known.copies) == (len(units), len(set(units)), max(collections.Counter(units).values()))
+        assert (known.units, known.hashes, known.copies) == (len(units), len(set(units)), max(collections.Counter(units).values()))
 
 
 def test_a_trivial_common_row_carries_both_charges_and_the_others_do_not(ledger):
@@ -228,7 +257,7 @@ def test_a_trivial_common_row_carries_both_charges_and_the_others_do_not(ledger)
 
 def test_copies_are_counted_and_their_contributor_is_told(ledger):
     copied = ledger.register("copied", rows([1, 1, 1, 2]), DELTA)
-    assert (copied.units, copied.distinct_units, copied.copies) == (4, 2, 3)
+    assert (copied.units, copied.hashes, copied.copies) == (4, 2, 3)
     spend(ledger, copied, pure(0.5), "r")
     assert ledger.spent(copied) == pytest.approx(0.5, abs=5e-3)
     epsilon, copies = ledger.spent_by_copies(copied)
@@ -239,7 +268,7 @@ def test_copies_are_counted_and_their_contributor_is_told(ledger):
 def test_names_are_unique_and_the_nearest_is_offered(ledger, film):
     other = ledger.register("film", rows(range(5)), DELTA)
     assert (film.name, other.name) == ("film", "film~2") and ledger.dataset("film~2") == other
-    with pytest.raises(SettingsError, match="'flim' is not in this ledger; known: 'film'"):
+    with pytest.raises(SettingsError, match="'flim' is not in this ledger; did you mean 'film'\\? known: 'film', 'film~2'$"):
         ledger.dataset("flim")
     second = Ledger(ledger.path.with_name("second.sqlite"))
     second.register("film", rows(range(5)), DELTA)
@@ -257,12 +286,93 @@ def test_bad_units_and_deltas_are_refused(ledger):
     assert ledger.register("x", rows(range(10))).delta == pytest.approx(10**-1.2)
 
 
-def test_what_may_be_published_depends_on_no_row(ledger, film):
-    apart, overlapping = ledger.register("apart", rows(range(100, 200)), DELTA), ledger.register("over", rows(range(99, 200)), DELTA)
-    for number, dataset in enumerate((film, apart, overlapping)):
-        spend(ledger, dataset, pure(1.0), f"r{number}")
-    assert ledger.bound([film, apart], DELTA) == ledger.bound([film, overlapping], DELTA) == pytest.approx(2.0, abs=1e-3)
-    assert ledger.spent(film) == pytest.approx(2.0, abs=1e-3) and ledger.bound([film], DELTA) == pytest.approx(1.0, abs=1e-3)
+def spend_in_parts(ledger, dataset, run_id):
+    spend(ledger, dataset, pure(0.5), f"{run_id} counts")
+    spend(ledger, dataset, pure(1.0), f"{run_id} training")
+
+
+def released_after(folder, april, may):
+    """What is said outside after one run on each of two lists of rows, while the rows of May have a past under another name."""
+    ledger = Ledger(folder / "ledger.sqlite")
+    spend(ledger, ledger.register("elsewhere", rows(range(100)), DELTA), pure(4.0), "else")
+    for run_id, content in (("a", april), ("b", may)):
+        spend_in_parts(ledger, ledger.register("members", content, DELTA), run_id)
+    return ledger.released_as("members", DELTA)
+
+
+@pytest.mark.parametrize("may", [range(100), range(1, 101), range(99), range(200, 300), range(50, 150)])
+def test_what_may_be_published_depends_on_no_row(tmp_path, may):
+    epsilon, runs = released_after(tmp_path, rows(range(300, 400)), rows(may))
+    assert (epsilon, runs) == (pytest.approx(3.0, abs=5e-3), 2)
+    for name, april in {"same": rows(may), "one more": [*rows(may), "one"], "other": rows(range(100))}.items():
+        assert released_after(tmp_path / name, april, rows(may)) == (epsilon, runs)
+
+
+def test_what_may_be_published_is_what_was_charged_under_the_name(ledger, film):
+    assert ledger.released_as("film", DELTA) == (0.0, 0)
+    ledger.plan("a training", film, pure(1.0))
+    assert ledger.released_as("film", DELTA) == (0.0, 0)
+    ledger.start("a training")
+    ledger.abandon("a training")
+    other = ledger.register("film", rows(range(50, 150)), DELTA)
+    spend_in_parts(ledger, other, "b")
+    epsilon, runs = ledger.released_as(other.declared, DELTA)
+    assert (other.name, other.declared, runs) == ("film~2", "film", 2)
+    assert epsilon == pytest.approx(2.5, abs=5e-3) and epsilon == ledger.spent(other)
+    assert ledger.released_as("film~2", DELTA) == (0.0, 0) and ledger.dataset("film~2").declared == "film"
+
+
+def test_a_run_cannot_come_back_under_another_name(ledger, film):
+    spend(ledger, film, GAUSSIAN, "r")
+    renamed = ledger.register("cinema", rows(range(100)), DELTA)
+    assert renamed == film and renamed.declared == "cinema"
+    with pytest.raises(PrivacyError, match="under the name 'film', not 'cinema'"):
+        ledger.plan("r", renamed, GAUSSIAN)
+
+
+# units of rows and of groups
+
+
+def by_person(numbers, people=10):
+    """What is registered of rows that some people wrote in turn: the people, and the rows."""
+    return [*(f"unit person {i}" for i in range(people)), *rows(numbers)]
+
+
+@pytest.mark.parametrize("rows_first", [True, False])
+def test_rows_and_groups_of_them_share_a_budget(ledger, rows_first):
+    contents = [("by row", rows(range(100)), None), ("by person", by_person(range(100)), 10)]
+    first, second = (ledger.register(name, units, DELTA, num_units=n) for name, units, n in (contents if rows_first else contents[::-1]))
+    ledger.set_cap(first, 10.0)
+    spend(ledger, first, pure(6.0), "a")
+    with pytest.raises(BudgetError, match="epsilon 6 is spent or reserved, this asks 6, together 12 .* over the cap 10"):
+        ledger.plan("b", second, pure(6.0))
+    ledger.plan("b", second, pure(3.0))
+    one_more = ledger.register("one more", by_person(range(101), 11), DELTA, num_units=11)
+    with pytest.raises(BudgetError, match="over the cap 10"):
+        ledger.plan("c", one_more, pure(6.0))
+
+
+@pytest.mark.parametrize("settings", [{"unit": "user"}, {"unit": "user", "label_column": ""}, {"label_column": ""}, {"train_size": 30}])
+def test_no_setting_makes_the_rows_of_a_file_new(ledger, settings):
+    file = pd.DataFrame({"text": [f"post {i}" for i in range(60)], "label": 1, "user": [f"u{i % 6}" for i in range(60)]})
+    first, second = (from_frame(file, Settings(**how), test=file[:1].assign(text="-", user="-")).train for how in ({}, settings))
+    before, after = (ledger.register("file", records.ledger_names(), num_units=records.num_units) for records in (first, second))
+    ledger.set_cap(before, 10.0)
+    spend(ledger, before, pure(6.0), "a")
+    with pytest.raises(BudgetError, match="over the cap 10"):
+        ledger.plan("b", after, pure(6.0))
+    assert after.units == (6 if "unit" in settings else len(second))
+
+
+def test_people_are_counted_and_their_rows_are_not(ledger):
+    people = ledger.register("people", by_person(range(1000)), num_units=10)
+    assert (people.units, people.hashes, people.copies) == (10, 1010, 1) and people.delta == pytest.approx(10**-1.2)
+    line = ledger_table(ledger).set_index("dataset").loc["people"]
+    assert line["units"] == 10 and "people: 10 units" in plot_ledger(ledger, people).axes[0].get_title()
+    with pytest.raises(SettingsError, match="1/n = 0.1"):
+        ledger.register("other", by_person(range(1000)), 0.1, num_units=10)
+    spend(ledger, people, pure(1.0), "a")
+    assert ledger.releases(people)["contents"].tolist() == [1010]
 
 
 # states
@@ -270,7 +380,7 @@ def test_what_may_be_published_depends_on_no_row(ledger, film):
 
 def test_charge_is_made_by_start_and_never_goes_away(ledger, film):
     assert ledger.plan("r", film, pure(1.0), "the run").state == "planned"
-    assert ledger.spent(film) == 0 and ledger.total_after(film, []) == pytest.approx(1.0, abs=5e-3)
+    assert ledger.spent(film) == 0 and ledger.releases(film)["composed"][0] == pytest.approx(1.0, abs=5e-3)
     started = ledger.start("r")
     assert (started.state, started.charged, started.title) == ("started", True, "the run")
     assert ledger.abandon("r").charged and ledger.spent(film) == pytest.approx(1.0, abs=5e-3)
@@ -397,18 +507,41 @@ def test_caps_that_are_none_are_refused(ledger, film, epsilon, delta):
         ledger.set_cap(film, epsilon, delta)
 
 
-def test_a_sweep_is_planned_all_or_nothing_and_stated_before(ledger, film):
-    sweep = [Plan(f"s{i}", pure(0.5), f"sweep {i}") for i in range(4)]
-    assert ledger.total_after(film, [plan.event for plan in sweep]) == pytest.approx(2.0, abs=5e-3)
+def test_a_sweep_is_stated_before(ledger, film):
+    ledger.plan("earlier", film, pure(0.5))
+    (total,) = ledger.totals_after(3 * [(film, pure(0.5))])
+    assert (total.dataset, total.runs, total.earlier, total.delta) == (film, 3, 1, DELTA) and total.epsilon == pytest.approx(2.0, abs=5e-3)
+    assert ledger.totals_after([(film, GAUSSIAN)], 1e-7)[0].epsilon == compose([GAUSSIAN, pure(0.5)], 1e-7)
+    assert ledger.totals_after([]) == [] and len(ledger.releases(film)) == 1
     ledger.set_cap(film, 1.9)
-    with pytest.raises(BudgetError, match="together 2 "):
-        ledger.plan_many(film, sweep)
-    assert len(ledger.releases(film)) == 0
-    assert [release.state for release in ledger.plan_many(film, sweep[:3])] == 3 * ["planned"]
-    ledger.start("s0")
-    assert [release.state for release in ledger.plan_many(film, sweep[:3])] == ["started", "planned", "planned"]
-    with pytest.raises(SettingsError, match="twice"):
-        ledger.plan_many(film, [sweep[0], sweep[0]])
+    with pytest.raises(BudgetError, match="epsilon 0.5.* is spent or reserved, this asks 1.5, together 2 at .* cap 1.9; use"):
+        ledger.totals_after(3 * [("film", pure(0.5))])
+    assert ledger.totals_after(2 * [(film, pure(0.5))])[0].epsilon == pytest.approx(1.5, abs=5e-3)
+
+
+def test_a_sweep_over_samples_of_one_file_is_stated_by_the_row_that_most_of_them_drew(ledger):
+    contents = {"a": range(60), "b": range(30, 90), "c": [50, *range(200, 250)], "apart": range(300, 350)}
+    samples = {name: ledger.register("file", rows(numbers), DELTA) for name, numbers in contents.items()}
+    spend(ledger, samples["c"], pure(0.25), "earlier")
+    planned = [(samples[name], pure(epsilon)) for name, epsilon in {"a": 1.0, "b": 2.0, "c": 4.0, "apart": 3.0}.items()]
+    totals = dict(zip(contents, ledger.totals_after(planned)))
+    for name, numbers in contents.items():
+        spends = [(0.25, contents["c"]), *((event["epsilon"], c) for (_, event), c in zip(planned, contents.values()))]
+        worst = max(sum(epsilon for epsilon, c in spends if n in c) for n in numbers)
+        assert totals[name].epsilon == pytest.approx(worst, rel=2e-3)
+    assert {name: (total.runs, total.earlier) for name, total in totals.items()} == {"a": (3, 1), "b": (3, 1), "c": (3, 1), "apart": (1, 0)}
+    for run_id, (dataset, event) in enumerate(planned):
+        spend(ledger, dataset, event, f"run-{run_id}")
+    assert [ledger.spent(dataset) for dataset in samples.values()] == [total.epsilon for total in totals.values()]
+
+
+def test_a_sweep_over_samples_of_one_file_is_stopped_by_a_cap_on_any_of_them(ledger):
+    left, right = ledger.register("file", rows(range(60)), DELTA), ledger.register("file", rows(range(59, 90)), DELTA)
+    old = ledger.register("old", rows([59, 1000]), DELTA)
+    ledger.set_cap(old, 1.5)
+    assert all(ledger.totals_after([(dataset, pure(1.0))]) for dataset in (left, right))
+    with pytest.raises(BudgetError, match="together 2 .* over the cap 1.5 of data set 'old'"):
+        ledger.totals_after([(left, pure(1.0)), (right, pure(1.0))])
 
 
 # other processes
@@ -433,6 +566,7 @@ def test_a_reservation_lives_as_long_as_its_process(ledger, film):
     finally:
         process.kill()
     time.sleep(0.2)  # dead, but nobody has waited for it: a zombie
+    assert ledger.totals_after([(film, pure(1.0))])[0].earlier == 0
     assert ledger.plan("ours", film, pure(1.0)).state == "planned"
     process.communicate()
     assert ledger.releases(film).set_index("run_id")["state"].to_dict() == {"theirs": "abandoned", "ours": "planned"}
@@ -479,7 +613,6 @@ assert not {"dp_accounting", "jax", "pandas", "matplotlib"} & set(sys.modules)
 
 def test_files_are_private_and_rows_are_not_in_them(ledger, film):
     folder = ledger.path.parent
-    assert folder.stat().st_mode & 0o777 == 0o700
     with sqlite3.connect(ledger.path) as db:
         db.execute("SELECT * FROM units").fetchone()
         assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == dict.fromkeys(
@@ -504,10 +637,19 @@ def test_units_are_hashed_under_the_key(tmp_path):
     assert hashes[0] != hashes[1]
 
 
-def test_an_existing_folder_keeps_its_mode(tmp_path):
-    tmp_path.chmod(0o755)
-    Ledger(tmp_path / "ledger.sqlite")
-    assert tmp_path.stat().st_mode & 0o777 == 0o755
+def test_only_the_users_own_folder_is_closed_to_others(tmp_path, monkeypatch):
+    old = os.umask(0o022)
+    try:
+        Ledger(tmp_path / "runs" / ".ledger.sqlite")
+        monkeypatch.setenv("DPSYNTH_LEDGER", str(tmp_path / "mine" / "ledger.sqlite"))
+        Ledger()
+        (tmp_path / "mine").chmod(0o750)
+        Ledger()
+        monkeypatch.setenv("DPSYNTH_LEDGER", str(tmp_path / "new" / "ledger.sqlite"))
+        Ledger()
+    finally:
+        os.umask(old)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {"runs": 0o755, "mine": 0o750, "new": 0o700}
 
 
 def test_default_place(monkeypatch, tmp_path):
@@ -542,7 +684,7 @@ def set_pragma(name, value):
         (spoil_pages, "cannot be used"),
         (lambda path: path.write_bytes(b""), "not a ledger"),
         (set_pragma("application_id", 1), "not a ledger"),
-        (set_pragma("user_version", 7), "version 7, this dpsynth knows 1"),
+        (set_pragma("user_version", 7), "version 7, this dpsynth knows 2"),
         (lambda path: path.with_name("ledger.sqlite.key").unlink(), "key of the ledger is missing"),
         (lambda path: path.with_name("ledger.sqlite.key").write_bytes(bytes(32)), "does not belong"),
         (lambda path: path.with_name("ledger.sqlite.key").write_bytes(b"short"), "32 bytes"),
@@ -579,9 +721,8 @@ def test_a_ledger_that_is_held_for_too_long_says_so(ledger, film, monkeypatch):
 def varied(ledger, film):
     """A data set with a release in every state."""
     ledger.set_cap(film, 10.0)
-    ledger.plan_many(
-        film, [Plan(state, pure(1.0), f"a run that is {state}") for state in ("finished", "started", "abandoned", "free", "planned")]
-    )
+    for state in ("finished", "started", "abandoned", "free", "planned"):
+        ledger.plan(state, film, pure(1.0), f"a run that is {state}")
     for run_id in ("finished", "started", "abandoned"):
         ledger.start(run_id)
     ledger.finish("finished")
@@ -593,7 +734,7 @@ def varied(ledger, film):
 def test_releases_and_table(varied):
     table = varied.releases("film").set_index("run_id")
     assert table["charged"].to_dict() == {"finished": True, "started": True, "abandoned": True, "free": False, "planned": False}
-    assert table["composed"].round(2).tolist() == [1, 2, 3, 3, 4] and set(table["units"]) == {100}
+    assert table["composed"].round(2).tolist() == [1, 2, 3, 3, 4] and set(table["contents"]) == {100}
     varied.register("bit", rows([7]), DELTA)
     line = ledger_table(varied).set_index("dataset").loc["bit"]
     assert (line["units"], line["releases"], round(line["spent"], 2), line["cap"], round(line["left"], 2)) == (1, 3, 3, "10 (of film)", 6)
@@ -641,10 +782,20 @@ def test_command(varied, monkeypatch, tmp_path):
         {"dataset": "flim"},
         {"dataset": "film", "cap": 0},
         {"dataset": "film", "plot": tmp_path / "x.nope"},
+        {"path": tmp_path},
+        {"path": tmp_path / "nowhere" / "ledger.sqlite"},
     ):
         with pytest.raises(SettingsError) as caught:
             ledger_command(**wrong)
         assert "\n" not in str(caught.value)
+
+
+def test_command_on_the_ledger_of_a_folder_of_runs(tmp_path):
+    Ledger(tmp_path / ".ledger.sqlite").register("these", rows(range(10)), DELTA)
+    assert "these" in ledger_command(path=tmp_path) == ledger_command(path=tmp_path / ".ledger.sqlite")
+    with pytest.raises(SettingsError, match="nowhere: no ledger there"):
+        ledger_command(path=tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_command_on_an_empty_ledger_and_with_copies(monkeypatch, tmp_path):
@@ -720,9 +871,10 @@ def prepare(path, room, cap):
     ledger = Ledger(path)
     for name, units in DATASETS.items():
         ledger.register(name, units, DELTA)
-        ledger.set_cap(name, cap)
     for count in range(1, room + 2):
-        ledger.total_after("d0", count * [CHARGE])
+        ledger.totals_after(count * [("d0", CHARGE)])
+    for name in DATASETS:
+        ledger.set_cap(name, cap)
 
 
 def test_sixteen_processes_and_a_hundred_kills(tmp_path):
@@ -799,14 +951,14 @@ def test_a_killed_registration_is_whole_or_not_there(tmp_path):
     for dataset in ledger.datasets():
         with sqlite3.connect(path) as db:
             covered = db.execute(
-                "SELECT SUM(cells.units) FROM memberships JOIN cells ON cells.id = cell WHERE dataset = ?", [dataset.id]
+                "SELECT SUM(cells.hashes) FROM memberships JOIN cells ON cells.id = cell WHERE dataset = ?", [dataset.id]
             ).fetchone()[0]
         db.close()
-        assert covered == dataset.distinct_units
+        assert covered == dataset.hashes
     register_many(path, 40_000)
     with sqlite3.connect(path) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        assert db.execute("SELECT (SELECT SUM(units) FROM cells), (SELECT COUNT(*) FROM units)").fetchone() == (40_000, 40_000)
+        assert db.execute("SELECT (SELECT SUM(hashes) FROM cells), (SELECT COUNT(*) FROM units)").fetchone() == (40_000, 40_000)
     db.close()
 
 

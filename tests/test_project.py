@@ -1,15 +1,19 @@
 """The package, its notebooks, its documentation and its packaging say the same."""
 
+import ast
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import zipfile
 
+import nbformat
 import pytest
 
 BIN = pathlib.Path(sys.executable).parent
+REPO = pathlib.Path(__file__).resolve().parent.parent
 LEFT_OUT = (".git", ".venv", ".cache", "build", "dist", "runs", "data", "__pycache__", ".pytest_cache", ".ruff_cache", "*.egg-info")
 
 
@@ -64,6 +68,44 @@ def test_notebooks_are_clean(copy, repo):
     }
 
 
+WITHOUT_OUTPUT = ("#|export", "#|exporti", "#|default_exp", "#|eval:false")
+CLEAN_UP = "folder.cleanup()"
+
+
+def says_nothing(source):
+    """Whether nothing is to be seen of a cell by its nature: only imports and definitions, an assertion, or a folder that is removed."""
+    tree = ast.parse(re.sub(r"^\s*[%!].*", "", source, flags=re.M))
+    quiet = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    asserts = any(isinstance(node, ast.Assert) for node in ast.walk(tree))
+    return asserts or source == CLEAN_UP or all(isinstance(node, quiet) for node in tree.body)
+
+
+def unexecuted(notebook):
+    """Sources of the cells of a notebook that lack their output; all of its code cells if it has none at all."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    cells = [c for c in cells if not any(line.replace(" ", "").startswith(WITHOUT_OUTPUT) for line in c.source.splitlines())]
+    if not any(cell.outputs for cell in cells):
+        return [cell.source for cell in cells]
+    return [cell.source for cell in cells if not cell.outputs and not says_nothing(cell.source)]
+
+
+NOTEBOOKS = [path for path in (REPO / "nbs").rglob("*.ipynb") if not {"templates", ".ipynb_checkpoints"} & {*path.parts}]
+
+
+@pytest.mark.parametrize("name", sorted(path.relative_to(REPO).as_posix() for path in NOTEBOOKS))
+def test_notebook_is_stored_with_its_outputs(repo, name):
+    assert unexecuted(nbformat.read(repo / name, 4)) == []
+
+
+def test_a_notebook_without_outputs_is_noticed():
+    cell = nbformat.v4.new_code_cell
+    said = cell("print(3)", outputs=[nbformat.v4.new_output("stream", text="3\n")])
+    quiet = [cell(source) for source in ("#| export\nf(3)", "#| eval: false\n%pip install x", "import os", "x = 3", "assert x")]
+    assert unexecuted(nbformat.v4.new_notebook(cells=[said, *quiet])) == []
+    assert unexecuted(nbformat.v4.new_notebook(cells=[said, *quiet, cell("x")])) == ["x"]
+    assert unexecuted(nbformat.v4.new_notebook(cells=quiet)) == ["import os", "x = 3", "assert x"]
+
+
 def test_readme_is_the_front_page(repo):
     call(sys.executable, "tools/make_readme.py", "--check", cwd=repo)
 
@@ -75,6 +117,32 @@ def test_packaged_copies_are_copies(repo, source, packaged):
 
 def test_packaged_demo_is_the_demo(repo):
     assert contents(repo / "configs" / "demo", "*.yaml") == contents(repo / "dpsynth" / "assets" / "configs" / "demo", "*.yaml")
+
+
+GENERATED = (
+    "README.md",
+    "dpsynth/_modidx.py",
+    "dpsynth/cli.py",
+    "dpsynth/assets/experiment.ipynb",
+    "dpsynth/assets/configs/demo/dp_ft.yaml",
+)
+WRITTEN = ("dpsynth/__init__.py", "dpsynth/_version.py", "configs/demo/dp_ft.yaml", "nbs/15_cli.ipynb", "nbs/templates/experiment.ipynb")
+
+
+@pytest.mark.skipif(not shutil.which("git") or not (REPO / ".git").exists(), reason="not a clone")
+def test_generated_files_are_marked_as_such(repo):
+    said = call("git", "check-attr", "linguist-generated", "--", *GENERATED, *WRITTEN, cwd=repo)
+    assert [line.split(": ")[0] for line in said.splitlines() if line.endswith(": true")] == list(GENERATED)
+
+
+def test_the_demo_of_the_wheel_needs_every_experiment(repo):
+    tool = runpy.run_path(str(repo / "tools" / "wheel_demo.py"))
+    done = [{"experiment": name, "status": "done", "mauve_mean": 0.5} for name in sorted(tool["EXPERIMENTS"])]
+    assert len(done) == 6
+    tool["check_rows"](done)
+    for rows in (done[1:], [{**done[0], "status": "failed"}, *done[1:]], [{**done[0], "mauve_mean": None}, *done[1:]]):
+        with pytest.raises(SystemExit, match=done[0]["experiment"]):
+            tool["check_rows"](rows)
 
 
 def test_no_undefined_or_unused_names(repo):

@@ -413,6 +413,18 @@ def test_no_label_column_no_label(model, tmp_path, monkeypatch):
     assert pd.read_parquet(tmp_path / "synthetic.parquet").to_dict("records") == rows
 
 
+def test_unfinished_is_a_share_of_the_rows_that_are_kept(model, tmp_path, monkeypatch):
+    class LongReplacements(FakeDecoder):
+        def block(self, first, assignment):
+            for sample in super().block(first, assignment):
+                yield dataclasses.replace(sample, text=sample.text * (sample.index > 0), finished=sample.index in (1, 2, 3, 5))
+    monkeypatch.setattr(sampling, "Decoder", LongReplacements)
+    made = make(model, tmp_path, SETTINGS.model_copy(update={"num_samples": 5}), FORMAT)
+    assert [json.loads(line)["index"] for line in (tmp_path / "synthetic.jsonl").read_bytes().splitlines()] == [1, 2, 3, 4, 5]
+    assert made["rows"] == 5 and made["rejected"] == {"empty": 1} and made["unfinished"] == 1 / 5
+    assert make(model, tmp_path, SETTINGS.model_copy(update={"num_samples": 5}), FORMAT)["unfinished"] == 1 / 5
+
+
 def test_large_runs_have_blocks_of_equal_size(model, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "Decoder", FakeDecoder)
     made = make(model, tmp_path, SETTINGS.model_copy(update={"num_samples": 1300}), FORMAT)

@@ -11,10 +11,13 @@ from dpsynth.settings import (
     SettingsError,
     affects_result,
     dump_settings,
+    evaluation_settings,
     load_settings,
     make_settings,
     parameters_cell,
+    parse_overrides,
     resolve,
+    result_settings,
     settings_table,
 )
 
@@ -62,27 +65,29 @@ TUTORIAL = {
 SIX = [*TUTORIAL, "use_train", "upper_bound"]
 
 
+SAME = {
+    "GEMMA3_MODEL_TYPE": "model",
+    "SEQUENCE_LENGTH": "sequence_length",
+    "EPOCHS": "epochs",
+    "LORA_RANK": "lora_rank",
+    "PROMPT": "prompt",
+    "LEARNING_RATE": "learning_rate",
+    "VALIDATION_SIZE": "validation_size",
+    "SEED": "seed",
+    "TOP_P": "top_p",
+    "NUM_SAMPLES": "num_samples",
+    "SAMPLE_BATCH_SIZE": "sample_batch_size",
+    "NUM_MAUVE_SAMPLES": "num_mauve_samples",
+    "NUM_MAUVE_TRIALS": "num_mauve_trials",
+    "DELTA": "delta",
+    "CLIPPING_NORM": "l2_clip_norm",
+}
+
+
 def translated(config):
     """The settings that an entry of the tutorial stands for."""
-    plain = {
-        "GEMMA3_MODEL_TYPE": "model",
-        "SEQUENCE_LENGTH": "sequence_length",
-        "EPOCHS": "epochs",
-        "LORA_RANK": "lora_rank",
-        "PROMPT": "prompt",
-        "LEARNING_RATE": "learning_rate",
-        "VALIDATION_SIZE": "validation_size",
-        "SEED": "seed",
-        "TOP_P": "top_p",
-        "NUM_SAMPLES": "num_samples",
-        "SAMPLE_BATCH_SIZE": "sample_batch_size",
-        "NUM_MAUVE_SAMPLES": "num_mauve_samples",
-        "NUM_MAUVE_TRIALS": "num_mauve_trials",
-        "DELTA": "delta",
-        "CLIPPING_NORM": "l2_clip_norm",
-    }
     return {
-        **{ours: config[theirs] for theirs, ours in plain.items() if theirs in config},
+        **{ours: config[theirs] for theirs, ours in SAME.items() if theirs in config},
         "batch_size": config["BATCH_SIZE"] * config["GRADIENT_ACCUMULATION_STEPS"],
         "microbatch_size": config["BATCH_SIZE"],
         "generator": "finetune" if config["FINETUNE_MODEL"] else "prompt",
@@ -157,6 +162,65 @@ def test_yaml_numbers_are_numbers(tmp_path, text, value):
 
 
 @pytest.mark.parametrize(
+    "line, value",
+    [
+        ("monitor: off", "off"),
+        ("bands: 4", "4"),
+        ("tuned_on: 2024", "2024"),
+        ("tuned_on: 2024-05-01", "2024-05-01"),
+        ("data: 010", "010"),
+        ("text_column: no", "no"),
+        ("batch_size: 010", 10),
+        ("batch_size: 1e3", 1000),
+        ("epsilon: .INF", math.inf),
+        ("utility: no", False),
+        ("utility: true", True),
+    ],
+)
+def test_a_setting_means_what_is_written(tmp_path, line, value):
+    name, text = line.split(": ")
+    (tmp_path / "x.yaml").write_text(f"{line}\n")
+    (tmp_path / "y.yaml").write_text("")
+    read = [load_settings(tmp_path / "x.yaml"), load_settings(tmp_path / "y.yaml", [f"{name}={text}"])]
+    assert [getattr(s, name) for s in read] == [value, value] and type(getattr(read[0], name)) is type(value)
+
+
+def test_numbers_are_texts_where_a_text_is_meant():
+    assert (make_settings({"bands": 4}).bands, make_settings({"tuned_on": 2024}).tuned_on) == ("4", "2024")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["epsilon: yes", "epsilon: true", "batch_size: true", "batch_size: 10:24", "learning_rate: 1:30.5", "bands: true", "data:", "data: null"],
+)
+def test_what_was_mistyped_is_no_number_and_no_text(tmp_path, line):
+    (tmp_path / "x.yaml").write_text(f"{line}\n")
+    with pytest.raises(SettingsError) as caught:
+        load_settings(tmp_path / "x.yaml")
+    assert f"setting '{line.split(':')[0]}'" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pair", ["epsilon=[3", "epsilon=@3", "batch_size=%", "epsilom={", "epsilon"])
+def test_a_broken_override_is_one_line_that_names_it(pair):
+    with pytest.raises(SettingsError) as caught:
+        parse_overrides([pair])
+    assert repr(pair) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_text_may_hold_what_yaml_could_not():
+    assert parse_overrides(["prompt=[x][{label}]: @%", "epsilon= 3"]) == {"prompt": "[x][{label}]: @%", "epsilon": "3"}
+
+
+@pytest.mark.parametrize("text", ["epsilon: 3\nseed: [1\n", "epsilon: 3\nseed: @1\n", "true: 3\n", "- 3\n"])
+def test_a_broken_file_is_one_line_that_names_it(tmp_path, text):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(tmp_path / "x.yaml")
+    assert "x.yaml" in str(caught.value) and "\n" not in str(caught.value)
+    assert "seed" not in text or ", line " in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "wrong, message",
     [
         ({"epsilom": 3}, "did you mean 'epsilon'"),
@@ -165,12 +229,25 @@ def test_yaml_numbers_are_numbers(tmp_path, text, value):
         ({"epsilon": 0}, "epsilon"),
         ({"epsilon": -1}, "epsilon"),
         ({"epsilon": "nan"}, "epsilon"),
+        ({"epsilon": True}, "epsilon"),
+        ({"batch_size": False}, "batch_size"),
+        ({"tuned_on": True}, "tuned_on"),
+        ({True: 3}, "strings"),
         ({"delta": 1}, "delta"),
         ({"top_p": 0}, "top_p"),
         ({"generator": "magic"}, "generator"),
         ({"experiment": "a/b"}, "experiment"),
+        ({"experiment": ""}, "experiment"),
+        ({"experiment": "."}, "experiment"),
+        ({"experiment": ".."}, "experiment"),
+        ({"experiment": ".hidden"}, "experiment"),
+        ({"experiment": "-rf"}, "experiment"),
+        ({"label_names": "negative,positive,"}, "label_names"),
+        ({"label_names": "a, a"}, "label_names"),
+        ({"label_names": ""}, "set label_column to an empty text"),
         ({"prompt": "review:"}, "{label}"),
-        ({"label_prior": "1,2,3"}, "label_prior"),
+        ({"label_prior": "1,2,3"}, "label_prior: expected `uniform`, `private`"),
+        ({"label_prior": "inf,1"}, "label_prior"),
         ({"utility": "perhaps"}, "utility"),
         ({"num_samples": 10, "num_mauve_samples": 20}, "num_mauve_samples"),
         ({"seed": -1}, "seed"),
@@ -182,6 +259,51 @@ def test_wrong_settings_are_one_line(wrong, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "values", [{"label_names": "film"}, {"label_names": "1,2"}, {"label_names": "", "label_column": "", "prompt": "A review:"}]
+)
+def test_one_label_or_none_are_fine(values):
+    assert make_settings(values).labels == tuple(values["label_names"].split(","))
+
+
+@pytest.mark.parametrize("name", ["dp_ft", "_a", "3", "a.b-c", "é"])
+def test_names_of_experiments(name):
+    assert make_settings({"experiment": name}).experiment == name
+
+
+MEANT = {
+    **{theirs: {ours} for theirs, ours in SAME.items()},
+    "BATCH_SIZE": {"batch_size", "microbatch_size"},
+    "GRADIENT_ACCUMULATION_STEPS": {"batch_size"},
+    "FINETUNE_MODEL": {"generator"},
+    "USE_DP": {"epsilon"},
+    "EPSILON": {"epsilon"},
+    "USE_MIXED_PRECISION": {"dtype"},
+    "TEST_RUN": {"profile"},
+    "MAX_TRAIN_SIZE": {"train_size"},
+    "SAVE_ROOT_DIR": set(),
+}
+
+
+def message(name):
+    with pytest.raises(SettingsError) as caught:
+        make_settings({name: 1})
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted({*MEANT}.union(*TUTORIAL.values())))
+def test_a_name_of_the_tutorial_leads_to_its_settings(name):
+    for spelling in {name, name.lower()} - set(Settings.model_fields):
+        assert {n for n in Settings.model_fields if repr(n) in message(spelling)} == MEANT[name]
+        assert MEANT[name] or "`dpsynth run --out`" in message(spelling)
+
+
+def test_the_case_of_a_name_does_not_hide_it():
+    assert "did you mean 'label_column'" in message("Label_Column") and "did you mean 'top_k'" in message("TOP_K")
+    assert "`dpsynth settings` lists all" in message("zzz")
+
+
 def test_every_setting_is_documented_and_in_the_parameters_cell():
     values = {}
     exec(parameters_cell(), values)
@@ -191,12 +313,44 @@ def test_every_setting_is_documented_and_in_the_parameters_cell():
 
 def test_every_setting_is_read_by_something(repo):
     source = "".join(p.read_text(encoding="utf-8") for p in (repo / "dpsynth").glob("*.py") if p.name != "settings.py")
-    through = {"label_names": "settings.labels", "label_prior": "settings.prior()", "profile": "resolve("}  # read by a method of Settings
+    through = {  # read by a method of Settings, or by its name
+        "label_names": "settings.labels",
+        "label_prior": "settings.prior()",
+        "profile": "resolve(",
+        "test_fraction": '_hold_out(train, name, "test_fraction", settings',
+    }
     assert [n for n in Settings.model_fields if not re.search(rf"settings\.{n}\b", source) and through.get(n, "\0") not in source] == []
 
 
-def test_what_does_not_affect_the_result_is_memory_speed_and_bookkeeping():
-    assert [n for n in Settings.model_fields if not affects_result(n)] == ["microbatch_size", "ledger", "sample_batch_size"]
+MEASURING = ["validation_size", "embedder", "second_embedder", "pooling", "embed_length", "num_mauve_samples", "num_mauve_trials", "utility"]
+
+
+def test_what_does_not_affect_the_result_is_memory_speed_bookkeeping_and_measuring():
+    assert list(evaluation_settings(Settings())) == MEASURING
+    without = ["microbatch_size", "ledger", "sample_batch_size", *MEASURING]
+    assert sorted(n for n in Settings.model_fields if not affects_result(n)) == sorted(without)
+
+
+def test_measuring_otherwise_is_the_same_run():
+    base = Settings()
+    other = Settings(second_embedder="gemma3_1b", pooling="last", num_mauve_trials=2, utility=False, validation_size=0)
+    assert result_settings(base) == result_settings(other)
+    changed = {n: v for n, v in evaluation_settings(other).items() if evaluation_settings(base)[n] != v}
+    assert changed == {"second_embedder": "gemma3_1b", "pooling": "last", "num_mauve_trials": 2, "utility": False, "validation_size": 0}
+
+
+@pytest.mark.parametrize("decision", ["seed=1", "test_size=9", "test_fraction=0.3", "test_data=t.csv", "duplicates=drop", "tuned_on=demo"])
+def test_what_decides_on_rows_or_is_certified_is_no_measuring(decision):
+    base, other = Settings(), make_settings(parse_overrides([decision]))
+    assert result_settings(other) != result_settings(base) and evaluation_settings(other) == evaluation_settings(base)
+
+
+def test_nothing_that_makes_rows_reads_a_measuring_setting(repo):
+    allowed = dict.fromkeys(MEASURING, {"evaluation", "pipeline", "synthesizer"}) | {"validation_size": {"finetune"}}
+    for name in MEASURING:
+        readers = {p.stem for p in (repo / "dpsynth").glob("*.py") if re.search(rf"settings\.{name}\b", p.read_text(encoding="utf-8"))}
+        assert readers <= allowed[name], name
+    assert (repo / "dpsynth" / "finetune.py").read_text(encoding="utf-8").count("settings.validation_size") == 1
 
 
 def test_smoke_profile_is_small_and_keeps_decisions():
@@ -204,6 +358,12 @@ def test_smoke_profile_is_small_and_keeps_decisions():
     small = resolve(big)
     assert (small.epsilon, small.model, small.num_samples) == (3, "tiny", 30) and small.batch_size == 64
     assert resolve(small) == small
+
+
+def test_smoke_profile_trains_the_bundled_model_in_its_own_type():
+    big = make_settings({"profile": "smoke", "model": "gemma3_1b", "dtype": "bfloat16", "tuning": "auto"})
+    assert (resolve(big).model, resolve(big).dtype) == ("tiny", "float32")
+    assert resolve(big.model_copy(update={"profile": "full"})).dtype == "bfloat16"
 
 
 def test_settings_file_is_plain_yaml(tmp_path):

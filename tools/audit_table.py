@@ -1,10 +1,14 @@
 """The audit table: the same training with more and less privacy, attacked in the same ways.
 
     python tools/audit_table.py --out runs/audit [--set key=value …] [--json FILE]
+    python tools/audit_table.py --null 200 [--json FILE]
 
 Runs, on the built-in reviews with canaries among the training rows and as many rows kept out as are trained on: DP at ε = 1 and 8, the ε = 8 run
 with its noise switched off on purpose (no certificate is made for it), training without DP, and without DP with every canary ten times. Finished runs
 are not repeated. Prints a Markdown table.
+
+With `--null` nothing is trained: so many whole audits of rows on which neither the training rows nor the coins had any influence, each
+with data and coins of its own, and how many of them raise a false alarm.
 """
 import argparse
 import json
@@ -15,6 +19,9 @@ import unittest.mock
 import numpy as np
 
 from dpsynth import finetune, privacy
+from dpsynth.audit import CHECK_LEVEL, audit_canaries_in_rows, audit_files, exact_interval
+from dpsynth.canaries import make_canaries
+from dpsynth.demo import reviews
 from dpsynth.pipeline import audit_stage, fit_stage, load_stage, sample_stage
 from dpsynth.runs import read_json
 from dpsynth.settings import make_settings, parse_overrides
@@ -45,8 +52,10 @@ def run(name, settings, folder):
             model = fit_stage(settings, folder, splits)
         sample_stage(settings, folder, splits, model)
         audit_stage(settings, folder, splits, model)
+    numbers = read_json(folder / "metrics.json")
     return {"run": name, "epsilon": settings.epsilon if settings.private and name != "noise_off" else None,
-            "canaries": read_json(folder / "metrics.json")["audit"], "rows": read_json(folder / "private" / "audit.json")}
+            "canaries": numbers["audit"], "canaries_in_rows": numbers["audit_in_rows"],
+            "rows": read_json(folder / "private" / "audit.json")}
 
 
 def attack(report, word):
@@ -55,12 +64,55 @@ def attack(report, word):
     return f"{found['statistic']:.3f} [{found['interval'][0]:.3f}, {found['interval'][1]:.3f}]"
 
 
+def bounds(found, *names):
+    """The named ε of a canary audit, as texts."""
+    return [f"{found[name]:.2f}" for name in names]
+
+
+def share(found):
+    """`AUC [low, high]` of a canary audit."""
+    return f"{found['auc']:.3f} [{found['auc_interval'][0]:.3f}, {found['auc_interval'][1]:.3f}]"
+
+
+HEADER = ("run", "claimed ε", "ε at least (95 %)", "could show", "if Gaussian, at least", "AUC on canaries",
+          "data only: ε at least (95 %)", "data only: AUC on canaries", "data only: AUC", "data only: TPR at 1 % FPR", "verdict")
+
+
 def table(lines):
-    head = "| run | claimed ε | ε at least (95 %) | could show | AUC on canaries | data only: AUC | data only: TPR at 1 % FPR | verdict |\n" + "|---" * 8 + "|"
-    rows = [f"| {x['run']} | {'-' if x['epsilon'] is None else x['epsilon']:} | {x['canaries']['epsilon_bound']:.2f} | {x['canaries']['largest']:.2f} | "
-            f"{x['canaries']['auc']:.3f} [{x['canaries']['auc_interval'][0]:.3f}, {x['canaries']['auc_interval'][1]:.3f}] | "
-            f"{attack(x['rows'], 'AUC')} | {attack(x['rows'], 'TPR')} | {x['rows']['verdict']} |" for x in lines]
-    return "\n".join([head, *rows])
+    """Markdown: one line for each run."""
+    cells = [(x["run"], "-" if x["epsilon"] is None else x["epsilon"], *bounds(x["canaries"], "epsilon_bound", "largest", "gaussian_bound"),
+              share(x["canaries"]), *bounds(x["canaries_in_rows"], "epsilon_bound"), share(x["canaries_in_rows"]),
+              attack(x["rows"], "AUC"), attack(x["rows"], "TPR"), x["rows"]["verdict"]) for x in lines]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (HEADER, ("---",) * len(HEADER), *cells))
+
+
+NULL_ROWS, NULL_CANARIES = 150, 100
+
+
+def null_audit(seed):
+    """Whether each part of one audit without any training effect raises an alarm."""
+    texts = [row["text"] for row in reviews(4 * NULL_ROWS, seed=10_000 + seed)]
+    order = np.random.default_rng(seed).permutation(2 * NULL_ROWS)
+    train, holdout = [texts[i] for i in order[:NULL_ROWS]], [texts[i] for i in order[NULL_ROWS:]]
+    synthetic, public = texts[2 * NULL_ROWS:3 * NULL_ROWS], texts[3 * NULL_ROWS:]
+    report = audit_files(synthetic, train, holdout, seed=seed)
+    included = np.random.default_rng([seed, 1]).random(NULL_CANARIES) < 0.5
+    canaries = audit_canaries_in_rows(synthetic, make_canaries(NULL_CANARIES, public, seed=seed), included, report.delta, seed=seed)
+    failed, refuted = report.verdict == "fails", canaries.refutes(0.0)
+    return {"rows: the verdict is `fails` (level 1 %)": failed, "canaries: an epsilon above 0 is claimed (95 %)": refuted,
+            "the audit as a whole: either of the two": failed or refuted,
+            "rows: an epsilon above 0 is claimed (95 %)": report.epsilon_bound > 0,
+            "division: called not random (level 0.1 %)": report.division.p_value <= CHECK_LEVEL}
+
+
+def null(draws):
+    """Runs the null audits, prints the false alarms with their 95 % intervals, and returns them."""
+    alarms = [null_audit(seed) for seed in range(draws)]
+    counts = {name: sum(alarm[name] for alarm in alarms) for name in alarms[0]}
+    for name, count in counts.items():
+        low, high = exact_interval(count, draws)
+        print(f"{name}: {count} of {draws} false alarms ({count / draws:.1%}, 95 % interval {low:.1%} to {high:.1%})")
+    return {"draws": draws, "alarms": counts}
 
 
 def main():
@@ -68,12 +120,16 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/audit"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--null", type=int, metavar="N", help="N null audits instead of the table")
     args = parser.parse_args()
-    overrides = parse_overrides(args.set)
-    lines = [run(name, make_settings({**COMMON, **values, **overrides, "experiment": name}), args.out / name) for name, values in RUNS.items()]
-    print(table(lines))
+    if args.null:
+        found = null(args.null)
+    else:
+        of_run = lambda name: make_settings({**COMMON, **RUNS[name], **parse_overrides(args.set), "experiment": name})
+        found = [run(name, of_run(name), args.out / name) for name in RUNS]
+        print(table(found))
     if args.json:
-        args.json.write_text(json.dumps(lines, indent=1) + "\n")
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""What several test files build on: small mechanisms, trainers and rows."""
+
+import pandas as pd
+
+from dpsynth.certificate import base_model, make_certificate
+from dpsynth.data import from_frame
+from dpsynth.finetune import Trainer
+from dpsynth.privacy import Mechanism, Randomness, make_mechanism
+from dpsynth.settings import Settings
+
+
+SECRET = bytes(range(32))
+
+
+def mechanism(**changes):
+    return Mechanism(**{"num_units": 1000, "expected_batch_size": 50, "steps": 200, "noise_multiplier": 1.0, "delta": 1e-4, "target_epsilon": 20.0, **changes})
+
+
+def banded(bands=4, **changes):
+    return mechanism(num_units=1000, expected_batch_size=50, steps=40, bands=bands, noise_multiplier=2.0, **changes)
+
+
+IMDB = Settings(epsilon=10, delta=1.5e-5, experiment="imdb")
+
+
+def certificate_of(settings=IMDB, num_units=25000):
+    return make_certificate(make_mechanism(settings, num_units), settings, base=base_model("tiny", "hash", "not checked"))
+
+
+SETTINGS = Settings(sequence_length=48, microbatch_size=4, batch_size=8, epochs=1, epsilon=8, learning_rate=0.01)
+
+
+def trainer(micro, store, settings=SETTINGS, run="run", secret=bytes(range(32)), **changes):
+    made = Mechanism(**{"num_units": len(store), "expected_batch_size": 8, "steps": 4, "noise_multiplier": 1.0, "delta": 1e-3, **changes})
+    return Trainer(micro, store, settings, made, Randomness(secret, run))
+
+
+def grouped(micro, store, units, settings=SETTINGS, **changes):
+    made = Mechanism(**{"num_units": len(units), "expected_batch_size": 2, "steps": 3, "noise_multiplier": 1.0, "delta": 1e-3, "unit": "user", **changes})
+    return Trainer(micro, store, settings, made, Randomness(bytes(32), "groups"), units)
+
+
+RUN = Settings(model="tiny", tuning="lora", lora_rank=1, lora_targets="value", sequence_length=32, batch_size=8, microbatch_size=8, epochs=0.4,
+               epsilon=8, validation_size=4, prompt="[{label}]:", ledger="runs")
+
+
+def splits(changed=None, settings=RUN):
+    rows = [{"text": f"row {i} was {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(40)]
+    if changed:
+        rows[0] = {"text": changed, "label": 1}
+    return from_frame(pd.DataFrame(rows), settings, test=pd.DataFrame(rows[:10]))
+
+
+def groups_of_rows(last):
+    """Ten users with three rows each; the last one's rows are given."""
+    rows = [{"text": f"row {i} was {'good' if i % 2 else 'bad'}", "label": i % 2, "user": f"u{i // 3}"} for i in range(27)]
+    return pd.DataFrame(rows + [{"text": text, "label": 1, "user": "u9"} for text in last])

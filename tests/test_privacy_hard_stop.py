@@ -1,0 +1,95 @@
+"""Line 7: no update after the last, no second draw, no resuming of a changed run; and a look back at what was done."""
+
+import json
+
+import numpy as np
+import pytest
+
+from parts import RUN, SECRET, mechanism, splits, trainer
+import dpsynth.privacy
+from dpsynth.finetune import finetune_run, flatten, self_check, train
+from dpsynth.privacy import Randomness, Session, bind_run, run_identity
+from dpsynth.settings import PrivacyError
+
+
+def test_step_after_the_last_is_refused():
+    session = Session(mechanism(steps=2), Randomness(SECRET, "run"))
+    for _ in range(2):
+        session.batch()
+        session.release(np.zeros(3, np.int32))
+    with pytest.raises(PrivacyError, match="all 2 updates are done"):
+        session.batch()
+    with pytest.raises(PrivacyError):
+        session.release(np.zeros(3, np.int32))
+
+
+def test_a_sum_is_released_once():
+    session = Session(mechanism(), Randomness(SECRET, "run"))
+    session.batch()
+    session.release(np.zeros(3, np.int32))
+    with pytest.raises(PrivacyError, match="released once"):
+        session.release(np.zeros(3, np.int32))
+
+
+@pytest.mark.parametrize("part, value, words", [("settings", json.dumps({"epsilon": 9}), "settings .epsilon: 8, now 9"), ("data", "other", "training rows"),
+                                                ("code", "other", "dpsynth code"), ("base_model", "other", "base model")])
+def test_changed_settings_data_or_code_refuse_to_resume(tmp_path, part, value, words):
+    private = tmp_path / "run" / "private"
+    private.mkdir(parents=True)
+    identity = run_identity(json.dumps({"epsilon": 8}), "fingerprint", "hash")
+    assert bind_run(private, identity) == bind_run(private, identity)
+    with pytest.raises(PrivacyError, match=words):
+        bind_run(private, {**identity, part: value})
+
+
+def test_every_update_beyond_the_last_is_refused(micro, store):
+    one = trainer(micro, store, steps=1)
+    one.update()
+    after = flatten(one.trainable)
+    with pytest.raises(PrivacyError):
+        one.update()
+    assert (flatten(one.trainable) == after).all()
+
+
+def test_resume_ends_with_the_same_bits(micro, store, tmp_path):
+    straight, broken, resumed = (trainer(micro, store) for _ in range(3))
+    train(straight, tmp_path / "a.npz", progress=False)
+    for _ in range(2):
+        broken.update()
+    broken.save(tmp_path / "b.npz")
+    broken.update()  # lost by the crash
+    train(resumed, tmp_path / "b.npz", progress=False)
+    assert (flatten(straight.trainable) == flatten(resumed.trainable)).all()
+
+
+def test_self_check_finds_missing_noise_missing_updates_and_an_idle_model(micro, store):
+    good, silent, halved, short = (trainer(micro, store) for _ in range(4))
+    before = good.trainable
+    silent.session._grid_noise = lambda count: np.zeros(count, np.int32)
+    whole = halved.session._grid_noise
+    halved.session._grid_noise = lambda count: whole(count) // 2
+    for one in (good, silent, halved):
+        for _ in range(4):
+            one.update()
+    short.update()
+    assert self_check(good, before)["unusable"] == 0
+    for bad, start, words in ((silent, before, "noise was 0 "), (halved, before, "noise was 0.5"), (short, before, "1 of 4 updates"),
+                              (good, good.trainable, "changed no weight")):
+        with pytest.raises(PrivacyError, match=words):
+            self_check(bad, start)
+
+
+def test_a_finished_run_loads_and_changed_epsilon_or_data_refuses(run):
+    finetune_run(RUN, splits(), run, progress=False)
+    for settings, data in ((RUN.model_copy(update={"epsilon": 9.0}), splits()), (RUN, splits("an entirely different row"))):
+        with pytest.raises(PrivacyError, match="started with other"):
+            finetune_run(settings, data, run, progress=False)
+
+
+def test_a_finished_run_loads_under_other_libraries_and_an_unfinished_one_refuses(tmp_path, monkeypatch):
+    finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+    monkeypatch.setattr(dpsynth.privacy, "code_hash", lambda: "other")
+    finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+    (tmp_path / "dp" / "release" / "adapter.npz").unlink()
+    with pytest.raises(PrivacyError, match="other dpsynth code"):
+        finetune_run(RUN, splits(), tmp_path / "dp", progress=False)

@@ -1,0 +1,52 @@
+"""Line 1: one mechanism, from whose fields everything is computed."""
+
+import dataclasses
+
+import pytest
+
+from parts import mechanism
+from dpsynth.privacy import calibrate_noise, compute_epsilon, make_mechanism
+from dpsynth.settings import PrivacyError, Settings, SettingsError
+
+
+@pytest.mark.parametrize("epsilon, sigma", [(10, 0.563), (3, 0.916), (1, 1.617)])
+def test_noise_multiplier_of_the_tutorials_setting(epsilon, sigma):
+    assert calibrate_noise(1024 / 25000, 73, epsilon, 1.5e-5) == pytest.approx(sigma, abs=0.002)
+
+
+def test_calibrated_noise_never_exceeds_the_target():
+    for epsilon in (0.5, 3.0, 9.0):
+        sigma = calibrate_noise(0.05, 100, epsilon, 1e-5)
+        assert compute_epsilon(0.05, sigma, 100, 1e-5) <= epsilon < compute_epsilon(0.05, sigma - 2e-4, 100, 1e-5)
+
+
+def test_given_noise_multiplier_is_checked_without_tolerance():
+    exact = mechanism().epsilon
+    assert mechanism(target_epsilon=exact).epsilon == exact
+    with pytest.raises(PrivacyError, match="spends epsilon"):
+        mechanism(target_epsilon=exact - 1e-9)
+
+
+def test_mechanism_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        mechanism().expected_batch_size = 2
+
+
+def test_steps_are_updates_not_microbatches():
+    made = make_mechanism(Settings(epsilon=10, delta=1.5e-5, batch_size=1024, microbatch_size=2, epochs=3), 25000)
+    assert made.steps == 73 and made.noise_multiplier == pytest.approx(0.563, abs=0.002)
+
+
+@pytest.mark.parametrize("changes, message", [({"expected_batch_size": 1001}, "more than the 1000"), ({"delta": 1e-3}, "not below 1/n"),
+                                              ({"steps": 0}, "less than one update")])
+def test_impossible_mechanisms_are_refused(changes, message):
+    with pytest.raises(SettingsError, match=message):
+        mechanism(**changes)
+
+
+def test_small_noise_is_refused_quickly():
+    import time
+    began = time.process_time()
+    with pytest.raises(PrivacyError, match="spends epsilon"):
+        mechanism(noise_multiplier=0.01)
+    assert time.process_time() - began < 20

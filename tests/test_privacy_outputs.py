@@ -1,0 +1,57 @@
+"""Line 11: nothing that is released holds anything else that was computed from private rows."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from parts import RUN, groups_of_rows, splits
+from dpsynth.data import from_frame
+from dpsynth.finetune import finetune_run
+from dpsynth.pipeline import fit_stage, load_stage
+
+
+def test_an_outlier_row_changes_no_released_byte_that_is_not_a_dp_output(run, tmp_path):
+    folder = tmp_path / "dp"
+    (folder / "private").mkdir(parents=True)
+    (folder / "private" / "secret").write_bytes((run / "private" / "secret").read_bytes())
+    finetune_run(RUN, splits("\u2603 " * 500 + "a row of another world"), folder, progress=False)
+    for name in ("certificate.json", "certificate.md"):
+        assert (folder / "release" / name).read_bytes() == (run / "release" / name).read_bytes()
+    assert (folder / "release" / "adapter.npz").stat().st_size == (run / "release" / "adapter.npz").stat().st_size
+
+
+@pytest.mark.parametrize("settings, ordinary, outlier", [
+    (RUN, pd.DataFrame([{"text": f"row {i} was fine", "label": i % 2} for i in range(40)]),
+     pd.DataFrame([{"text": "\u2603 \U0001f600 zxq " * 500 if i == 7 else f"row {i} was fine", "label": i % 2} for i in range(40)])),
+    (RUN.model_copy(update={"unit": "user", "batch_size": 4, "epochs": 1, "audit_fraction": 0.2, "train_size": 9}),
+     groups_of_rows(["a plain row"]), groups_of_rows(["\u2603 \U0001f600 zxq " * 200 + str(i) for i in range(40)])),
+    (RUN.model_copy(update={"duplicates": "drop"}), pd.DataFrame([{"text": f"row {i} was fine", "label": 0} for i in range(40)]),
+     pd.DataFrame([{"text": f"row {i if i != 7 else 8} was fine", "label": 0} for i in range(40)])),
+])
+def test_an_outlier_unit_shows_in_no_file_but_in_dp_outputs(tmp_path, settings, ordinary, outlier):
+    secret = bytes(range(32))
+    for name, frame in (("a", ordinary), ("b", outlier)):
+        folder = tmp_path / name / "dp"
+        (folder / "private").mkdir(parents=True)
+        (folder / "private" / "secret").write_bytes(secret)
+        data = load_stage(settings, folder, from_frame(frame, settings, test=ordinary[:10]))
+        fit_stage(settings, folder, data)
+    shown = [{p.relative_to(tmp_path / name): p for p in (tmp_path / name / "dp").rglob("*") if p.is_file() and not {"private", "tokens"} & {*p.parts}}
+             for name in "ab"]
+    assert shown[0].keys() == shown[1].keys() and len(shown[0]) >= 5
+    for path, file in shown[0].items():
+        if path.name == "metrics.json":
+            one, two = ({k: v for k, v in json.loads(f.read_text()).items() if not k.startswith(("seconds", "held_out"))} for f in (file, shown[1][path]))
+            assert one == two and one["train_units"] == json.loads((tmp_path / "a" / "dp" / "release" / "certificate.json").read_text())["num_units"]
+        elif path.name == "adapter.npz":
+            assert file.stat().st_size == shown[1][path].stat().st_size
+        else:
+            assert file.read_bytes() == shown[1][path].read_bytes(), path
+
+
+def test_monitoring_stays_private_and_is_certified(tmp_path):
+    settings = RUN.model_copy(update={"monitor": "private"})
+    finetune_run(settings, splits(), tmp_path / "dp", progress=False)
+    assert (tmp_path / "dp" / "private" / "losses.jsonl").exists()
+    assert "operator" in json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())["monitor"]

@@ -1,0 +1,45 @@
+"""Line 4: a unit's gradient does not depend on its batch-mates."""
+
+import numpy as np
+import pytest
+
+from parts import trainer
+from dpsynth.finetune import example_loss, flatten
+from dpsynth.settings import ModelError
+
+import jax
+import jax.numpy as jnp
+import keras
+
+
+def test_loss_is_normalised_by_the_rows_own_length(micro):
+    row = micro.prompt_ids("[x]:") + micro.response_ids(["some words here"])[0]
+    start = len(micro.prompt_ids("[x]:"))
+    values = [float(example_loss(micro, micro.trainable, micro.frozen, jnp.array(row + [0] * (n - len(row))), start, len(row))) for n in (len(row), 40, 90)]
+    assert values == pytest.approx([values[0]] * 3, abs=1e-5)
+    hidden = micro.hidden(micro.trainable, micro.frozen, jnp.array([row[:-1]]), jnp.ones((1, len(row) - 1), "int32"))
+    logp = jax.nn.log_softmax(micro.logits(micro.trainable, micro.frozen, hidden)[0])
+    expected = -np.mean([logp[i, row[i + 1]] for i in range(start - 1, len(row) - 1)])
+    assert values[0] == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_large_vocabularies_are_scored_in_chunks_with_the_same_loss(micro, monkeypatch):
+    row = jnp.array(micro.prompt_ids("[x]:") + micro.response_ids(["some words here, quite a few of them"])[0])
+    whole = float(example_loss(micro, micro.trainable, micro.frozen, row, 4, len(row)))
+    monkeypatch.setattr("dpsynth.finetune.CHUNK_SCORES", 3 * micro.vocabulary_size)
+    assert float(example_loss(micro, micro.trainable, micro.frozen, row, 4, len(row))) == pytest.approx(whole, abs=1e-5)
+
+
+def test_gradient_of_a_unit_is_unchanged_by_its_batch_mates(micro, store):
+    one = trainer(micro, store)
+    alone = flatten(one.gradient_sum(np.array([0])))
+    for mates in ([1], [5, 1], [2, 3, 4, 5]):
+        together = flatten(one.gradient_sum(np.array([0, *mates])))
+        others = flatten(one.gradient_sum(np.array(mates)))
+        assert np.abs(together.astype(np.int64) - others - alone).max() <= 8  # grid points of 2^-20: float rounding of other shapes
+
+
+def test_layers_that_mix_examples_are_refused():
+    from dpsynth.models import refuse_cross_example_layers
+    with pytest.raises(ModelError, match="mixes the examples"):
+        refuse_cross_example_layers(keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()]))

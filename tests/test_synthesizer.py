@@ -1,0 +1,200 @@
+"""The object around a run folder: what it refuses, what it chooses, what it stores, and what can be done with the folder later."""
+
+import json
+import shutil
+import stat
+import types
+
+import pandas as pd
+import pytest
+from dpsynth import synthesizer as module
+from dpsynth.data import load
+from dpsynth.pipeline import check_same_rows
+from dpsynth.runs import locked, read_settings
+from dpsynth.settings import DataError, PrivacyError, SettingsError
+from dpsynth.synthesizer import Synthesizer
+
+SMALL = {
+    "tuning": "lora", "lora_rank": 1, "lora_targets": "value", "sequence_length": 32, "microbatch_size": 8, "epochs": 0.4, "epsilon": 8,
+    "validation_size": 4, "num_mauve_trials": 1, "embed_length": 32, "ledger": "runs",
+}  # fmt: skip
+
+
+def table(rows=50):
+    return pd.DataFrame({"text": [f"row {i} was {'good' if i % 2 else 'bad'}" for i in range(rows)], "label": [i % 2 for i in range(rows)]})
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "books.csv"
+    pd.DataFrame({"text": ["a text of a book", "and another"]}).to_csv(path, index=False)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    return Synthesizer(folder, **SMALL, contamination_corpus=corpus).fit(table(), progress=False)
+
+
+@pytest.fixture
+def caught(monkeypatch):
+    """What `fit` hands to the training, which does not take place."""
+    found = types.SimpleNamespace()
+
+    def pretend(settings, splits, folder, progress):
+        found.__dict__.update(settings=settings, splits=splits)
+        return "model", {}
+
+    monkeypatch.setattr(module, "finetune_run", pretend)
+    monkeypatch.setattr(module, "survey", lambda settings, load: None)
+    return found
+
+
+# ---- refused before anything is read ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("generator", ["prompt", "real_train", "real_test"])
+def test_other_generators_are_refused(generator, tmp_path):
+    with pytest.raises(SettingsError, match=f"cannot {generator}"):
+        Synthesizer(tmp_path / "run", generator=generator, epsilon=8)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.yaml").write_text(f"generator: {generator}\n", encoding="utf-8")
+    with pytest.raises(SettingsError, match=f"cannot {generator}"):
+        Synthesizer.load(tmp_path / "run")
+
+
+def test_a_private_number_of_units_chooses_no_batch_size(caught, tmp_path):
+    with pytest.raises(SettingsError, match="batch_size: give it where unit_count is private"):
+        Synthesizer(tmp_path, unit_count="private")
+    Synthesizer(tmp_path, unit_count="private", batch_size=16).fit(table())
+    assert caught.settings.batch_size == 16
+
+
+def test_labels_are_not_taken_from_the_rows(caught, tmp_path):
+    rows = pd.DataFrame({"text": ["rain again", "two goals"] * 5, "label": ["weather", "sport"] * 5})
+    rows.to_csv(tmp_path / "news.csv", index=False)
+    for data in (rows, tmp_path / "news.csv"):
+        with pytest.raises(DataError, match="column label: .*not one of negative, positive.*label_names=.*betray that row"):
+            Synthesizer(tmp_path / "run").fit(data)
+    assert not (tmp_path / "run").exists()
+    Synthesizer(tmp_path / "run", label_names="sport,weather").fit(rows)
+    assert caught.splits.train.label_names == ("sport", "weather")
+
+
+def test_other_errors_of_the_rows_pass_as_they_are(tmp_path):
+    with pytest.raises(DataError, match="no such file") as error:
+        Synthesizer(tmp_path / "run").fit(tmp_path / "nowhere.csv")
+    assert "label_names" not in str(error.value)
+
+
+# ---- chosen and handed on -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows, settings, size", [
+    (50, {}, 5), (5, {}, 1), (50, {"batch_size": 7}, 7), (11_000, {}, 1024), (11_000, {"profile": "smoke"}, 50),
+])  # fmt: skip
+def test_the_batch_follows_from_the_number_of_units_unless_it_is_given(caught, tmp_path, rows, settings, size):
+    synthesizer = Synthesizer(tmp_path, **settings).fit(table(rows))
+    assert synthesizer.settings.batch_size == caught.settings.batch_size == read_settings(tmp_path).batch_size == size
+
+
+def test_copies_that_are_dropped_do_not_change_the_batch(caught, tmp_path):
+    Synthesizer(tmp_path, duplicates="drop").fit(table().assign(text="the same text", label=1))
+    assert len(caught.splits.train) == 1 and caught.settings.batch_size == 5
+
+
+def test_the_profile_is_applied(caught, tmp_path):
+    Synthesizer(tmp_path, profile="smoke", model="gemma3_1b", sequence_length=512).fit(table(600))
+    assert (caught.settings.model, caught.settings.sequence_length) == ("tiny", 96)
+    assert len(caught.splits.train) == 400 and caught.settings.batch_size == 50
+
+
+def test_overlaps_with_a_corpus_are_counted(fitted):
+    assert "units share 50 words with books.csv" in fitted.certificate["base_model"]["contamination"]
+
+
+def test_two_processes_do_not_fit_in_one_folder(caught, tmp_path):
+    with locked(tmp_path), pytest.raises(SettingsError, match="another process"):
+        Synthesizer(tmp_path).fit(table())
+    assert not (tmp_path / "private").exists()
+
+
+# ---- what later readers of the folder find ---------------------------------------------------------------------------
+
+
+def test_a_frame_is_stored_privately_and_read_again(fitted):
+    settings, key = read_settings(fitted.folder), bytes(16)
+    stored = fitted.folder / "private" / "rows.jsonl"
+    assert settings.data == str(stored.resolve()) and stat.S_IMODE(stored.stat().st_mode) == 0o600
+    again = load(settings)
+    check_same_rows(settings, fitted.folder, again)  # what `dpsynth audit` asks first
+    assert again.train.fingerprint(key) == fitted._splits.train.fingerprint(key)
+    assert again.test.fingerprint(key) == fitted._splits.test.fingerprint(key)
+    assert json.loads((fitted.folder / "metrics.json").read_text())["epsilon"] == fitted.certificate["epsilon"]
+
+
+def test_only_the_columns_of_the_run_are_stored_whatever_their_types(caught, tmp_path):
+    rows = table().assign(user=[f"u{i // 2}" for i in range(50)], secret="of no concern")
+    rows["label"] = rows["label"].map({0: "negative", 1: 1}).astype(object)
+    rows.loc[3, "text"] = "two lines\nand a \u2028 \"quote\""
+    Synthesizer(tmp_path, unit="user").fit(rows.sample(frac=1, random_state=0))
+    settings, key = read_settings(tmp_path), bytes(16)
+    assert load(settings).train.fingerprint(key) == caught.splits.train.fingerprint(key)
+    assert "of no concern" not in (tmp_path / "private" / "rows.jsonl").read_text(encoding="utf-8")
+
+
+def test_a_file_keeps_its_name(caught, tmp_path):
+    table().to_csv(tmp_path / "mine.csv", index=False)
+    synthesizer = Synthesizer(tmp_path / "run").fit(tmp_path / "mine.csv")
+    assert synthesizer.settings.data == read_settings(tmp_path / "run").data == str(tmp_path / "mine.csv")
+    assert not (tmp_path / "run" / "private" / "rows.jsonl").exists()
+
+
+def test_a_refused_fit_leaves_the_folder_as_it_was(fitted, corpus):
+    files = [fitted.folder / "settings.yaml", fitted.folder / "private" / "rows.jsonl", fitted.folder / "release" / "certificate.json"]
+    before = [path.read_bytes() for path in files]
+    for changes, rows in (({"epsilon": 9}, table()), ({}, table().assign(text="other rows"))):
+        with pytest.raises(PrivacyError, match="started with other"):
+            Synthesizer(fitted.folder, **{**SMALL, "contamination_corpus": corpus, **changes}).fit(rows, progress=False)
+    assert [path.read_bytes() for path in files] == before
+
+
+# ---- sampling, reopening, evaluating ---------------------------------------------------------------------------------
+
+
+def test_a_reopened_run_needs_settings_and_release_only(fitted, tmp_path):
+    rows = fitted.sample(3, progress=False)
+    assert len(rows) == 3 and fitted.sample(3, progress=False).equals(rows)
+    shutil.copytree(fitted.folder / "release", tmp_path / "copy" / "release")
+    shutil.copy(fitted.folder / "settings.yaml", tmp_path / "copy")
+    again = Synthesizer.load(tmp_path / "copy")
+    assert again.sample(3, progress=False).equals(rows) and again.certificate == fitted.certificate  # other weights would be refused
+    with pytest.raises(SettingsError, match="give reference="):
+        again.evaluate(rows)
+    real = table(30)
+    made = pd.DataFrame({"text": real["text"].str.upper(), "label": real["label"].map({0: "negative", 1: "positive"})})
+    numbers = again.evaluate(made, real)
+    assert numbers["mauve_size"] == 30 and numbers["utility_accuracy"] > 0.9  # words are folded, so real labels are found again
+    assert again.evaluate(made.drop(columns="label"), real)["utility_accuracy"] is None
+
+
+def test_rows_of_one_label(fitted):
+    for label in ("negative", "positive"):
+        assert set(fitted.sample(3, label=label, progress=False)["label"]) == {label}
+    with pytest.raises(SettingsError, match="'neutral' is not one of negative, positive"):
+        fitted.sample(3, label="neutral")
+    with pytest.raises(SettingsError, match="0 rows were asked for"):
+        fitted.sample(0)
+
+
+def test_one_row_is_enough(fitted):
+    assert len(fitted.sample(1, seed=3, progress=False)) == 1
+
+
+def test_what_needs_a_model_says_so(tmp_path):
+    for call in (lambda s: s.sample(5), lambda s: s.certificate, lambda s: s.evaluate(table())):
+        with pytest.raises(SettingsError, match="call fit first"):
+            call(Synthesizer(tmp_path))
+    with pytest.raises(SettingsError, match="not a run folder"):
+        Synthesizer.load(tmp_path)
