@@ -28,7 +28,7 @@ lab: $(VENV)/.installed-lab
 export: $(VENV)/.installed-dev
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
-	cp nbs/templates/experiment.ipynb dpsynth/assets/experiment.ipynb
+	$(BIN)/python tools/make_template.py
 	mkdir -p dpsynth/assets/configs/demo && cp configs/demo/*.yaml dpsynth/assets/configs/demo/
 	$(BIN)/python tools/make_readme.py
 
@@ -46,7 +46,7 @@ clean:
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: dpsynth needs Python 3.11 or newer, this is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2] or 0)'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed: $(BIN)/python $(LISTS)
 	$(BIN)/python -m pip install -q -e .

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIN_VOCABULARY', 'make_canaries', 'CanaryCoins', 'canary_records', 'with_canaries']
 
-# %% ../nbs/05a_canaries.ipynb #b2fe9988
+# %% ../nbs/05a_canaries.ipynb #49c5525d
 import dataclasses
 import os
 import pathlib
@@ -13,7 +13,7 @@ import pathlib
 import numpy as np
 import pandas as pd
 
-from .data import Records
+from .data import Records, other_texts
 from .demo import reviews
 from .privacy import write_private
 from .settings import DataError, PrivacyError
@@ -107,17 +107,23 @@ def _coins(count, randomness):
     words = np.frombuffer(os.urandom(count), np.uint8) if randomness is None else randomness.integers("canaries", 0, count)
     return [int(word) & 1 for word in words]
 
-# %% ../nbs/05a_canaries.ipynb #fc822dd0
+# %% ../nbs/05a_canaries.ipynb #52c1b83d
 def canary_records(settings, records):
-    """`Records` of all canaries of a run, with the columns of `records`; each is a unit of its own."""
+    """`Records` of all canaries of a run, with the columns of `records`; each is a unit of its own. Raises DataError."""
     if not settings.canaries:
         return records.take([])
-    made = reviews(max(500, settings.canaries), seed=settings.seed + 1)
-    texts = make_canaries(settings.canaries, [row["text"] for row in made], seed=settings.seed)
+    texts = make_canaries(settings.canaries, _public_texts(settings), seed=settings.seed)
     labels = np.random.default_rng([settings.seed, 8]).integers(len(records.label_names), size=len(texts))
     columns = {"text": texts, "label": labels, "unit": [f"canary {i}" for i in range(len(texts))]}
     frame = pd.DataFrame({name: columns[name] for name in records.frame.columns})
     return dataclasses.replace(records, frame=frame, name="canaries", source={"kind": "canaries"})
+
+
+def _public_texts(settings):
+    """The texts whose beginnings canaries have: those of the file `canary_texts`, else invented film reviews."""
+    if settings.canary_texts:
+        return other_texts(settings, "canary_texts")
+    return [row["text"] for row in reviews(max(500, settings.canaries), seed=settings.seed + 1)]
 
 
 def with_canaries(settings, records, included):

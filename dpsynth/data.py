@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['READERS', 'DEMO_ROWS', 'Records', 'Splits', 'from_frame', 'load', 'other_texts', 'TokenStore']
 
-# %% ../nbs/01_data.ipynb #346cf601
+# %% ../nbs/01_data.ipynb #05af283c
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -23,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .demo import demo_frame
-from .settings import DataError
+from .settings import DataError, quiet_libraries
 
 # %% ../nbs/01_data.ipynb #4a0bd12e
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -166,7 +167,7 @@ def _label_problem(value, names):
     numeric = isinstance(value, (int, float)) and _positions(names)
     return "not one of " + (f"0 to {len(names) - 1} ({', '.join(names)})" if numeric else ", ".join(names))
 
-# %% ../nbs/01_data.ipynb #f207a0b6
+# %% ../nbs/01_data.ipynb #4da45a7b
 def _columns(settings):
     """The columns that a run reads."""
     return list(dict.fromkeys(name for name in _roles(settings).values() if name))
@@ -202,7 +203,7 @@ def _checked(raw, where, settings):
     """Frame with `text` and, where there are such, `label` and `unit` from a raw frame.
 
     Raises:
-        DataError: naming `where`, row, column and value.
+        DataError: naming `where`, row and column; the value is not shown.
     """
     if not len(raw):
         raise DataError(f"{where}: no rows")
@@ -346,7 +347,7 @@ def _read_file(path, settings):
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
-# %% ../nbs/01_data.ipynb #61de9ad8
+# %% ../nbs/01_data.ipynb #7ed8c2a9
 def _named_splits(where, names, read, settings):
     """Checked `train` and `test` (None where there is none, or a file replaces it); `read(split)` gives a raw frame."""
     if "train" not in names:
@@ -364,12 +365,16 @@ def _unavailable(where, settings, error):
 
 
 def _read_tfds(name, settings):
-    """Checked `(train, test)` of a TensorFlow data set."""
-    import tensorflow_datasets as tfds
+    """Checked `(train, test)` of a TensorFlow data set. A download shows its progress; TensorFlow's own messages are held back."""
+    with quiet_libraries():
+        import tensorflow_datasets as tfds
 
-    where, columns = f"tfds:{name}", _columns(settings)
+    where, columns, folder = f"tfds:{name}", _columns(settings), settings.data_dir or None
     try:
-        splits = tfds.load(name, data_dir=settings.data_dir or None)
+        with quiet_libraries():
+            prepared = tfds.builder(name, data_dir=folder).is_prepared()
+        with quiet_libraries() if prepared else contextlib.nullcontext():
+            splits = tfds.load(name, data_dir=folder)
     except Exception as error:  # the library lets every kind of network and file error through
         raise _unavailable(where, settings, error) from error
 
@@ -379,7 +384,8 @@ def _read_tfds(name, settings):
         batches = [pd.DataFrame({k: list(v) for k, v in batch.items()}) for batch in tfds.as_numpy(rows.batch(1024))]
         return pd.concat(batches, ignore_index=True) if batches else pd.DataFrame()
 
-    return _named_splits(where, list(splits), read, settings)
+    with quiet_libraries():
+        return _named_splits(where, list(splits), read, settings)
 
 
 def _read_hf(name, settings):
@@ -449,7 +455,7 @@ def _shares(frame, seed, purpose):
     share = lambda name: int.from_bytes(hashlib.blake2b(f"{seed}|{purpose}|{name}".encode(), digest_size=8).digest(), "big") / 2.0**64
     return frame["unit" if "unit" in frame else "text"].map(share).to_numpy(np.float64)
 
-# %% ../nbs/01_data.ipynb #f1dad1b4
+# %% ../nbs/01_data.ipynb #9d9d5204
 def _with_test_file(train, test, source, settings):
     """`(train, test, source)` with the rows of `test_data`, where it is set, in place of any other test rows."""
     if not settings.test_data:
@@ -466,10 +472,12 @@ def _splits(train, test, source, name, settings):
         raise DataError("train_size: to choose that many units takes their exact number, which `unit_count: private` hides; cut the file instead")
     rows = len(train), len(test)
     train, test = (_thin(f, size, settings.seed, i) for f, size, i in ((train, settings.train_size, 1), (test, settings.test_size, 2)))
-    copies, kept_out = train.duplicated(), train[:0]
+    repeated, kept_out = train.duplicated(keep=False), train[:0]
     if settings.audit_fraction:
         train, kept_out = _hold_out(train, name, "audit_fraction", settings, 3)
-    (train, counts), (kept_out, _) = (_without_copies(frame, copies, settings) for frame in (train, kept_out))
+    train, counts = _without_copies(train, settings)
+    if settings.duplicates == "drop":
+        kept_out, counts["repeated"] = kept_out[~repeated[kept_out.index]], np.flatnonzero(repeated[train.index]).tolist()
     counts["train_rows_in_test"] = int(train["text"].isin(test["text"]).sum())
     source = {**source, "held_out": held_out}
     test_name = pathlib.Path(settings.test_data).name if settings.test_data else name
@@ -478,9 +486,9 @@ def _splits(train, test, source, name, settings):
                   _records(kept_out, name, {**source, "split": "kept out"}, settings))
 
 
-def _without_copies(frame, copies, settings):
-    """The frame, without the rows marked as copies if the settings say so, and how many there were and were dropped."""
-    copies, drop = copies[frame.index], settings.duplicates == "drop"
+def _without_copies(frame, settings):
+    """The frame, without copies of its rows if the settings say so, and how many there were and were dropped."""
+    copies, drop = frame.duplicated(), settings.duplicates == "drop"
     return frame[~copies] if drop else frame, {"duplicates": int(copies.sum()), "duplicates_dropped": int(copies.sum()) * drop}
 
 
@@ -493,7 +501,7 @@ def from_frame(frame, settings, *, test=None, name="frame"):
     """`Splits` of a pandas DataFrame; test rows are those of `test_data`, else `test`, else `test_fraction` of the frame.
 
     Raises:
-        DataError: naming row, column and value.
+        DataError: naming row and column; the value is not shown.
     """
     train = _checked_frame(frame, name, settings)
     held = None if test is None else _checked_frame(test, f"{name} (test)", settings)
@@ -505,7 +513,7 @@ def _checked_frame(frame, where, settings):
     _require(where, frame.columns, settings)
     return _checked(frame.reset_index(drop=True), where, settings)
 
-# %% ../nbs/01_data.ipynb #e20a5405
+# %% ../nbs/01_data.ipynb #18611a64
 def _read(settings):
     """`(train, test or None, name, source)` of `settings.data`."""
     kind, found, name = settings.data.partition(":")
@@ -518,14 +526,16 @@ def _read(settings):
     return _read_file(settings.data, settings), None, pathlib.Path(settings.data).name, {"kind": "file", "path": settings.data}
 
 
-def load(settings):
-    """Training and test rows of an experiment.
+def load(settings, frame=None):
+    """Training and test rows of an experiment, of `settings.data` or of a pandas DataFrame (`from_frame` takes one of test rows too).
 
     Test rows are those of `test_data`; else the official test split; else `test_fraction` of the training rows, held out.
 
     Raises:
-        DataError: one line, naming the file, and where it applies the row, the column and the value.
+        DataError: one line, naming the file, and where it applies the row and the column; values are not shown.
     """
+    if frame is not None:
+        return from_frame(frame, settings)
     train, test, name, source = _read(settings)
     return _splits(*_with_test_file(train, test, source, settings), name, settings)
 

@@ -10,7 +10,7 @@ __all__ = ['LENGTH_STEP', 'BATCH_TOKENS', 'ACCELERATOR_TOKENS', 'OWN_POOLING', '
            'mauve_repeated', 'split_reference', 'disjoint_halves', 'text_statistics', 'ngram_distance', 'plot_lengths',
            'train_on_synthetic', 'cautions', 'evaluate']
 
-# %% ../nbs/10_evaluation.ipynb #3848ba7a
+# %% ../nbs/10_evaluation.ipynb #05d4b3f0
 import collections
 import concurrent.futures
 import contextlib
@@ -27,7 +27,7 @@ import random
 import tempfile
 import time
 
-from .models import load_embedder, preset_hash  # before jax: dpsynth selects Keras' JAX backend
+from .models import everywhere, load_embedder, preset_hash, spread  # before jax: dpsynth selects Keras' JAX backend
 from .settings import DataError, ModelError, SettingsError, quiet_libraries
 
 import jax
@@ -72,7 +72,7 @@ def pool(states, mask, pooling):
         return jnp.take_along_axis(states, (counts - 1)[:, None, None], axis=1)[:, 0]
     return jnp.where(mask[..., None] > 0, states, 0).sum(1) / counts[:, None]
 
-# %% ../nbs/10_evaluation.ipynb #8dcffebf
+# %% ../nbs/10_evaluation.ipynb #4ad46a04
 OWN_POOLING = "model"
 
 
@@ -103,11 +103,11 @@ class KerasEmbedder:
     def __call__(self, texts, progress):
         """`(float32[n, d], pooling that was used)`."""
         rows = [[self.model.start_id, *ids[:self.length - 1]] for ids in self.model.encode(texts)]
-        out, weights = [None] * len(rows), (self.model.trainable, self.model.frozen)
+        out, weights = [None] * len(rows), everywhere((self.model.trainable, self.model.frozen))
         budget = BATCH_TOKENS.get(jax.default_backend(), ACCELERATOR_TOKENS)
         with tqdm(total=len(rows), desc=f"embed ({self.name})", unit="text", disable=not progress) as bar:
             for indices, count, length in length_batches([len(r) for r in rows], budget):
-                batch = pad_batch([rows[i] for i in indices], count, length, self.model.pad_id)
+                batch = spread(pad_batch([rows[i] for i in indices], count, length, self.model.pad_id))
                 for i, vector in zip(indices, np.asarray(self._vectors(*weights, *batch))):
                     out[i] = vector
                 bar.update(len(indices))

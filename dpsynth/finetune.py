@@ -4,12 +4,16 @@
 
 # %% auto #0
 __all__ = ['CHUNK_SCORES', 'SAFETY', 'SMALLEST', 'NOT_PRIVATE', 'token_losses', 'example_loss', 'unit_loss', 'rows_of_units',
-           'clip_to_grid', 'make_private_sum', 'make_plain_sum', 'make_mean_loss', 'bucket_lengths', 'microbatches',
-           'learning_rate', 'flatten', 'unflatten', 'Trainer', 'tokenize', 'train', 'describe_progress', 'row_losses',
-           'held_out_loss', 'self_check', 'prepare_model', 'finetune_run', 'mechanism_of', 'Account', 'estimate_counts',
-           'overlapping_units', 'likelier_units', 'LossLog', 'contamination_note', 'label_shares', 'with_prior']
+           'clip_to_grid', 'one_by_one', 'add_units', 'make_private_sum', 'make_plain_sum', 'make_mean_loss',
+           'bucket_lengths', 'microbatches', 'learning_rate', 'flatten', 'unflatten', 'Trainer', 'tokenize', 'train',
+           'describe_progress', 'row_losses', 'some_rows', 'held_out_loss', 'self_check', 'prepare_model',
+           'prepare_with_hash', 'base_hash', 'computation', 'finetune_run', 'mechanism_of', 'count_kept',
+           'training_event', 'begun_release', 'Account', 'estimate_counts', 'overlapping_units', 'likelier_units',
+           'LossLog', 'mark_not_private', 'contamination_note', 'label_shares', 'with_prior']
 
-# %% ../nbs/07_finetune.ipynb #9c73a098
+# %% ../nbs/07_finetune.ipynb #cd62230f
+import contextlib
+import hashlib
 import json
 import math
 import os
@@ -21,8 +25,9 @@ from .canaries import CanaryCoins, with_canaries
 from .certificate import base_model, make_certificate, write_certificate
 from .data import Records, TokenStore, other_texts
 from .formats import TextFormat
-from .ledger import RUNS_LEDGER, Ledger, accesses_event, release_id
-from .models import load_adapter, load_model, preset_hash, save_adapter, setup_tuning, tuning_mode
+from .ledger import EXPOSED, RUNS_LEDGER, Ledger, accesses_event, release_id
+from .models import (divisible, everywhere, load_adapter, load_model, preset_hash, save_adapter, setup_tuning, spread,
+                            tuning_mode)
 from .privacy import (Randomness, Session, bind_run, count_accesses, load_secret, make_mechanism, noisy_counts,
                              run_identity, write_private)
 from .settings import PrivacyError, SettingsError, result_settings
@@ -32,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pandas as pd
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/07_finetune.ipynb #360e8a4b
 CHUNK_SCORES = 1 << 21  # scores held at once for one row
@@ -116,7 +121,25 @@ def clip_to_grid(gradients, mechanism_clip, l2_clip_norm, grid, is_real=True):
     notes = jnp.stack([usable & (largest * norm > bound), is_real & ~jnp.isfinite(largest)])
     return [jnp.trunc(g * scale).astype(jnp.int32) for g in unit], notes
 
-# %% ../nbs/07_finetune.ipynb #66668cca
+# %% ../nbs/07_finetune.ipynb #c9c750a1
+def one_by_one():
+    """Whether the units of a microbatch are computed one after the other, as on a single CPU, or side by side."""
+    return jax.default_backend() == "cpu" and len(jax.devices()) == 1
+
+
+def add_units(one, total, notes, batch):
+    """`total` and `notes` with what `one(tokens, prompt_length, total_length)` gives for each unit of a batch added to them."""
+    units = tuple(batch[name] for name in ("tokens", "prompt_length", "total_length"))
+
+    def add(sums, unit):
+        each, noted = one(*unit)
+        return ([t + e for t, e in zip(sums[0], each)], sums[1] + noted.astype(jnp.int32)), None
+    if one_by_one():
+        return jax.lax.scan(add, (total, notes), units)[0]
+    each, noted = jax.vmap(one)(*units)
+    return [t + e.sum(0) for t, e in zip(total, each)], notes + noted.sum(0).astype(jnp.int32)
+
+
 def make_private_sum(model, session):
     """jitted f(total, notes, trainable, frozen, batch) -> total, notes: adds one clipped integer gradient per real unit.
 
@@ -124,24 +147,26 @@ def make_private_sum(model, session):
     """
     mechanism = session.mechanism
 
-    def one(trainable, frozen, tokens, prompt_length, total_length):
-        gradients = jax.grad(lambda t: unit_loss(model, t, frozen, tokens, prompt_length, total_length))(trainable)
-        return clip_to_grid(gradients, mechanism.clip, mechanism.l2_clip_norm, session.grid, (total_length > 0).any())
-
     def accumulate(total, notes, trainable, frozen, batch):
-        each, noted = jax.vmap(one, (None, None, 0, 0, 0))(trainable, frozen, batch["tokens"], batch["prompt_length"], batch["total_length"])
-        return [t + e.sum(0) for t, e in zip(total, each)], notes + noted.sum(0).astype(jnp.int32)
+        def one(tokens, prompt_length, total_length):
+            gradients = jax.grad(lambda t: unit_loss(model, t, frozen, tokens, prompt_length, total_length))(trainable)
+            return clip_to_grid(gradients, mechanism.clip, mechanism.l2_clip_norm, session.grid, (total_length > 0).any())
+        return add_units(one, total, notes, batch)
     return jax.jit(accumulate, donate_argnums=(0, 1))
 
 
 def make_plain_sum(model):
-    """The same without privacy: adds the gradient of the summed loss to `total`, a list of float32 arrays; `notes` stays as it is."""
-    def loss(trainable, frozen, batch):
-        units = jax.vmap(lambda *unit: unit_loss(model, trainable, frozen, *unit))
-        return units(batch["tokens"], batch["prompt_length"], batch["total_length"]).sum()
-
+    """The same without privacy: adds the gradients to `total`, a list of float32 arrays; `notes` stays as it is."""
     def accumulate(total, notes, trainable, frozen, batch):
-        return [t + g for t, g in zip(total, jax.grad(loss)(trainable, frozen, batch))], notes
+        def one(*unit):
+            return jax.grad(lambda t: unit_loss(model, t, frozen, *unit))(trainable), jnp.zeros(2, "int32")
+
+        def loss(trainable):
+            units = jax.vmap(lambda *unit: unit_loss(model, trainable, frozen, *unit))
+            return units(batch["tokens"], batch["prompt_length"], batch["total_length"]).sum()
+        if one_by_one():
+            return add_units(one, total, notes, batch)
+        return [t + g for t, g in zip(total, jax.grad(loss)(trainable))], notes
     return jax.jit(accumulate, donate_argnums=(0, 1))
 
 
@@ -168,7 +193,7 @@ def microbatches(indices, lengths, buckets, size):
             part = members[start:start + size]
             yield buckets[bucket], np.pad(part, (0, size - len(part)), constant_values=-1)
 
-# %% ../nbs/07_finetune.ipynb #b5fb1681
+# %% ../nbs/07_finetune.ipynb #4d22c4f4
 def learning_rate(settings, steps):
     """optax schedule: warm-up from zero, then constant, linear or cosine decay to zero."""
     warm = round(settings.warmup * steps)
@@ -203,7 +228,7 @@ class Trainer:
         self.units = np.arange(len(store))[:, None] if units is None else units
         self.session = Session(mechanism, randomness, len(self.units))
         self.private = mechanism.private
-        self.trainable, self.frozen = model.trainable, model.frozen
+        self.trainable, self.frozen = everywhere((model.trainable, model.frozen))
         self.optimizer = optax.adam(learning_rate(settings, mechanism.steps))
         self.state = self.optimizer.init(self.trainable)
         self.buckets = bucket_lengths(settings.sequence_length)
@@ -220,13 +245,14 @@ class Trainer:
     def _batch(self, part, length):
         """Arrays [units, rows, …] of the units `part`; -1 is padding."""
         rows = np.where(part[:, None] < 0, -1, self.units[part])
-        return {name: array.reshape(*rows.shape, *array.shape[1:]) for name, array in self.store.batch(rows.ravel(), length).items()}
+        arrays = self.store.batch(rows.ravel(), length)
+        return spread({name: array.reshape(*rows.shape, *array.shape[1:]) for name, array in arrays.items()})
 
     def gradient_sum(self, indices):
         """Sum over the units `indices`: integers on the grid, or floats without privacy."""
         total = [jnp.zeros(a.shape, "int32" if self.private else "float32") for a in self.trainable]
         notes = jnp.zeros(2, "int32")
-        for length, part in microbatches(indices, self.lengths, self.buckets, self.settings.microbatch_size):
+        for length, part in microbatches(indices, self.lengths, self.buckets, divisible(self.settings.microbatch_size)):
             total, notes = self._sum(total, notes, self.trainable, self.frozen, self._batch(part, length))
         self.notes += np.asarray(notes)
         return total
@@ -260,7 +286,7 @@ class Trainer:
             leaves = [jnp.asarray(file[f"arr_{i}"]) for i in range(tree.num_leaves)]
             self.session.restore({name: file[name] for name in file.files if not name.startswith("arr_")})
             self.notes = file["notes"]
-        self.trainable, self.state = jax.tree.unflatten(tree, leaves)
+        self.trainable, self.state = everywhere(jax.tree.unflatten(tree, leaves))
 
 # %% ../nbs/07_finetune.ipynb #98cc9f1a
 def tokenize(model, records, fmt, folder, sequence_length, batch=2000):
@@ -280,7 +306,7 @@ def tokenize(model, records, fmt, folder, sequence_length, batch=2000):
                 yield prompts[label], ids[:sequence_length - len(prompts[label])]
     return TokenStore.write(folder, rows())
 
-# %% ../nbs/07_finetune.ipynb #54ea05a2
+# %% ../nbs/07_finetune.ipynb #f69a6356
 def train(trainer, checkpoint, *, progress=True, seconds_between=30.0, log=None):
     """Run the updates that remain; resumes from `checkpoint` if there is one, and leaves a last one there."""
     mechanism = trainer.session.mechanism
@@ -317,22 +343,28 @@ def row_losses(model, records, fmt, settings, trainable=None):
     """float64[n]: loss of each row in nats per response token, under the model's own weights or other `trainable` ones."""
     prompts = [model.prompt_ids(p) for p in fmt.prompts]
     rows = [prompts[label] + ids for label, ids in zip(records.labels, model.response_ids(records.texts))]
-    length, size, mean_loss = settings.sequence_length, settings.microbatch_size, make_mean_loss(model)
+    length, size, mean_loss = settings.sequence_length, divisible(settings.microbatch_size), make_mean_loss(model)
+    weights = everywhere((model.trainable if trainable is None else trainable, model.frozen))
     losses = np.zeros(len(rows))
     for start in range(0, len(rows), size):
         part = [row[:length] for row in rows[start:start + size]]
         part += [[]] * (size - len(part))
         batch = {"tokens": jnp.array([row + [0] * (length - len(row)) for row in part], "int32"), "total_length": jnp.array(list(map(len, part))),
                  "prompt_length": jnp.array([len(prompts[label]) for label in records.labels[start:start + size]] + [0] * part.count([]))}
-        found = mean_loss(model.trainable if trainable is None else trainable, model.frozen, batch)
+        found = mean_loss(*weights, spread(batch))
         losses[start:start + size] = found[:len(losses) - start]
     return losses
 
 
+def some_rows(count, total, seed):
+    """int64[min(count, total)]: rows chosen at random, in order. The first ones will not do: many files are sorted by label."""
+    return np.sort(np.random.default_rng([seed, 10]).permutation(total)[:count])
+
+
 def held_out_loss(model, records, fmt, settings):
     """Mean loss in nats per token over `validation_size` test rows, or None if that is 0. Not covered by ε: test rows."""
-    count = min(settings.validation_size, len(records))
-    return float(row_losses(model, records.take(np.arange(count)), fmt, settings).mean()) if count else None
+    rows = some_rows(settings.validation_size, len(records), settings.seed)
+    return float(row_losses(model, records.take(rows), fmt, settings).mean()) if len(rows) else None
 
 # %% ../nbs/07_finetune.ipynb #5738d226
 def self_check(trainer, before):
@@ -353,12 +385,35 @@ def self_check(trainer, before):
     return {"updates": session.step, "realised_over_promised_noise": session.realised_noise, "clipped": trainer.notes[0] / drawn,
             "unusable": trainer.notes[1] / drawn}
 
-# %% ../nbs/07_finetune.ipynb #3ab5a734
+# %% ../nbs/07_finetune.ipynb #402324ae
 def prepare_model(settings):
     """The base model with the trainable part set up as the settings say."""
+    return prepare_with_hash(settings)[0]
+
+
+def prepare_with_hash(settings):
+    """The same, and the `base_hash` of what was loaded."""
     model = load_model(settings.model, settings.dtype, settings.seed)
+    digest = base_hash(model)
+    model.rematerialize = settings.rematerialize
     setup_tuning(model, settings)
-    return model
+    return model, digest
+
+
+def base_hash(model):
+    """SHA-256 of a model as it was loaded: over its files where it is a folder, over its arrays where it was fetched."""
+    if preset_hash(model.name):
+        return preset_hash(model.name)
+    digest = hashlib.sha256()
+    for weight in model.causal_lm.weights:
+        digest.update(np.asarray(weight.value).tobytes())
+    return digest.hexdigest()
+
+
+def computation(settings):
+    """What decides the last bits of a sum beside settings, rows, code and libraries: a dict for `run_identity`."""
+    return {"microbatch_size": settings.microbatch_size, "rematerialize": settings.rematerialize, "backend": jax.default_backend(),
+            "device": jax.devices()[0].device_kind, "devices": len(jax.devices())}
 
 
 def finetune_run(settings, splits, folder, progress=True):
@@ -367,7 +422,7 @@ def finetune_run(settings, splits, folder, progress=True):
     Resumes where it stopped.
 
     Raises:
-        PrivacyError: the folder was started with other settings, data or code.
+        PrivacyError: the folder was started with other settings, data or code, or is not finished and was started on another device.
         BudgetError: the run would cross a cap of the ledger.
         SettingsError: the settings do not fit the rows or do not fine-tune, or training diverged.
     """
@@ -378,20 +433,22 @@ def finetune_run(settings, splits, folder, progress=True):
     adapter = release / "adapter.npz"
     secret = load_secret(private)
     release.mkdir(parents=True, exist_ok=True)
-    identity = run_identity(result_settings(settings), splits.train.fingerprint(secret), preset_hash(settings.model))
+    model, digest = prepare_with_hash(settings)
+    identity = run_identity(result_settings(settings), splits.train.fingerprint(secret), digest, computation(settings))
     randomness = Randomness(secret, bind_run(private, identity, adapter.exists()))
     records = with_canaries(settings, splits.train, CanaryCoins.flip(settings.canaries, private, randomness).included)
     units = rows_of_units(records.units, 1 if settings.unit == "row" else settings.max_records_per_unit, settings.seed)
     account = Account(settings, splits.train, release_id(randomness.run_id, secret), folder)
-    account.charge("counts", count_accesses(settings).values())
-    counts = estimate_counts(settings, records, units, private / "counts.json")
-    mechanism = mechanism_of(settings, splits.train, counts)
-    model, fmt = prepare_model(settings), TextFormat(settings.prompt, settings.labels)
+    fmt = TextFormat(settings.prompt, settings.labels)
     if not adapter.exists():
-        account.charge("training", [mechanism.training(mechanism.steps)])
-        base = base_model(settings.model, preset_hash(settings.model), contamination_note(settings, counts))
+        account.charge("counts", accesses_event(count_accesses(settings).values()))
+    counts = estimate_counts(settings, records, units, private / "counts.json", model)
+    mechanism = mechanism_of(settings, splits.train, counts)
+    if not adapter.exists():
+        account.charge("training", training_event(mechanism))
+        base = base_model(settings.model, digest, contamination_note(settings, counts))
         _train_into(model, fmt, settings, records, units, mechanism, randomness, private, progress)
-        _finish(model, settings, mechanism, counts, base, account.composed(mechanism.delta), release)
+        _finish(model, settings, mechanism, counts, base, account.composed(mechanism), release)
     account.finish()
     load_adapter(model, adapter)
     return model, {"steps": mechanism.steps, "noise_multiplier": mechanism.noise_multiplier or None, "tuning": tuning_mode(settings),
@@ -404,44 +461,77 @@ def mechanism_of(settings, records, counts):
     return make_mechanism(settings, max(1, counts["units"][0]) if "units" in counts else records.public_units + settings.canaries)
 
 
+@contextlib.contextmanager
+def count_kept(settings, errors=SettingsError):
+    """Inside, errors that follow from the exact number of units do not say it where it is to be hidden."""
+    try:
+        yield
+    except errors:
+        if settings.unit_count == "public":
+            raise
+        raise SettingsError("settings batch_size, epochs, delta: they do not fit the number of units, which `unit_count: private` hides; "
+                            "use a smaller batch, more epochs or a smaller delta") from None
+
+
+def training_event(mechanism):
+    """What the ledger is told of a training, a list of events."""
+    return accesses_event([mechanism.training(mechanism.steps)]) if mechanism.private else [EXPOSED]
+
+
+def begun_release(folder):
+    """The `release_id` of the run that was begun in a run folder; an empty text where none was."""
+    private = pathlib.Path(folder) / "private"
+    if not all((private / name).exists() for name in ("secret", "identity.json")):
+        return ""
+    stored = json.loads((private / "identity.json").read_text(encoding="utf-8"))
+    return release_id(bind_run(private, stored), load_secret(private))
+
+
 class Account:
-    """What one run charges to its rows in the ledger; nothing where it is not private."""
+    """What one run charges to its rows in the ledger, in two parts: `counts`, where there are any, and `training`."""
 
     def __init__(self, settings, records, run_id, folder):
-        self.title, self.run_id, self.name, self.charged = settings.experiment, run_id, records.name, []
-        self.ledger = self.dataset = None
+        self.title, self.run_id, self.name = settings.experiment, run_id, records.name
         self.kept_in = {"user": "the owner's ledger", "runs": "the ledger of this folder of runs"}.get(settings.ledger, pathlib.Path(settings.ledger).name)
-        if settings.private:
-            places = {"user": None, "runs": folder.parent / RUNS_LEDGER}
-            self.ledger = Ledger(places.get(settings.ledger, settings.ledger))
-            self.dataset = self.ledger.register(records.name, records.ledger_names(), num_units=records.public_units)
+        self.ledger = Ledger({"user": None, "runs": folder.parent / RUNS_LEDGER}.get(settings.ledger, settings.ledger))
+        delta = settings.delta if settings.unit_count == "private" else None  # the ledger's own would tell the number of units
+        with count_kept(settings):
+            self.dataset = self.ledger.register(records.name, records.ledger_names(), delta, records.public_units)
 
-    def charge(self, what, accesses):
-        """Charge these accesses (`Access` each), once however often the run is resumed. Raises BudgetError over a cap."""
-        if self.ledger is None or not accesses:
+    def charge(self, what, event):
+        """Charge an event, a list, once however often the run is resumed; nothing where it is empty. Raises BudgetError over a cap."""
+        if not event:
             return
         run = f"{self.run_id} {what}"
-        self.ledger.plan(run, self.dataset, accesses_event(accesses), f"{self.title}: {what}")
+        self.ledger.plan(run, self.dataset, event, f"{self.title}: {what}")
         self.ledger.start(run)
-        self.charged.append(run)
 
-    def composed(self, delta):
+    def is_charged(self, what):
+        """Whether a part of this run was charged before."""
+        known = self.ledger.release(f"{self.run_id} {what}")
+        return known is not None and known.charged
+
+    def uncharged(self, mechanism):
+        """The event of what a run with this mechanism has still to be charged for; empty once it has begun to train."""
+        parts = {"counts": accesses_event([*mechanism.before, *mechanism.others]), "training": training_event(mechanism)}
+        return [part for what, event in parts.items() if not self.is_charged(what) for part in event]
+
+    def composed(self, mechanism):
         """The certificate's `composed` entry: all that was charged so far to data of this name, this run included.
 
         What the ledger knows about which data sets share rows, or have the same, is left out: it is private.
         """
-        if self.ledger is None:
-            return None
-        epsilon, runs = self.ledger.released_as(self.name, delta)
-        return {"epsilon": epsilon, "delta": delta, "releases": runs, "ledger": self.kept_in}
+        epsilon, runs, without = self.ledger.released_as(self.name, mechanism.delta)
+        return {"epsilon": max(epsilon, mechanism.epsilon), "delta": mechanism.delta, "releases": runs, "without_privacy": without,
+                "ledger": self.kept_in}
 
     def finish(self):
         """Note that the run is complete."""
-        for run in self.charged:
-            self.ledger.finish(run)
+        for what in filter(self.is_charged, ("counts", "training")):
+            self.ledger.finish(f"{self.run_id} {what}")
 
 
-def estimate_counts(settings, records, units, path):
+def estimate_counts(settings, records, units, path, model):
     """The counts that are estimated out of ε, those that the settings ask for, by name; each a list of int.
 
     Each unit counts once; its label is that of its first row that takes part. Drawn once, then read from `path`.
@@ -450,7 +540,7 @@ def estimate_counts(settings, records, units, path):
         return json.loads(path.read_text(encoding="utf-8"))
     exact = {"units": lambda: [len(units)], "overlaps": lambda: [overlapping_units(settings, records)],
              "labels": lambda: np.bincount(records.labels[units[:, 0]], minlength=len(settings.labels)),
-             "likelier": lambda: likelier_units(settings, records)}
+             "likelier": lambda: likelier_units(settings, records, model)}
     counts = {name: noisy_counts(exact[name](), access.noise_multiplier) for name, access in count_accesses(settings).items()}
     if counts:
         write_private(path, json.dumps(counts))
@@ -463,12 +553,12 @@ def overlapping_units(settings, records):
     return contamination(units.tolist(), other_texts(settings, "contamination_corpus")).overlapping
 
 
-def likelier_units(settings, records):
+def likelier_units(settings, records, model):
     """[units that the base model finds likelier than the median reference text, the other units]: one count for each unit.
 
-    A unit counts by its first row, by mean loss per token under the first prompt, so that labels play no part.
+    A unit counts by its first row, by mean loss per token under the first prompt, so that labels play no part. `model` is not trained yet.
     """
-    model, fmt = prepare_model(settings), TextFormat(settings.prompt, settings.labels)
+    fmt = TextFormat(settings.prompt, settings.labels)
     firsts = np.unique(records.units, return_index=True)[1]
     ours, theirs = (row_losses(model, Records(pd.DataFrame({"text": texts}), "texts", ("",), {}), fmt, settings)
                     for texts in (records.take(firsts).texts, other_texts(settings, "contamination_reference")))
@@ -491,24 +581,33 @@ def _train_into(model, fmt, settings, records, units, mechanism, randomness, pri
 
 
 class LossLog:
-    """Appends the loss on a few training rows to a file under private/ after each update. Not noised: never leaves private/."""
+    """Adds the loss on a few training rows to a file under private/ after each update. Not noised: never leaves private/."""
 
     def __init__(self, path, trainer, rows=64):
         self.path, self.losses = path, make_mean_loss(trainer.model)
-        self.rows = np.arange(min(rows, len(trainer.store)))
+        self.rows = some_rows(rows, len(trainer.store), trainer.settings.seed)
 
     def __call__(self, trainer):
         batch = trainer.store.batch(self.rows, trainer.settings.sequence_length)
-        loss = float(self.losses(trainer.trainable, trainer.frozen, batch).mean())
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": trainer.session.step, "loss": loss}) + "\n")
+        line = {"step": trainer.session.step, "loss": float(self.losses(trainer.trainable, trainer.frozen, batch).mean())}
+        known = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        earlier = [text for text in known if json.loads(text)["step"] < line["step"]]  # a resumed training repeats some steps
+        write_private(self.path, "\n".join([*earlier, json.dumps(line)]) + "\n")
 
 
-NOT_PRIVATE = """# Not private
+NOT_PRIVATE = {
+    "finetune": "The model in this folder was trained without differential privacy (`epsilon: inf`). The adapter and every row made with it "
+                "may hold private rows word for word: treat them as you treat the data itself.",
+    "prompt": "The rows in this folder come from a prompted model. Nothing bounds what they tell about anybody whose text the prompt quotes: "
+              "if that was private, so are they.",
+    "real_train": "The rows in this folder are real training rows.",
+    "real_test": "The rows in this folder are real test rows."}
 
-The model in this folder was trained without differential privacy (`epsilon: inf`). The adapter and every row made with it may hold private
-rows word for word: treat them as you treat the data itself. There is no certificate.
-"""
+
+def mark_not_private(settings, folder):
+    """Say in `NOT_PRIVATE.md` in a folder why no guarantee covers what a run without one put there."""
+    text = f"# Not private\n\n{NOT_PRIVATE[settings.generator]}\n\nThere is no certificate.\n"
+    (pathlib.Path(folder) / "NOT_PRIVATE.md").write_text(text, encoding="utf-8")
 
 
 def _finish(model, settings, mechanism, counts, base, composed, release):
@@ -516,7 +615,7 @@ def _finish(model, settings, mechanism, counts, base, composed, release):
     if mechanism.private:
         write_certificate(make_certificate(mechanism, settings, base=base, composed=composed), release)
     else:
-        (release / "NOT_PRIVATE.md").write_text(NOT_PRIVATE, encoding="utf-8")
+        mark_not_private(settings, release)
     if "labels" in counts:
         (release / "label_prior.json").write_text(json.dumps(label_shares(counts["labels"])) + "\n", encoding="utf-8")
     save_adapter(model, release / "adapter.tmp")

@@ -22,11 +22,11 @@ import psutil
 
 from .settings import DataError, SettingsError, dump_settings, load_settings, resolve
 
-# %% ../nbs/13a_runs.ipynb #03d7e91b
+# %% ../nbs/13a_runs.ipynb #df68cf6f
 def write_text(path, text):
     """Replace a text file in one step."""
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 

@@ -27,14 +27,14 @@ def repo():
 
 
 @pytest.fixture
-def dpsynth(capsys):
-    """Run a command line in this process: exit code, stdout, stderr."""
+def dpsynth(capfd):
+    """Run a command line in this process: exit code, and all that reached file descriptors 1 and 2, from libraries in C++ too."""
     from dpsynth.cli import main
 
     def call(*arguments):
-        capsys.readouterr()
+        capfd.readouterr()
         code = main([str(a) for a in arguments])
-        return Outcome(code, *capsys.readouterr())
+        return Outcome(code, *capfd.readouterr())
 
     return call
 

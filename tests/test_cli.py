@@ -1,9 +1,11 @@
 """The command line: what is refused, in one line and before anything is written; and a whole sweep through the real template."""
 
+import base64
 import csv
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import yaml
 
 from dpsynth import __version__, demo
 from dpsynth.runs import locked, prepare_folder
-from dpsynth.settings import Settings
+from dpsynth.settings import ModelError, Settings
 
 LABELS = ["negative", "positive"]
 SMALL = {
@@ -52,6 +54,15 @@ def config(tmp_path, rows):
     path = tmp_path / "dp_ft.yaml"
     path.write_text(yaml.safe_dump({**SMALL, "epsilon": 2, "data": str(rows), "train_size": 0, "test_size": 0}))
     return path
+
+
+CALL = "import sys; from dpsynth.cli import main; sys.exit(main())"
+
+
+def process(*arguments, cwd, **options):
+    """Run a command line in a process of its own."""
+    command = [sys.executable, "-c", CALL, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900, **options)
 
 
 def lines(path, *more):
@@ -91,6 +102,19 @@ def test_wrong_settings_are_refused_before_anything_is_written(refused, config, 
     assert word in refused("run", config, "--out", tmp_path / "runs")
     assert word in refused("check", config)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def cold(tmp_path):
+    """The environment of a user who has set nothing that quiets a library."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("TF_CPP_MIN_LOG_LEVEL", "KERAS_BACKEND")}
+    return {**kept, "TFDS_DATA_DIR": str(tmp_path / "tfds")}
+
+
+@pytest.mark.parametrize("name, value", [("model", "gemma3_13b"), ("data", "no-such.csv"), ("data", "tfds:no_such_set")])
+def test_one_line_is_all_that_a_process_says_of_a_refusal(config, tmp_path, name, value):
+    done = process("run", config, "--set", f"{name}={value}", "--out", "runs", cwd=tmp_path, env=cold(tmp_path))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("error: ") and value in done.stderr and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -236,6 +260,54 @@ def test_check_names_what_is_not_on_this_machine(dpsynth, repo, tmp_path):
     assert code == 0 and "not checked  rows" in out and "to train on" not in out
 
 
+@pytest.fixture
+def unreachable(monkeypatch):
+    """Every preset but the bundled one is out of reach."""
+    from dpsynth import models
+
+    load = models._from_preset
+
+    def from_preset(kind, name, **options):
+        if name != "tiny":
+            raise ModelError(f"preset {name!r} cannot be loaded: no network")
+        return load(kind, name, **options)
+
+    monkeypatch.setattr(models, "_from_preset", from_preset)
+    models.load_tokenizer.cache_clear()
+
+
+def test_check_of_imdb_needs_no_network(dpsynth, refused, repo, tmp_path, unreachable):
+    offline = ["check", repo / "configs" / "imdb", "--set", f"data_dir={tmp_path}"]
+    code, out, err = dpsynth(*offline)
+    assert (code, err) == (0, "") and list(tmp_path.iterdir()) == []
+    assert sorted(line for line in out.splitlines() if not line.startswith(" ")) == [
+        "baseline_with_examples: prompt, NOT PRIVATE",
+        "baseline_without_examples: prompt, NOT PRIVATE",
+        "dp_ft: finetune, epsilon 10",
+        "non_dp_ft: finetune, NOT PRIVATE",
+        "upper_bound: real_test, NOT PRIVATE",
+        "use_train: real_train, NOT PRIVATE",
+    ]
+    assert out.count("not checked  tfds:imdb_reviews: not on this machine yet") == 6
+    assert out.count("not checked  preset 'gemma3_instruct_12b'") == 4 and out.count("not checked  preset 'gemma3_1b'") == 6
+    assert "'gemma3_13b'" in refused(*offline, "--set", "model=gemma3_13b")
+    assert "no room" in refused(*offline, "--set", "model=tiny", "--set", "sequence_length=64")
+
+
+def test_check_of_imdb_tiny_with_files(dpsynth, repo, tmp_path, unreachable):
+    for name, size in (("train", 120), ("test", 60)):
+        reviews = {"text": [f"Review {i} of a film." for i in range(size)], "label": [i % 2 for i in range(size)]}
+        pd.DataFrame(reviews).to_parquet(tmp_path / f"{name}.parquet")
+    before = sorted(tmp_path.iterdir())
+    files = ["--set", f"data={tmp_path / 'train.parquet'}", "--set", f"test_data={tmp_path / 'test.parquet'}"]
+    code, out, err = dpsynth("check", repo / "configs" / "imdb_tiny", *files, "--set", "batch_size=40")
+    assert (code, err) == (0, "") and sorted(tmp_path.iterdir()) == before
+    assert out.count("120 to train on, 60 to test on") == 8 and "not checked" not in out
+    assert out.count(" of 256 tokens") == 5 and out.count(" of 1024 tokens") == 1
+    found = re.findall(r"9 updates of 40 expected rows .*, epsilon ([\d.]+), delta 1.5e-05", out)
+    assert sorted(round(float(epsilon), 1) for epsilon in found) == [1, 3, 10] and out.count("no noise: not private") == 1
+
+
 # a whole sweep
 
 
@@ -246,17 +318,7 @@ def sweep(tmp_path_factory):
     kinds = {"dp_ft": {"epsilon": 2, "canaries": 60, "audit_fraction": 0.25, "num_samples": 24}, "baseline_without_examples": {"generator": "prompt"}, "upper_bound": {"generator": "real_test"}}
     for name, values in kinds.items():
         (home / f"{name}.yaml").write_text(yaml.safe_dump({**SMALL, **values}))
-    call = "import sys; from dpsynth.cli import main; sys.exit(main())"
-    path = os.pathsep.join([str(pathlib.Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", call, "run", ".", "--out", "runs"],
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    return home / "runs", done
+    return home / "runs", process("run", ".", "--out", "runs", cwd=home)
 
 
 def test_sweep_is_done_and_says_so(sweep):
@@ -317,13 +379,37 @@ def test_folders_hold_what_they_should(sweep):
     for folder in (dp, real):
         assert (folder / "private").stat().st_mode & 0o777 == 0o700
     assert (dp / "private" / "secret").stat().st_mode & 0o777 == 0o600
-    secret = (dp / "private" / "secret").read_bytes()
-    assert not any(
-        secret in p.read_bytes() or secret.hex() in p.read_bytes().decode("latin-1")
-        for p in dp.rglob("*")
-        if p.is_file() and p.parent.name != "private"
-    )
     assert set(yaml.safe_load((dp / "settings.yaml").read_text())) == set(Settings.model_fields)
+
+
+def spellings(secret):
+    """bytes by which a secret could be told: itself, hexadecimal, decimal, base64 at each offset, and as Python and JSON write bytes."""
+    inside = repr(secret)[2:-1]
+    digits = ",".join(map(str, secret))
+    coded = [base64.b64encode(bytes(k) + secret)[(0, 2, 3)[k] : -4] for k in range(3)]
+    number = str(int.from_bytes(secret, "big"))
+    texts = [secret.hex(), secret.hex().upper(), inside, json.dumps(inside)[1:-1], digits, digits.replace(",", ", "), number]
+    return [secret, *(text.encode() for text in texts), *coded, *(c.replace(b"+", b"-").replace(b"/", b"_") for c in coded)]
+
+
+def test_every_spelling_of_a_secret_is_found():
+    secret = bytes(range(240, 256)) + bytes(range(16))
+    number = int.from_bytes(secret, "big")
+    for text in (repr(secret), json.dumps(repr(secret)), secret.hex(), secret.hex().upper(), json.dumps([*secret]), str(number)):
+        assert any(s in text.encode() for s in spellings(secret)), text
+    for around in (b"", b"a", b"ab", b"abc"):
+        for encode in (base64.b64encode, base64.urlsafe_b64encode):
+            assert any(s in encode(around + secret + around) for s in spellings(secret)), around
+
+
+def test_the_secret_is_in_nothing_but_private(sweep):
+    private, ledger = sweep[0] / "dp_ft" / "private", pathlib.Path(os.environ["DPSYNTH_LEDGER"])
+    known = spellings((private / "secret").read_bytes())
+    files = [p for folder in (sweep[0].parent, ledger.parent) for p in folder.rglob("*") if p.is_file()]
+    told = [p for p in files if any(s in p.read_bytes() for s in known)]
+    assert ledger.is_file() and (sweep[0] / ".embeddings").is_dir()
+    assert private / "secret" in told and all(private in p.parents for p in told)
+    assert not any(s in f"{sweep[1].stdout}{sweep[1].stderr}".encode() for s in known)
 
 
 def test_executed_notebook_is_the_template_with_these_values(sweep):
@@ -360,12 +446,28 @@ def test_certificate_verifies_and_a_smaller_claim_does_not(sweep, dpsynth, tmp_p
 def test_a_run_can_be_audited(sweep, dpsynth, refused):
     folder = sweep[0] / "dp_ft"
     code, out, err = dpsynth("audit", folder)
-    assert code in (0, 1) and not err and "60 canaries" in out
+    assert "error: " not in err and out.count("60 canaries") == 2 and "checks hold" in out
     certificate = json.loads((folder / "release" / "certificate.json").read_text())
-    assert certificate["audit"]["summary"] in out and 0 <= certificate["audit"]["epsilon_bound"] <= 1.2 * certificate["audit"]["largest"]
+    numbers, report = (json.loads((folder / name).read_text()) for name in ("metrics.json", "private/audit.json"))
+    bounds = [numbers[name]["epsilon_bound"] for name in ("audit", "audit_in_rows")]
+    assert certificate["audit"]["epsilon_bound"] == max(bounds) and 0 <= max(bounds) <= 1.2 * certificate["audit"]["largest"]
+    refuted = max(bounds) > certificate["epsilon"] or report["epsilon_bound"] > certificate["epsilon_replace_one"]
+    assert report["delta"] == certificate["delta"] and code == int(refuted or report["verdict"] != "passes")
     assert dpsynth("verify", folder / "release" / "certificate.json").code == 0
     assert (folder / "private" / "audit.json").stat().st_mode & 0o777 == 0o600
     assert "set audit_fraction" in refused("audit", sweep[0] / "upper_bound")
+    assert "--seed is for --synthetic" in refused("audit", folder, "--seed", 1)
+
+
+def test_a_run_without_a_record_of_its_noise_fails_its_audit(sweep, dpsynth):
+    checks = sweep[0] / "dp_ft" / "private" / "checks.json"
+    content = checks.read_text()
+    try:
+        checks.write_text("{}")
+        code, out, _ = dpsynth("audit", sweep[0] / "dp_ft")
+    finally:
+        checks.write_text(content)
+    assert code == 1 and "BROKEN: updates recorded by the training is 0 instead of 6; " in out.replace(" (p < 1e-6)", "")
 
 
 def test_any_three_files_can_be_audited(dpsynth, refused, tmp_path):
@@ -376,6 +478,27 @@ def test_any_three_files_can_be_audited(dpsynth, refused, tmp_path):
     code, out, _ = dpsynth("audit", "--synthetic", tmp_path / "train.csv", *three, "--json", tmp_path / "report.json")
     assert code == 1 and "FAIL" in out and json.loads((tmp_path / "report.json").read_text())["verdict"] == "fails"
     assert "give a run folder" in refused("audit", *three)
+
+
+def test_the_columns_of_three_files_can_be_told(dpsynth, refused, tmp_path):
+    texts = [row["text"] for row in demo.reviews(600, seed=3)]
+    for name, start in (("train", 0), ("holdout", 300), ("synthetic", 0)):
+        rows = {"text": texts[start : start + 300], "twice": texts[start : start + 300], "who": [(start + i) // 3 for i in range(300)]}
+        pd.DataFrame(rows).to_csv(tmp_path / f"{name}.csv", index=False)
+    files = [part for name in ("synthetic", "train", "holdout") for part in (f"--{name}", tmp_path / f"{name}.csv")]
+    assert "look like texts; name the one to audit in text_column (--text-column)" in refused("audit", *files)
+    told = ["--text-column", "text", "--columns", "text,who", "--delta", "1e-4", "--seed", "3", "--json", tmp_path / "report.json"]
+    code, out, _ = dpsynth("audit", *files, *told)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (code, report["columns"]["text"], report["columns"]["numbers"]) == (1, "text", ["who"])
+    assert report["delta"] == 1e-4 and report["rows"]["train"] == 300 and "not asked for or not in all three sets: twice" in out
+    code, out, _ = dpsynth("audit", *files, "--columns", "text", "--unit-column", "who", "--json", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert code == 1 and report["rows"]["train"] == report["rows"]["holdout"] == 100 and report["columns"]["numbers"] == []
+    assert "no column 'whom'" in refused("audit", *files, "--unit-column", "whom")
+    assert "no column 'texts'" in refused("audit", *files, "--text-column", "texts")
+    for option, value in (("--delta", "0"), ("--delta", "1"), ("--seed", "-1")):
+        assert option in refused("audit", *files, option, value)
 
 
 def test_the_ledger_is_shown_and_drawn(sweep, dpsynth, refused, tmp_path):

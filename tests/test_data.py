@@ -196,7 +196,7 @@ def test_a_unit_of_many_rows_moves_no_other_unit_in_or_out():
 
 @pytest.mark.parametrize("unit", ["row", "user"])
 def test_one_more_unit_moves_no_other_where_their_number_is_private(unit):
-    settings = Settings(unit=unit, unit_count="private", label_column="", test_fraction=0.3, audit_fraction=0.2)
+    settings = Settings(unit=unit, unit_count="private", delta=1e-4, label_column="", test_fraction=0.3, audit_fraction=0.2)
     a, b = (from_frame(groups(*[2] * n), settings) for n in (100, 101))
     for x, y in zip((a.train, a.test, a.kept_out), (b.train, b.test, b.kept_out)):
         assert set(x.texts) <= set(y.texts) and len(y) - len(x) <= 2
@@ -212,10 +212,25 @@ def test_the_public_number_of_units_does_not_depend_on_what_rows_say():
 
 
 def test_rows_kept_out_for_an_audit_have_no_copies_among_themselves_or_the_training_rows():
-    frame = pd.DataFrame({"text": [f"text {i % 40}" for i in range(200)]})
+    frame = pd.DataFrame({"text": [f"text {i % 150}" for i in range(200)]})
     splits = from_frame(frame, Settings(duplicates="drop", label_column="", audit_fraction=0.5), test=frame)
-    texts = splits.train.texts + splits.kept_out.texts
-    assert len(texts) == len(set(texts)) == 40 and 10 < len(splits.train) < 30
+    texts, once = splits.train.texts + splits.kept_out.texts, {f"text {i}" for i in range(50, 150)}
+    assert len(texts) == len(set(texts)) and set(splits.kept_out.texts) <= once and 30 < len(splits.kept_out) < 70
+    repeated = [splits.train.texts[i] for i in splits.train.source["repeated"]]
+    assert set(splits.train.texts) - set(repeated) == once - set(splits.kept_out.texts) and 25 < len(repeated) <= 50
+
+
+def test_a_row_that_was_kept_out_decides_nothing_about_the_rows_that_are_trained_on():
+    settings = Settings(duplicates="drop", label_column="", audit_fraction=0.5)
+    frame = pd.DataFrame({"text": [f"text {i}" for i in range(60)]})
+    splits = from_frame(frame, settings, test=frame)
+    copied, key = splits.train.texts[-1], bytes(32)
+    first_kept_out = frame["text"].tolist().index(splits.kept_out.texts[0])
+    assert first_kept_out < frame["text"].tolist().index(copied)
+    frame.loc[first_kept_out, "text"] = copied
+    again = from_frame(frame, settings, test=frame)
+    assert again.train.fingerprint(key) == splits.train.fingerprint(key) and again.train.public_units == splits.train.public_units == 30
+    assert again.kept_out.texts == splits.kept_out.texts[1:] and again.train.source["repeated"] == [29]
 
 
 def test_a_row_is_charged_under_its_text_however_it_is_read():
@@ -344,7 +359,6 @@ def test_hf_needs_its_extra(monkeypatch):
 
 
 def test_hf_folder(tmp_path):
-    pytest.importorskip("datasets")
     (tmp_path / "set").mkdir()
     save(table(12), tmp_path / "set" / "train.parquet")
     save(table(4, "held"), tmp_path / "set" / "test.parquet")

@@ -8,6 +8,8 @@ import io
 import json
 import math
 import os
+import runpy
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +19,8 @@ import pytest
 import yaml
 
 from dpsynth import experiments
-from dpsynth.experiments import TEMPLATE, check_template, collect, execute, is_done, plot_results, read_configs, results_table, run
+from dpsynth.certificate import verify
+from dpsynth.experiments import ORDER, RECORDS, TEMPLATE, check_template, collect, execute, is_done, plot_results, read_configs, results_table, run
 from dpsynth.runs import (
     BusyError,
     locked,
@@ -31,7 +34,18 @@ from dpsynth.runs import (
     write_json,
     write_status,
 )
-from dpsynth.settings import DataError, PrivacyError, Settings, SettingsError, make_settings, parameters_cell
+from dpsynth.settings import (
+    DataError,
+    PrivacyError,
+    Settings,
+    SettingsError,
+    evaluation_settings,
+    load_settings,
+    make_settings,
+    parameters_cell,
+    resolve,
+    result_settings,
+)
 
 REPORT = """
 import json, os, pathlib, sys
@@ -475,6 +489,29 @@ def test_sweeps_in_a_folder_are_told_apart(sweep, tmp_path):
     assert len(collect(tmp_path)) == 6  # two levels, not three
 
 
+def test_the_record_of_a_sweep_reads_like_the_sweep(sweep, tmp_path, repo):
+    tool = runpy.run_path(str(repo / "tools" / "keep_records.py"))
+    for name in ("use_train", "aaa"):
+        place = sweep / name / ("private" if name == "use_train" else "release")
+        (place / "synthetic.jsonl").write_text("".join(f'{{"text": "{name} \u2028 {i}"}}\n' for i in range(80)), encoding="utf-8")
+    with pytest.raises(SystemExit, match="not done: dp_ft_eps1"):
+        tool["keep_all"](sweep, tmp_path / "records" / "imdb")
+    assert not (tmp_path / "records").exists()
+    write_status(sweep / "dp_ft_eps1", "done")
+    tool["keep_all"](sweep, tmp_path / "records" / "imdb")
+    assert results_table(collect(tmp_path / "records" / "imdb")) == results_table(collect(sweep))
+    rows = (tmp_path / "records" / "imdb" / "aaa" / "release" / "synthetic.jsonl").read_text(encoding="utf-8")
+    assert rows.count("\n") == 50 and rows.endswith('49"}\n')
+    kept = [path.relative_to(tmp_path / "records" / "imdb").as_posix() for path in (tmp_path / "records").rglob("*") if path.is_file()]
+    assert {path.split("/", 1)[1] for path in kept} == {
+        "settings.yaml", "status.json", "metrics.json", "release/certificate.json", "release/synthetic.jsonl"
+    }
+    assert [path for path in kept if path.endswith(".jsonl")] == ["aaa/release/synthetic.jsonl"]
+    shutil.rmtree(sweep / "aaa")
+    with pytest.raises(SystemExit, match="missing: aaa"):
+        tool["keep_all"](sweep, tmp_path / "records" / "imdb")
+
+
 @pytest.mark.parametrize("content", ["{}", '{"mauve_mean": 0.8}', "[3]", '[{"experiment": "a"}]'])
 def test_a_file_that_is_no_table_is_refused(tmp_path, content):
     (tmp_path / "metrics.json").write_text(content)
@@ -493,3 +530,39 @@ def test_the_picture_has_room_for_every_run_and_says_what_colours_mean(sweep):
     bars = {round(bar.get_y() + bar.get_height() / 2): bar.get_facecolor() for bar in axes.patches}
     assert bars == {i: shown["private" if r["private"] else "not private"] for i, r in enumerate(rows) if r["mauve_mean"]}
     assert len(set(shown.values())) == 2
+
+
+# the records that come with the package
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The rows of the packaged record of the demo, by name."""
+    return {row["experiment"]: row for row in collect(RECORDS / "demo")}
+
+
+def test_the_demo_shows_what_fine_tuning_adds(demo):
+    assert tuple(demo) == ORDER and {row["status"] for row in demo.values()} == {"done"}
+    score = {name: row["mauve_mean"] for name, row in demo.items()}
+    baselines = [score["baseline_without_examples"], score["baseline_with_examples"]]
+    assert score["upper_bound"] >= max(score.values()) - 0.02 and max(baselines) < min(set(score.values()) - set(baselines))
+    assert min(score["dp_ft"], score["non_dp_ft"]) >= max(baselines) + 0.1
+    assert sum(row["seconds"] for row in demo.values()) < 480
+
+
+def test_the_record_of_the_demo_is_of_the_demo(repo):
+    for path in (repo / "configs" / "demo").glob("*.yaml"):
+        kept, today = read_settings(RECORDS / "demo" / path.stem), resolve(load_settings(path))
+        assert result_settings(kept) == result_settings(today) and evaluation_settings(kept) == evaluation_settings(today)
+
+
+def test_the_certificate_of_the_record_verifies():
+    verify(RECORDS / "demo" / "dp_ft" / "release" / "certificate.json")
+
+
+@pytest.mark.parametrize("record", sorted(path.name for path in RECORDS.glob("*")))
+def test_the_record_is_what_the_readers_see(repo, record):
+    table = results_table(collect(RECORDS / record), "markdown")
+    assert table in (repo / "README.md").read_text(encoding="utf-8")
+    outputs = [o for cell in nbformat.read(repo / "nbs" / "results.ipynb", 4).cells for o in cell.get("outputs", ())]
+    assert any(table in o.get("data", {}).get("text/markdown", "") for o in outputs)

@@ -6,13 +6,14 @@ import math
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from parts import RUN, SETTINGS, splits, trainer
 import dpsynth.data
 import dpsynth.privacy
-from dpsynth.data import TokenStore
-from dpsynth.finetune import bucket_lengths, finetune_run, make_mean_loss, microbatches
+from dpsynth.data import TokenStore, from_frame
+from dpsynth.finetune import LossLog, bucket_lengths, finetune_run, make_mean_loss, microbatches, some_rows
 from dpsynth.models import load_model, setup_tuning
 from dpsynth.pipeline import DATA_SETTINGS
 from dpsynth.settings import Settings, SettingsError
@@ -60,3 +61,40 @@ def test_full_tuning_refuses_half_precision():
 def test_splits_are_remembered_by_every_setting_that_loading_reads():
     read = set(re.findall(r"settings\.(\w+)", inspect.getsource(dpsynth.data))) & set(Settings.model_fields) | {"label_names"}
     assert read <= set(DATA_SETTINGS) and {"unit", "audit_fraction"} <= read
+
+
+def test_what_stands_for_all_rows_is_not_the_first_ones():
+    rows = some_rows(64, 1000, 42)
+    assert len(rows) == len(set(rows.tolist())) == 64 and rows.max() > 500 and (np.diff(rows) > 0).all()
+    assert some_rows(64, 10, 42).tolist() == list(range(10)) and len(some_rows(0, 10, 42)) == 0
+
+
+def test_the_loss_on_a_file_sorted_by_label_is_that_of_both_labels(tmp_path, monkeypatch):
+    import dpsynth.finetune
+    seen = []
+    whole = dpsynth.finetune.row_losses
+    monkeypatch.setattr(dpsynth.finetune, "row_losses", lambda model, records, *rest: seen.append(records.labels) or whole(model, records, *rest))
+    rows = pd.DataFrame({"text": [f"row {i}" for i in range(40)], "label": [int(i >= 20) for i in range(40)]})
+    settings = RUN.model_copy(update={"validation_size": 8, "epochs": 0.2})
+    finetune_run(settings, from_frame(rows, settings, test=rows), tmp_path / "run", progress=False)
+    assert [set(labels.tolist()) for labels in seen] == [{0, 1}]
+
+
+def test_no_progress_bar_is_a_widget(repo):
+    for path in (repo / "dpsynth").glob("*.py"):
+        assert "tqdm.auto" not in path.read_text(encoding="utf-8") and "tqdm.notebook" not in path.read_text(encoding="utf-8"), path
+
+
+def test_steps_that_a_crash_repeats_are_logged_once(micro, store, tmp_path):
+    one = trainer(micro, store)
+    log = LossLog(tmp_path / "losses.jsonl", one, rows=4)
+    one.update()
+    one.save(tmp_path / "checkpoint.npz")
+    log(one)
+    one.update()
+    log(one)  # and then the process is killed
+    again = trainer(micro, store)
+    again.restore(tmp_path / "checkpoint.npz")
+    again.update()
+    LossLog(tmp_path / "losses.jsonl", again, rows=4)(again)
+    assert [json.loads(line)["step"] for line in (tmp_path / "losses.jsonl").read_text().splitlines()] == [1, 2]

@@ -3,14 +3,17 @@ import dataclasses
 import importlib.util
 import json
 import math
+import shutil
+import types
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
+from parts import RUN, splits
 from dpsynth import audit, canaries
-from dpsynth.data import Records
+from dpsynth.data import Records, TokenStore, from_frame
 from dpsynth.demo import reviews
 from dpsynth.privacy import Mechanism, Randomness, Session
 from dpsynth.settings import DataError, PrivacyError, Settings
@@ -437,6 +440,19 @@ def test_canaries_of_records_keep_the_label_of_their_beginning(texts):
         label for t, label in zip(made.texts, made.labels) if len(t.split()) == 20]
 
 
+def test_canaries_of_a_run_begin_like_the_public_texts_that_it_names(texts, tmp_path):
+    records = Records(pd.DataFrame({"text": ["a", "b"], "label": [0, 1]}), "two", ("x", "y"), {})
+    begins = lambda made: {" ".join(text.split()[:3]) for text in made.texts}
+    pd.DataFrame({"text": [f"Notes of day {i}, {text}" for i, text in enumerate(texts[2][:200])]}).to_csv(tmp_path / "notes.csv", index=False)
+    named = Settings(canaries=60, canary_texts=str(tmp_path / "notes.csv"))
+    made, invented = (canaries.canary_records(settings, records) for settings in (named, Settings(canaries=60)))
+    assert begins(made) == {"Notes of day"} and not any(start.startswith("Notes") for start in begins(invented))
+    assert made.texts == canaries.canary_records(named, records).texts and len({*made.texts}) == 60
+    assert np.array_equal(made.labels, invented.labels) and 10 < made.labels.sum() < 50
+    with pytest.raises(DataError, match="none.csv"):
+        canaries.canary_records(named.model_copy(update={"canary_texts": str(tmp_path / "none.csv")}), records)
+
+
 def test_coins_are_secret_fair_and_thrown_once(tmp_path):
     folder = tmp_path / "private"
     coins = canaries.CanaryCoins.flip(4000, folder)
@@ -593,10 +609,157 @@ def test_a_replay_finds_what_is_broken(monkeypatch, bands, owner, name, broken, 
     assert not found.passed and "BROKEN" in str(found) and any(says in check for check in failed(found.checks))
 
 
-def test_the_null_audits_of_the_audit_table(repo, monkeypatch, capsys):
+@pytest.mark.parametrize("recorded, passes", [
+    ({"updates": 37, "realised_over_promised_noise": 1.0}, [True, True]), ({"updates": 37, "realised_over_promised_noise": 1.006}, [True, True]),
+    ({"updates": 37, "realised_over_promised_noise": 1.008}, [True, False]), ({"updates": 37, "realised_over_promised_noise": 0.992}, [True, False]),
+    ({"updates": 37, "realised_over_promised_noise": 0.0}, [True, False]), ({"updates": 37, "realised_over_promised_noise": None}, [True, False]),
+    ({"updates": 36, "realised_over_promised_noise": 1.0}, [False, True]), ({}, [False, False])])
+def test_what_a_training_recorded_has_to_be_there_and_as_promised(recorded, passes):
+    checks = audit.training_checks(mechanism(), recorded, numbers=10_000)  # 6 standard errors: 0.0070
+    assert [check.passed for check in checks] == passes
+    assert 'nan' not in str(audit.Replay(checks, 1, 1)).lower()
+
+
+# a run
+
+@pytest.fixture
+def finished(run, tmp_path):
+    """A copy of a finished private run."""
+    return shutil.copytree(run, tmp_path / "dp")
+
+
+def certified(folder):
+    return json.loads((folder / "release" / "certificate.json").read_text())
+
+
+def canary_audit(bound, saw="a test"):
+    return audit.CanaryAudit(saw, 100, 50, bound, 1e-5, 0.975, 3.0, 0.0, 0.5, (0.4, 0.6))
+
+
+CLAIM = {"epsilon": 1.0, "epsilon_replace_one": 1.9, "delta": 1e-5}
+
+
+@pytest.mark.parametrize("changes, passed", [
+    ({}, True), ({"model": canary_audit(1.1)}, False), ({"rows": canary_audit(1.1)}, False), ({"model": canary_audit(0.9)}, True),
+    ({"report": types.SimpleNamespace(passed=True, epsilon_bound=1.5)}, True), ({"report": types.SimpleNamespace(passed=True, epsilon_bound=2.0)}, False),
+    ({"report": types.SimpleNamespace(passed=False, epsilon_bound=0.0)}, False), ({"replay": types.SimpleNamespace(passed=False)}, False),
+    ({"claim": dict.fromkeys(CLAIM), "model": canary_audit(9.0), "report": types.SimpleNamespace(passed=True, epsilon_bound=9.0)}, True),
+    ({"claim": {**CLAIM, "epsilon": 8.0}, "model": canary_audit(7.0)}, True)])
+def test_findings_pass_only_if_nothing_was_found(changes, passed):
+    from dpsynth.pipeline import Findings
+
+    fine = types.SimpleNamespace(passed=True, epsilon_bound=0.0)
+    found = Findings(**{"claim": CLAIM, "replay": fine, "model": canary_audit(0.0), "rows": canary_audit(0.0), "report": fine, **changes})
+    assert found.passed is passed and Findings(CLAIM).passed
+
+
+def test_a_finished_run_passes_and_its_replay_is_that_of_its_certificate(finished, monkeypatch):
+    from dpsynth import pipeline
+
+    monkeypatch.setattr(pipeline, "mechanism_of", None)  # newer code may calibrate otherwise: the certificate says what ran
+    found = pipeline.audit_stage(RUN, finished, splits(), None)
+    assert found.passed and found.replay.passed, str(found)
+    assert found.claim == {name: certified(finished)[name] for name in CLAIM}
+    names = [check["name"] for check in json.loads((finished / "private" / "replay.json").read_text())["checks"]]
+    assert len(names) == 13 and "noise recorded by the training, over the promised one" in names
+    told, promised = certified(finished), pipeline.promised_mechanism(RUN, finished, splits())
+    assert promised.describe() == told["mechanism"] and (promised.num_units, promised.delta) == (told["num_units"], told["delta"])
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda checks: {**checks, "realised_over_promised_noise": 0.0}, "noise recorded by the training, over the promised one is 0 instead of 1"),
+    (lambda checks: {**checks, "realised_over_promised_noise": 0.5}, "is 0.5 instead of 1"), (lambda checks: {}, "updates recorded by the training is 0"),
+    (lambda checks: {**checks, "updates": checks["updates"] - 1}, "updates recorded by the training is 1 instead of 2")])
+def test_a_run_whose_training_recorded_something_else_fails(finished, change, says):
+    from dpsynth.pipeline import audit_stage
+
+    path = finished / "private" / "checks.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    found = audit_stage(RUN, finished, splits(), None)
+    assert not found.passed and says in str(found)
+
+
+@pytest.mark.parametrize("missing", ["private/checks.json", "release/certificate.json"])
+def test_a_run_without_its_records_fails(finished, missing):
+    from dpsynth.pipeline import audit_stage
+
+    (finished / missing).unlink()
+    found = audit_stage(RUN, finished, splits(), None)
+    assert not found.passed and "BROKEN" in str(found)
+
+
+@pytest.mark.parametrize("by_model, by_rows", [(0.2, 0.7), (0.7, 0.2)])
+def test_the_worse_of_two_canary_audits_is_certified(finished, monkeypatch, by_model, by_rows):
+    from dpsynth import pipeline
+    from dpsynth.certificate import verify
+
+    some = types.SimpleNamespace(included=np.arange(40) < 20, texts=[])
+    for name, result in (("audit_canaries", canary_audit(by_model, "the tuned model")), ("audit_canaries_in_rows", canary_audit(by_rows, "the rows")),
+                         ("canary_records", some), ("check_same_canaries", None), ("prepare_model", None), ("row_losses", None), ("read_rows", ([], []))):
+        monkeypatch.setattr(pipeline, name, lambda *args, result=result, **options: result)
+    monkeypatch.setattr(pipeline.CanaryCoins, "read", lambda count, folder: some)
+    pipeline.audit_hidden(RUN.model_copy(update={"canaries": 40}), finished, splits(), None)
+    told = certified(finished)["audit"]
+    assert told["epsilon_bound"] == 0.7 and told["saw"] == ("the rows" if by_rows > by_model else "the tuned model")
+    assert told["confidence"] == 0.95 and "confidence 0.95" in told["summary"] and verify(finished / "release" / "certificate.json")
+    numbers = json.loads((finished / "metrics.json").read_text())
+    assert (numbers["audit"]["epsilon_bound"], numbers["audit_in_rows"]["epsilon_bound"]) == (by_model, by_rows)
+
+
+def test_canaries_that_changed_since_the_training_are_not_looked_for(tmp_path):
+    from dpsynth.pipeline import check_same_canaries
+
+    settings, included = Settings(canaries=40, canary_copies=2, epsilon="inf", sequence_length=8), np.arange(40) % 3 == 0
+    made = canaries.canary_records(settings, from_frame(pd.DataFrame({"text": list("abcd"), "label": [0, 1, 0, 1]}), settings).train)
+    model = types.SimpleNamespace(response_ids=lambda texts: [[len(word) for word in text.split()] for text in texts])
+    trained = made.take(np.repeat(np.flatnonzero(included), 2))
+    TokenStore.write(tmp_path / "private" / "tokens", [([7, 7, 7], [1]), *(([7, 7, 7], ids[:5]) for ids in model.response_ids(trained.texts))])
+    check_same_canaries(settings, tmp_path, made, included, model)
+    other = dataclasses.replace(made, frame=made.frame.assign(text=[f"un{text}" for text in made.texts]))
+    with pytest.raises(PrivacyError, match="canaries are others now"):
+        check_same_canaries(settings, tmp_path, other, included, model)
+
+
+def test_rows_are_attacked_at_the_delta_of_the_run_and_without_those_that_had_copies(finished, monkeypatch):
+    from dpsynth import pipeline
+
+    asked = {}
+    report = types.SimpleNamespace(to_dict=dict)
+    monkeypatch.setattr(pipeline, "audit_files", lambda rows, train, kept, **options: asked.update(train=train, kept=kept, **options) or report)
+    (finished / "release" / "synthetic.jsonl").write_text('{"text": "a"}\n')
+    frame = pd.DataFrame({"text": [f"row {i % 90}" for i in range(100)], "label": 0})
+    settings = RUN.model_copy(update={"duplicates": "drop", "audit_fraction": 0.4})
+    rows = from_frame(frame, settings, test=frame[:10])
+    assert pipeline.audit_rows(settings, finished, rows) is report and asked["delta"] == certified(finished)["delta"]
+    once = frame["text"][~frame["text"].duplicated(keep=False)].tolist()
+    assert len(once) == 80 and sorted(asked["train"] + asked["kept"]) == sorted(once) and len(rows.train) > len(asked["train"])
+    pipeline.audit_rows(RUN, finished, splits())
+    assert asked["train"] == splits().train.texts  # nothing is left out where copies are kept
+
+
+@pytest.fixture
+def audit_table(repo):
+    """tools/audit_table.py as a module."""
     spec = importlib.util.spec_from_file_location("audit_table", repo / "tools" / "audit_table.py")
-    table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(table)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_run_with_its_noise_switched_off_fails_and_never_has_a_certificate(audit_table, tmp_path, monkeypatch):
+    from dpsynth import pipeline
+
+    folder, train = pipeline.prepare_folder(RUN, tmp_path / "dp"), audit_table.fit_stage
+    marked = lambda: "switched off on purpose" in (folder / "release" / "NOT_PRIVATE.md").read_text()
+    monkeypatch.setattr(audit_table, "fit_stage", lambda settings, folder, splits: marked() and train(settings, folder, splits))
+    assert audit_table.fit_silently(RUN, folder, splits()) and marked() and not [*(folder / "release").glob("certificate*")]
+    assert json.loads((folder / "metrics.json").read_text())["epsilon"] is None
+    found = pipeline.audit_stage(RUN, folder, splits(), None)
+    assert not found.passed and "noise recorded by the training, over the promised one is 0 instead of 1" in str(found)
+
+
+def test_the_null_audits_of_the_audit_table(audit_table, monkeypatch, capsys):
+    table = audit_table
     found = table.null(3)
     assert found["draws"] == 3 and found["alarms"]["the audit as a whole: either of the two"] <= 1
     assert capsys.readouterr().out.count("of 3 false alarms") == 5

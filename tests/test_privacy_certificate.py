@@ -1,7 +1,9 @@
 """What a certificate says, and that it can be recomputed."""
 
+import html
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -9,9 +11,10 @@ import numpy as np
 import pytest
 
 from parts import IMDB, certificate_of
-from dpsynth.certificate import Certificate, false_negatives, verify, write_certificate
-from dpsynth.ledger import group_privacy
-from dpsynth.settings import PrivacyError
+from dpsynth.certificate import Certificate, base_model, false_negatives, make_certificate, read_certificate, verify, write_certificate
+from dpsynth.ledger import accesses_event, compose, group_privacy
+from dpsynth.privacy import make_mechanism
+from dpsynth.settings import PrivacyError, Settings
 
 
 def test_certificate_verifies_and_a_false_one_does_not(tmp_path):
@@ -36,6 +39,77 @@ def test_certificate_lists_every_access_and_what_is_not_covered():
     certificate = certificate_of(IMDB.model_copy(update={"monitor": "private"}))
     assert all(isinstance(a["epsilon"], float) or a["epsilon"] == "public" for a in certificate["accesses"])
     assert "operator" in certificate["monitor"] and any("test split" in item for item in certificate["not_covered"])
+
+
+EVERYTHING = Settings(epsilon=8, delta=1e-4, batch_size=64, epochs=2, experiment="all", unit="user", unit_count="private", label_prior="private",
+                      canaries=60, tuned_on="the demo", monitor="private")
+
+
+def full_certificate():
+    """A certificate in which every part says something."""
+    composed = {"epsilon": 11.5, "delta": 1e-4, "releases": 3, "without_privacy": 2, "ledger": "the owner's ledger"}
+    certificate = make_certificate(make_mechanism(EVERYTHING, 1000), EVERYTHING, base=base_model("vault_gemma_1b_en", "0123abcd", "nothing found"),
+                                   composed=composed)
+    certificate["audit"] = {"summary": "no attack succeeded"}
+    return certificate
+
+
+def leaves(part):
+    if isinstance(part, dict):
+        return [leaf for value in part.values() for leaf in leaves(value)]
+    return [leaf for value in part for leaf in leaves(value)] if isinstance(part, list) else [part]
+
+
+@pytest.mark.parametrize("form", ["markdown", "_repr_html_"])
+def test_page_and_card_say_all_that_the_json_says(form):
+    certificate = full_certificate()
+    text = html.unescape(getattr(certificate, form)())
+    numbers = [float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\.?\d*(?:e-?\d+)?", text)]
+    for name, part in certificate.items():
+        if name not in ("format", "private"):
+            missing = [leaf for leaf in leaves(part) if not (leaf in text if isinstance(leaf, str) else any(math.isclose(leaf, n, rel_tol=5e-3) for n in numbers))]
+            assert not missing, name
+
+
+def test_releases_without_privacy_are_said_beside_the_composition(tmp_path):
+    certificate = full_certificate()
+    write_certificate(certificate, tmp_path)
+    assert "over 3 run(s), and 2 release(s) WITHOUT privacy: with those there is no guarantee, by the owner's ledger" in certificate.markdown()
+    assert "cannot be recomputed from this certificate alone" in certificate["composed"]["basis"]
+    assert any("other ledgers than the owner's ledger" in item for item in certificate["not_covered"])
+    assert verify(tmp_path / "certificate.json")["epsilon"] <= certificate["epsilon"] == read_certificate(tmp_path / "certificate.json")["epsilon"]
+    assert "WITHOUT" not in certificate_of().markdown()
+
+
+def test_a_number_of_units_that_is_public_and_canaries_among_them_are_said():
+    public, private = certificate_of(IMDB.model_copy(update={"canaries": 60})), full_certificate()
+    assert "the number of units is public" in public["adjacency"] and "public" not in private["adjacency"]
+    assert public["canaries"] == 60 and "(public), at most 1 row(s) of each; 60 of them are canaries" in public.markdown()
+    assert "1,000 (estimated)" in private.markdown() and "OpenDP" in private["randomness"]["counts"] and "OpenDP" not in public["randomness"]["counts"]
+    assert any("label_prior.json" in item for item in private["released"]) and not any("label_prior" in item for item in public["released"])
+
+
+def test_what_is_known_of_a_base_model_belongs_to_its_exact_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    known = ["vault_gemma_1b_en", "kaggle://keras/vaultgemma/keras/vault_gemma_1b_en/2"]
+    for name in (*known, "/models/vault_gemma_1b_en", "vault_gemma_tuned_on_ours", "my/gemma3_1b", "medgemma_4b"):
+        entry = base_model(name, "hash", "not checked")
+        assert (entry["own_guarantee"] is not None) == (name in known) and ("not known" in entry["trained_on"]) == (name not in known)
+    (tmp_path / "vault_gemma_1b_en").mkdir()
+    assert base_model("vault_gemma_1b_en", "hash", "not checked")["own_guarantee"] is None
+    for name in ("gemma3_1b", "gemma3_instruct_27b_text", "gemma3_270m", "kaggle://keras/gemma3/keras/gemma3_1b"):
+        assert "not published" in base_model(name, "hash", "not checked")["trained_on"]
+
+
+def test_groups_are_bounded_by_their_own_accounting():
+    certificate = certificate_of()
+    for group in certificate["groups"]:
+        assert group["delta"] == certificate["delta"]
+        assert group["epsilon"] == compose([accesses_event(certificate["accesses"])], group["delta"], group=group["units"]) > certificate["epsilon"]
+    assert group_privacy(certificate["epsilon"], certificate["delta"], 2)[1] > 0.1 > certificate["groups"][0]["delta"]
+    banded = certificate_of(IMDB.model_copy(update={"bands": "4"}))
+    assert (banded["groups"][0]["epsilon"], banded["groups"][0]["delta"]) == group_privacy(banded["epsilon"], banded["delta"], 2)
+    verify(banded)
 
 
 def test_certificate_without_a_part_is_refused(tmp_path):

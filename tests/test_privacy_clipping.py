@@ -59,3 +59,13 @@ def test_private_sum_without_noise_points_where_the_plain_gradient_points(micro,
     bounded = trainer(micro, store, clip="bound", l2_clip_norm=1e3)
     ours = flatten(bounded.gradient_sum(np.arange(6))) / bounded.session.grid
     assert ours == pytest.approx(flatten(plain.gradient_sum(np.arange(6))), abs=1e-2)
+
+
+@pytest.mark.parametrize("many", [jax.vmap, lambda clip: lambda units: jax.lax.map(clip, units)], ids=["side by side", "one by one"])
+def test_norm_is_bounded_in_the_programs_that_sum_many_arrays_of_many_units(many):
+    rng, grid = np.random.default_rng(4), 2.0**20
+    shapes = ((2048, 256), (256, 4, 64), (1024,))
+    units = [jnp.asarray(rng.normal(size=(4, *shape)) * np.array([1e-20, 1e-3, 1.0, 1e6]).reshape(4, *[1] * len(shape)), "float32") for shape in shapes]
+    clipped = jax.jit(many(lambda unit: clip_to_grid(unit, "normalize", 1.0, grid)[0]))(units)
+    norms = np.sqrt(sum((np.asarray(array, np.float64) ** 2).reshape(4, -1).sum(1) for array in clipped)) / grid
+    assert (norms <= 1).all() and (norms > 0.999).all()

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from parts import RUN, SECRET, mechanism, splits, trainer
+import dpsynth.finetune
 import dpsynth.privacy
-from dpsynth.finetune import finetune_run, flatten, self_check, train
+from dpsynth.finetune import computation, finetune_run, flatten, self_check, train
 from dpsynth.privacy import Randomness, Session, bind_run, run_identity
 from dpsynth.settings import PrivacyError
 
@@ -32,14 +33,26 @@ def test_a_sum_is_released_once():
 
 
 @pytest.mark.parametrize("part, value, words", [("settings", json.dumps({"epsilon": 9}), "settings .epsilon: 8, now 9"), ("data", "other", "training rows"),
-                                                ("code", "other", "dpsynth code"), ("base_model", "other", "base model")])
+                                                ("code", "other", "dpsynth code"), ("base_model", "other", "base model"),
+                                                ("libraries", json.dumps({"jax": "0"}), "libraries .*, now "),
+                                                ("computation", json.dumps({"microbatch_size": 4}), "devices .microbatch_size: 8, now 4"),
+                                                ("computation", json.dumps({"microbatch_size": 8, "device": "h100"}), "devices .device: None, now h100")])
 def test_changed_settings_data_or_code_refuse_to_resume(tmp_path, part, value, words):
     private = tmp_path / "run" / "private"
     private.mkdir(parents=True)
-    identity = run_identity(json.dumps({"epsilon": 8}), "fingerprint", "hash")
+    identity = run_identity(json.dumps({"epsilon": 8}), "fingerprint", "hash", {"microbatch_size": 8})
     assert bind_run(private, identity) == bind_run(private, identity)
-    with pytest.raises(PrivacyError, match=words):
+    with pytest.raises(PrivacyError, match=words) as error:
         bind_run(private, {**identity, part: value})
+    assert "\n" not in str(error.value)
+    free = part in ("code", "libraries", "computation")
+    assert not free or bind_run(private, {**identity, part: value}, finished=True) == bind_run(private, identity)
+
+
+def test_every_module_that_decides_a_release_is_in_the_identity_of_a_run():
+    names = {file.name for file in dpsynth.privacy.code_modules()}
+    assert {f"{name}.py" for name in ("audit", "demo", "ledger", "runs", "pipeline", "canaries", "finetune", "privacy", "__init__")} <= names
+    assert not names & {"cli.py", "experiments.py", "evaluation.py", "synthesizer.py", "_modidx.py"}
 
 
 def test_every_update_beyond_the_last_is_refused(micro, store):
@@ -84,6 +97,22 @@ def test_a_finished_run_loads_and_changed_epsilon_or_data_refuses(run):
     for settings, data in ((RUN.model_copy(update={"epsilon": 9.0}), splits()), (RUN, splits("an entirely different row"))):
         with pytest.raises(PrivacyError, match="started with other"):
             finetune_run(settings, data, run, progress=False)
+
+
+def test_a_run_that_is_not_finished_keeps_its_microbatches_and_devices(tmp_path, monkeypatch):
+    finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+    smaller = RUN.model_copy(update={"microbatch_size": 4})
+    finetune_run(smaller, splits(), tmp_path / "dp", progress=False)
+    for file in (tmp_path / "dp" / "release" / "adapter.npz", tmp_path / "dp" / "private" / "checkpoint.npz"):
+        file.unlink()
+    with pytest.raises(PrivacyError, match="started with other microbatches or devices .microbatch_size: 8, now 4"):
+        finetune_run(smaller, splits(), tmp_path / "dp", progress=False)
+    known = computation(RUN)
+    assert set(known) == {"microbatch_size", "rematerialize", "backend", "device", "devices"} and known["microbatch_size"] == 8 and known["devices"] >= 1
+    monkeypatch.setattr(dpsynth.finetune, "computation", lambda settings: {**known, "backend": "elsewhere"})
+    with pytest.raises(PrivacyError, match="devices .backend: .*, now elsewhere"):
+        finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+    assert not (tmp_path / "dp" / "release" / "adapter.npz").exists()
 
 
 def test_a_finished_run_loads_under_other_libraries_and_an_unfinished_one_refuses(tmp_path, monkeypatch):

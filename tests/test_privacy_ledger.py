@@ -302,24 +302,40 @@ def released_after(folder, april, may):
 
 @pytest.mark.parametrize("may", [range(100), range(1, 101), range(99), range(200, 300), range(50, 150)])
 def test_what_may_be_published_depends_on_no_row(tmp_path, may):
-    epsilon, runs = released_after(tmp_path, rows(range(300, 400)), rows(may))
-    assert (epsilon, runs) == (pytest.approx(3.0, abs=5e-3), 2)
+    epsilon, runs, without = released_after(tmp_path, rows(range(300, 400)), rows(may))
+    assert (epsilon, runs, without) == (pytest.approx(3.0, abs=5e-3), 2, 0)
     for name, april in {"same": rows(may), "one more": [*rows(may), "one"], "other": rows(range(100))}.items():
-        assert released_after(tmp_path / name, april, rows(may)) == (epsilon, runs)
+        assert released_after(tmp_path / name, april, rows(may)) == (epsilon, runs, without)
 
 
 def test_what_may_be_published_is_what_was_charged_under_the_name(ledger, film):
-    assert ledger.released_as("film", DELTA) == (0.0, 0)
+    assert ledger.released_as("film", DELTA) == (0.0, 0, 0)
     ledger.plan("a training", film, pure(1.0))
-    assert ledger.released_as("film", DELTA) == (0.0, 0)
+    assert ledger.released_as("film", DELTA) == (0.0, 0, 0)
     ledger.start("a training")
     ledger.abandon("a training")
     other = ledger.register("film", rows(range(50, 150)), DELTA)
     spend_in_parts(ledger, other, "b")
-    epsilon, runs = ledger.released_as(other.declared, DELTA)
-    assert (other.name, other.declared, runs) == ("film~2", "film", 2)
+    epsilon, runs, without = ledger.released_as(other.declared, DELTA)
+    assert (other.name, other.declared, runs, without) == ("film~2", "film", 2, 0)
     assert epsilon == pytest.approx(2.5, abs=5e-3) and epsilon == ledger.spent(other)
-    assert ledger.released_as("film~2", DELTA) == (0.0, 0) and ledger.dataset("film~2").declared == "film"
+    assert ledger.released_as("film~2", DELTA) == (0.0, 0, 0) and ledger.dataset("film~2").declared == "film"
+
+
+def test_what_was_released_without_privacy_is_counted_apart(ledger, film):
+    spend_in_parts(ledger, film, "a")
+    spend(ledger, film, {"kind": "not_private"}, "b training")
+    epsilon, runs, without = ledger.released_as("film", DELTA)
+    assert (epsilon, runs, without) == (pytest.approx(1.5, abs=5e-3), 1, 1) and ledger.spent(film) == math.inf
+    (total,) = ledger.totals_after([(film, pure(1.0)), (film, {"kind": "not_private"})])
+    assert (total.epsilon, total.runs, total.earlier, total.without_privacy) == (pytest.approx(2.5, abs=5e-3), 1, 1, 2)
+
+
+def test_the_release_of_a_run_is_found_by_its_name(ledger, film):
+    ledger.plan("a training", film, pure(1.0))
+    assert not ledger.release("a training").charged and ledger.release("b training") is None
+    ledger.start("a training")
+    assert ledger.release("a training").charged
 
 
 def test_a_run_cannot_come_back_under_another_name(ledger, film):
@@ -615,9 +631,8 @@ def test_files_are_private_and_rows_are_not_in_them(ledger, film):
     folder = ledger.path.parent
     with sqlite3.connect(ledger.path) as db:
         db.execute("SELECT * FROM units").fetchone()
-        assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == dict.fromkeys(
-            ["ledger.sqlite", "ledger.sqlite.key", "ledger.sqlite-wal", "ledger.sqlite-shm"], 0o600
-        )
+        modes = dict.fromkeys(["ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm"], 0o600)
+        assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == {**modes, "ledger.sqlite.key": 0o400}
         with ledger._connect() as own:
             assert own.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL: a commit is on disk
         assert (db.execute("PRAGMA journal_mode").fetchone()[0], len(db.execute("SELECT hash FROM units").fetchone()[0])) == ("wal", 16)
@@ -677,6 +692,12 @@ def set_pragma(name, value):
     return spoil
 
 
+def replace_key(path, content):
+    key = path.with_name("ledger.sqlite.key")
+    key.unlink()
+    key.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     "spoil, words",
     [
@@ -686,8 +707,9 @@ def set_pragma(name, value):
         (set_pragma("application_id", 1), "not a ledger"),
         (set_pragma("user_version", 7), "version 7, this dpsynth knows 2"),
         (lambda path: path.with_name("ledger.sqlite.key").unlink(), "key of the ledger is missing"),
-        (lambda path: path.with_name("ledger.sqlite.key").write_bytes(bytes(32)), "does not belong"),
-        (lambda path: path.with_name("ledger.sqlite.key").write_bytes(b"short"), "32 bytes"),
+        (lambda path: replace_key(path, bytes(32)), "does not belong"),
+        (lambda path: replace_key(path, b"short"), "32 bytes"),
+        (lambda path: path.unlink(), "ledger.sqlite: the ledger is gone and its key is not"),
     ],
 )
 def test_a_damaged_or_foreign_file_is_one_clear_error(ledger, film, spoil, words):
@@ -703,6 +725,16 @@ def test_a_ledger_that_disappears_is_not_replaced_by_an_empty_one(ledger, film):
     with pytest.raises(PrivacyError, match="cannot be used"):
         ledger.plan("r", film, GAUSSIAN)
     assert not ledger.path.exists()
+
+
+def test_a_ledger_whose_making_was_cut_short_is_made(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    path.with_name("ledger.sqlite.key").write_bytes(bytes(32))  # killed between the key and the file
+    Ledger(path).register("film", ["a"])
+    path.unlink()
+    with pytest.raises(PrivacyError, match="restore it from a backup"):
+        Ledger(path)
+    assert not path.exists()
 
 
 def test_a_ledger_that_is_held_for_too_long_says_so(ledger, film, monkeypatch):

@@ -5,8 +5,13 @@ import math
 
 import pytest
 
+import dpsynth.finetune
 from parts import RUN, splits
+from dpsynth.certificate import read_certificate, verify
 from dpsynth.finetune import Trainer, finetune_run
+from dpsynth.ledger import RUNS_LEDGER, Ledger
+from dpsynth.pipeline import Survey, spending
+from dpsynth.settings import BudgetError
 
 
 def test_a_run_is_charged_once_and_stays_charged(run, tmp_path):
@@ -17,7 +22,8 @@ def test_a_run_is_charged_once_and_stays_charged(run, tmp_path):
     assert [r.state for r in ledger.charged(dataset)] == ["finished"] and dataset.units == 40
     certificate = json.loads((run / "release" / "certificate.json").read_text())
     assert certificate["composed"] == {"epsilon": pytest.approx(certificate["epsilon"], rel=1e-3), "delta": certificate["delta"], "releases": 1,
-                                       "ledger": "the ledger of this folder of runs"}
+                                       "without_privacy": 0, "ledger": "the ledger of this folder of runs",
+                                       "basis": "what the ledger holds; it cannot be recomputed from this certificate alone"}
     finetune_run(RUN, splits(), run, progress=False)
     assert len(ledger.charged(dataset)) == 1
     ledger.set_cap(dataset, 10.0)
@@ -25,6 +31,79 @@ def test_a_run_is_charged_once_and_stays_charged(run, tmp_path):
         finetune_run(RUN, splits("an entirely different row"), run.parent / "again", progress=False)
     assert not (run.parent / "again" / "release" / "adapter.npz").exists()
     ledger.set_cap(dataset, math.inf)
+
+
+PLAIN = RUN.model_copy(update={"epsilon": math.inf, "experiment": "plain"})
+
+
+def survey(settings):
+    return Survey(settings, load=lambda settings: splits(settings=settings))
+
+
+def test_a_run_without_privacy_is_charged_and_certificates_of_the_same_data_say_so(tmp_path):
+    assert spending([survey(PLAIN)], tmp_path) == ["privacy: 1 run(s) WITHOUT privacy on frame: with those there is no guarantee"]
+    finetune_run(PLAIN, splits(), tmp_path / "plain", progress=False)
+    ledger = Ledger(tmp_path / RUNS_LEDGER)
+    (release,) = ledger.charged(ledger.datasets()[0])
+    assert release.parts == ['{"kind": "not_private"}'] and release.state == "finished"
+    (line,) = spending([survey(RUN)], tmp_path)
+    assert "1 run(s) on frame bring what is spent to epsilon 8" in line or "epsilon 7.99" in line
+    assert line.endswith("0 earlier run(s) included; and 1 run(s) WITHOUT privacy on frame: with those there is no guarantee")
+    finetune_run(RUN, splits(), tmp_path / "dp_ft", progress=False)
+    assert spending([survey(PLAIN), survey(RUN)], tmp_path) == []
+    certificate = read_certificate(tmp_path / "dp_ft" / "release" / "certificate.json")
+    assert certificate["composed"]["epsilon"] == pytest.approx(certificate["epsilon"], rel=1e-3)
+    assert (certificate["composed"]["releases"], certificate["composed"]["without_privacy"]) == (1, 1)
+    assert "and 1 release(s) WITHOUT privacy: with those there is no guarantee" in (tmp_path / "dp_ft" / "release" / "certificate.md").read_text()
+    verify(certificate)
+
+
+def test_a_cap_refuses_a_run_without_privacy_before_it_trains(tmp_path, monkeypatch):
+    data = splits()
+    ledger = Ledger(tmp_path / RUNS_LEDGER)
+    ledger.set_cap(ledger.register("mine", data.train.ledger_names()), 1000.0)
+    monkeypatch.setattr(dpsynth.finetune, "tokenize", lambda *arguments: pytest.fail("it trains"))
+    for refused in (lambda: spending([survey(PLAIN)], tmp_path), lambda: finetune_run(PLAIN, data, tmp_path / "plain", progress=False)):
+        with pytest.raises(BudgetError, match="asks inf.* over the cap 1000"):
+            refused()
+    assert not (tmp_path / "plain" / "release" / "NOT_PRIVATE.md").exists()
+
+
+def test_a_run_that_was_killed_after_it_was_charged_resumes_under_a_cap_of_itself(tmp_path, monkeypatch):
+    def die(*arguments):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(dpsynth.finetune, "tokenize", die)
+        with pytest.raises(KeyboardInterrupt):
+            finetune_run(RUN, splits(), tmp_path / "dp_ft", progress=False)
+    ledger = Ledger(tmp_path / RUNS_LEDGER)
+    ledger.set_cap(ledger.datasets()[0], 8.0)
+    assert spending([survey(RUN)], tmp_path) == []
+    finetune_run(RUN, splits(), tmp_path / "dp_ft", progress=False)
+    assert [r.state for r in ledger.charged(ledger.datasets()[0])] == ["finished"]
+
+
+def test_a_run_that_was_killed_between_its_two_charges_is_asked_for_the_second_only(tmp_path, monkeypatch):
+    counted = RUN.model_copy(update={"label_prior": "private"})
+
+    def die(*arguments):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(dpsynth.finetune, "noisy_counts", die)
+        with pytest.raises(KeyboardInterrupt):
+            finetune_run(counted, splits(), tmp_path / "dp_ft", progress=False)
+    ledger = Ledger(tmp_path / RUNS_LEDGER)
+    ledger.set_cap(ledger.datasets()[0], 8.01)
+    assert len(spending([survey(counted)], tmp_path)) == 1
+
+
+def test_a_finished_run_is_charged_to_no_other_ledger(tmp_path):
+    counted = RUN.model_copy(update={"label_prior": "private"})
+    finetune_run(counted, splits(), tmp_path / "dp_ft", progress=False)
+    moved = counted.model_copy(update={"ledger": str(tmp_path / "other.sqlite")})
+    finetune_run(moved, splits(), tmp_path / "dp_ft", progress=False)
+    other = Ledger(tmp_path / "other.sqlite")
+    assert not any(other.charged(dataset) for dataset in other.datasets()) and spending([survey(moved)], tmp_path) == []
 
 
 def test_a_stopped_run_is_charged(tmp_path, monkeypatch):

@@ -6,24 +6,101 @@ import math
 import numpy as np
 import pytest
 
+import pandas as pd
+
+import dpsynth.finetune
 from parts import IMDB, RUN, splits
 from dpsynth.certificate import base_model, make_certificate, verify
+from dpsynth.data import from_frame
 from dpsynth.finetune import finetune_run, label_shares
-from dpsynth.pipeline import fit_stage, load_stage
-from dpsynth.privacy import Access, calibrate_noise, compose, make_mechanism, noisy_counts
-from dpsynth.settings import SettingsError
+from dpsynth.ledger import RUNS_LEDGER, Ledger
+from dpsynth.pipeline import Survey, fit_stage, load_stage, spending
+from dpsynth.privacy import Access, calibrate_noise, compose, count_accesses, make_mechanism, noisy_counts
+from dpsynth.settings import SettingsError, make_settings
 
 
 def test_counts_and_training_together_meet_the_target():
     plain = make_mechanism(IMDB, 25000)
-    paid = make_mechanism(IMDB.model_copy(update={"label_prior": "private", "unit_count": "private"}), 25000)
-    assert [a.what for a in paid.others] == ["number of training units", "label histogram"]
+    settings = IMDB.model_copy(update={"label_prior": "private"})
+    paid = make_mechanism(settings, 25000)
+    assert [a.what for a in paid.others] == ["label histogram"] and not paid.before
     assert paid.noise_multiplier > plain.noise_multiplier and 9.95 < paid.epsilon <= 10
     assert paid.epsilon == compose(paid.accesses, paid.delta) < sum(compose((a,), paid.delta) for a in paid.accesses)
-    settings = IMDB.model_copy(update={"label_prior": "private", "unit_count": "private"})
     certificate = make_certificate(paid, settings, base=base_model("tiny", "", "no"))
-    assert sum(a["epsilon"] == "public" for a in certificate["accesses"]) == 3 and len(certificate["accesses"]) == 6
+    assert sum(a["epsilon"] == "public" for a in certificate["accesses"]) == 4 and len(certificate["accesses"]) == 6
     verify(certificate)
+
+
+def test_what_follows_from_the_number_of_units_is_added_to_it_and_not_composed():
+    settings = IMDB.model_copy(update={"label_prior": "private", "unit_count": "private", "access_share": 0.1})
+    paid = make_mechanism(settings, 25000)
+    assert [a.what for a in paid.before] == ["number of training units"] and [a.what for a in paid.others] == ["label histogram"]
+    rest = (paid.training(paid.steps), *paid.others)
+    assert paid.spent_before() == pytest.approx(1.0) and 8.95 < compose(rest, paid.delta) <= 9.0
+    assert paid.epsilon == paid.spent_before() + compose(rest, paid.delta) > compose(paid.accesses, paid.delta)
+    certificate = make_certificate(paid, settings, base=base_model("tiny", "", "no"))
+    assert certificate["epsilon"] == paid.epsilon and verify(certificate)["epsilon"] < paid.epsilon - 0.05
+    assert certificate["epsilon_replace_one"] == pytest.approx(2.0 + compose(rest, paid.delta, "epsilon_replace_one"))
+    curve = {point["delta"]: point["epsilon"] for point in certificate["curve"]}
+    assert curve[1e-5] == pytest.approx(1.0 + compose(rest, 1e-5))
+    assert sum(a["epsilon"] == "public" for a in certificate["accesses"]) == 3 and len(certificate["accesses"]) == 6
+
+
+def test_a_private_number_of_units_needs_a_delta_that_does_not_follow_from_it():
+    with pytest.raises(SettingsError, match="^setting delta: give one, well below 1/n; .*unit_count: private") as error:
+        make_settings({"unit_count": "private"})
+    assert "\n" not in str(error.value) and make_settings({"unit_count": "private", "delta": 1e-5}).delta == 1e-5
+
+
+def people(settings):
+    """Twelve people with four rows each, of both labels; three of them repeat a text of 60 words in all their rows."""
+    long = " ".join(f"word{i}" for i in range(60))
+    rows = pd.DataFrame([{"text": f"{long} {u} {i}" if u < 3 else f"row {i} of {u} was fine", "label": i % 2, "user": f"u{u}"} for u in range(12) for i in range(4)])
+    return from_frame(rows, settings, test=pd.DataFrame({"text": ["a", "b"], "label": [0, 1], "user": ["x", "y"]})), long
+
+
+def test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged(tmp_path, monkeypatch):
+    settings = RUN.model_copy(update={"unit": "user", "batch_size": 4, "max_records_per_unit": 3, "delta": 1e-3, "access_share": 0.1, "unit_count": "private",
+                                      "label_prior": "private", "contamination_corpus": str(tmp_path / "corpus.jsonl"),
+                                      "contamination_reference": str(tmp_path / "fresh.jsonl")})
+    data, long = people(settings)
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in (long, "something else")), encoding="utf-8")
+    (tmp_path / "fresh.jsonl").write_text("".join(json.dumps({"text": f"zxqj {i}"}) + "\n" for i in range(9)), encoding="utf-8")
+    drawn, charged = [], []
+
+    def record(counts, scale):
+        ledger = Ledger(tmp_path / RUNS_LEDGER)
+        charged.append([r.title for r in ledger.charged(ledger.datasets()[0])])
+        drawn.append(([int(c) for c in counts], scale))
+        return drawn[-1][0]
+
+    monkeypatch.setattr(dpsynth.finetune, "noisy_counts", record)
+    finetune_run(settings, data, tmp_path / "dp", progress=False)
+    assert charged == 4 * [["dp_ft: counts"]]
+    assert [scale for _, scale in drawn] == [access.noise_multiplier for access in count_accesses(settings).values()] == 4 * [pytest.approx(1 / 0.8)]
+    counts = dict(zip(count_accesses(settings), (counts for counts, _ in drawn)))
+    assert counts["units"] == [12] and counts["overlaps"] == [3] and sum(counts["labels"]) == 12 and sum(counts["likelier"]) == 12
+    ledger = Ledger(tmp_path / RUNS_LEDGER)
+    counting, training = ledger.charged(ledger.datasets()[0])
+    assert [r.run_id.partition(" ")[2] for r in (counting, training)] == ["counts", "training"] and counting.run == training.run
+    noises = [json.loads(part)["noise_multiplier"] for part in counting.parts]
+    assert noises == [scale for _, scale in drawn]
+    paid = [a for a in json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())["accesses"] if a["epsilon"] != "public"]
+    assert sorted(a["noise_multiplier"] for a in paid if a["mechanism"] == "discrete_laplace") == sorted(noises) and len(paid) == 5
+
+
+def test_before_a_run_nothing_follows_from_a_number_of_units_that_is_to_be_hidden(tmp_path):
+    hidden = RUN.model_copy(update={"unit_count": "private", "delta": 1e-3})
+    found = Survey(hidden, load=lambda settings: splits(settings=settings))
+    lines = spending([found], tmp_path)
+    assert found.mechanism is None and lines == ["privacy: dp_ft on frame, whose number of units is private, will spend at most epsilon 8; "
+                                                 "whether a cap allows it is asked when it is charged"]
+    ledger = Ledger(tmp_path / RUNS_LEDGER)
+    assert ledger.datasets()[0].delta == 1e-3
+    for wrong in ({"batch_size": 41}, {"delta": 0.03}, {"noise_multiplier": 0.4}):
+        with pytest.raises(SettingsError, match="`unit_count: private` hides") as error:
+            Survey(hidden.model_copy(update=wrong), load=lambda settings: splits(settings=settings))
+        assert "40" not in str(error.value) and "0.025" not in str(error.value)
 
 
 def test_noisy_counts_have_the_promised_noise():
@@ -44,14 +121,14 @@ def test_label_shares_are_shares_whatever_the_noise_did():
 
 
 def test_an_exact_number_of_units_that_was_paid_to_be_hidden_is_in_no_file(tmp_path):
-    settings = RUN.model_copy(update={"unit_count": "private", "access_share": 0.2})
+    settings = RUN.model_copy(update={"unit_count": "private", "delta": 1e-3, "access_share": 0.2})
     fit_stage(settings, tmp_path / "dp", load_stage(settings, tmp_path / "dp", splits(settings=settings)))
     metrics = json.loads((tmp_path / "dp" / "metrics.json").read_text())
     assert "train_units" not in metrics and 40 not in metrics.values()
 
 
 def test_counts_are_estimated_once_and_used(tmp_path):
-    settings = RUN.model_copy(update={"label_prior": "private", "unit_count": "private", "access_share": 0.2})
+    settings = RUN.model_copy(update={"label_prior": "private", "unit_count": "private", "delta": 1e-3, "access_share": 0.2})
     finetune_run(settings, splits(), tmp_path / "dp", progress=False)
     certificate = json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())
     counts = json.loads((tmp_path / "dp" / "private" / "counts.json").read_text())

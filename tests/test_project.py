@@ -1,6 +1,7 @@
 """The package, its notebooks, its documentation and its packaging say the same."""
 
 import ast
+import json
 import pathlib
 import re
 import runpy
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 
+import h5py
 import nbformat
 import pytest
 
@@ -117,6 +119,46 @@ def test_packaged_copies_are_copies(repo, source, packaged):
 
 def test_packaged_demo_is_the_demo(repo):
     assert contents(repo / "configs" / "demo", "*.yaml") == contents(repo / "dpsynth" / "assets" / "configs" / "demo", "*.yaml")
+
+
+TINY = REPO / "dpsynth" / "assets" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def pretraining():
+    """The figures that were written when the bundled model was exported."""
+    return json.loads((TINY / "pretraining.json").read_text(encoding="utf-8"))
+
+
+def stored_parameters(path):
+    """How many numbers a file of Keras weights holds."""
+    sizes = []
+    with h5py.File(path) as file:
+        file.visititems(lambda _, item: sizes.append(item.size) if isinstance(item, h5py.Dataset) else None)
+    return sum(sizes)
+
+
+def test_bundled_model_is_small(pretraining):
+    config = json.loads((TINY / "config.json").read_text(encoding="utf-8"))["config"]
+    assert sum(p.stat().st_size for p in TINY.rglob("*") if p.is_file()) <= 12_000_000
+    assert 4_000_000 <= pretraining["parameters"] <= 6_000_000 and stored_parameters(TINY / "model.weights.h5") == pretraining["parameters"]
+    assert 4096 <= config["vocabulary_size"] <= 8192
+
+
+def test_bundled_model_is_fully_trained(pretraining):
+    assert pretraining["tokens_seen"] >= 60_000_000
+    assert set(pretraining["corpora"]) == {"held_novels", "held_wiki", "novels", "wiki", "reviews"}
+
+
+def test_card_of_the_bundled_model_says_what_it_is(pretraining):
+    card = (TINY / "README.md").read_text(encoding="utf-8")
+    for word in ("**Licence**", "CC BY-SA", "**Data**", "python tools/pretrain_tiny.py all", "bits per byte", "Differential privacy"):
+        assert word in card, word
+    for name, corpus in pretraining["corpora"].items():
+        assert f"| {name} | {corpus['documents']:,} | {corpus['tokens']:,} |" in card
+    for name, loss in pretraining["held_out"].items():
+        assert f"| {name} | {loss['nats_per_token']:.3f} | {loss['bits_per_byte']:.3f} |" in card
+    assert f"{pretraining['parameters']:,} parameters" in card and f"{pretraining['tokens_seen']:,} tokens" in card
 
 
 GENERATED = (

@@ -1,8 +1,10 @@
 """Settings, configurations, template and documentation are one thing in several forms."""
 
+import hashlib
 import math
 import re
 
+import nbformat
 import pytest
 import yaml
 
@@ -62,6 +64,7 @@ TUTORIAL = {
     "dp_ft": {**TRAINING, "FINETUNE_MODEL": True, "USE_DP": True, "PROMPT": "[imdb][{label}]:"},
     "non_dp_ft": {**TRAINING, "FINETUNE_MODEL": True, "USE_DP": False, "PROMPT": "[imdb][{label}]:"},
 }
+WITH_EXAMPLES = "48e6ecc230bd21c65b10a7ea267b7fe8ea9c04840db303221129b52bb78bbcfd"  # SHA-256 of the tutorial's prompt
 SIX = [*TUTORIAL, "use_train", "upper_bound"]
 
 
@@ -118,6 +121,13 @@ def test_prompt_with_examples_is_the_tutorials(repo):
     )
     assert len(re.findall(r"^\* `.*`$", prompt, flags=re.M)) == 6
     assert 'The "romance" with John' in prompt and 'horrific "comedy\'s" ever made.<br /><br />While' in prompt and len(prompt) == 2745
+    assert hashlib.sha256(prompt.encode()).hexdigest() == WITH_EXAMPLES
+
+
+def test_imdb_tiny_has_the_prompts_of_imdb(repo):
+    prompts = {n: load_settings(repo / "configs" / "imdb" / f"{n}.yaml").prompt for n in SIX}
+    tiny = {p.stem: load_settings(p).prompt for p in (repo / "configs" / "imdb_tiny").glob("*.yaml")}
+    assert tiny == {n: prompts["dp_ft" if n.startswith("dp_ft") else n] for n in tiny} and set(SIX) <= set(tiny)
 
 
 @pytest.mark.parametrize("folder", ["imdb", "demo", "imdb_tiny"])
@@ -311,6 +321,12 @@ def test_every_setting_is_documented_and_in_the_parameters_cell():
     assert all(f"| `{name}` |" in settings_table() for name in Settings.model_fields)
 
 
+def test_stored_table_of_the_documentation_is_todays(repo):
+    cells = nbformat.read(repo / "nbs" / "00_settings.ipynb", 4).cells
+    (cell,) = [c for c in cells if c.cell_type == "code" and "Markdown(settings_table())" in c.source]
+    assert [output.data["text/markdown"] for output in cell.outputs] == [settings_table()]
+
+
 def test_every_setting_is_read_by_something(repo):
     source = "".join(p.read_text(encoding="utf-8") for p in (repo / "dpsynth").glob("*.py") if p.name != "settings.py")
     through = {  # read by a method of Settings, or by its name
@@ -327,7 +343,7 @@ MEASURING = ["validation_size", "embedder", "second_embedder", "pooling", "embed
 
 def test_what_does_not_affect_the_result_is_memory_speed_bookkeeping_and_measuring():
     assert list(evaluation_settings(Settings())) == MEASURING
-    without = ["microbatch_size", "ledger", "sample_batch_size", *MEASURING]
+    without = ["microbatch_size", "rematerialize", "ledger", "sample_batch_size", *MEASURING]
     assert sorted(n for n in Settings.model_fields if not affects_result(n)) == sorted(without)
 
 
@@ -339,7 +355,8 @@ def test_measuring_otherwise_is_the_same_run():
     assert changed == {"second_embedder": "gemma3_1b", "pooling": "last", "num_mauve_trials": 2, "utility": False, "validation_size": 0}
 
 
-@pytest.mark.parametrize("decision", ["seed=1", "test_size=9", "test_fraction=0.3", "test_data=t.csv", "duplicates=drop", "tuned_on=demo"])
+@pytest.mark.parametrize("decision", ["seed=1", "test_size=9", "test_fraction=0.3", "test_data=t.csv", "duplicates=drop", "tuned_on=demo",
+                                      "canary_texts=t.csv"])
 def test_what_decides_on_rows_or_is_certified_is_no_measuring(decision):
     base, other = Settings(), make_settings(parse_overrides([decision]))
     assert result_settings(other) != result_settings(base) and evaluation_settings(other) == evaluation_settings(base)

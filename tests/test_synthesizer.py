@@ -66,8 +66,8 @@ def test_other_generators_are_refused(generator, tmp_path):
 
 def test_a_private_number_of_units_chooses_no_batch_size(caught, tmp_path):
     with pytest.raises(SettingsError, match="batch_size: give it where unit_count is private"):
-        Synthesizer(tmp_path, unit_count="private")
-    Synthesizer(tmp_path, unit_count="private", batch_size=16).fit(table())
+        Synthesizer(tmp_path, unit_count="private", delta=1e-4)
+    Synthesizer(tmp_path, unit_count="private", delta=1e-4, batch_size=16).fit(table())
     assert caught.settings.batch_size == 16
 
 

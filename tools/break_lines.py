@@ -9,6 +9,7 @@ without running anything.
 import argparse
 import dataclasses
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -60,7 +61,7 @@ BREAKS = [
     Break(2, "division by another number than the expected batch size", "privacy", "(self.grid * self.mechanism.expected_batch_size)",
           "(self.grid * (self.mechanism.expected_batch_size + 1))", "test_privacy_poisson_sampling.py::test_division_is_by_the_expected_batch_size"),
     Break(2, "padding is row 0", "finetune", "constant_values=-1)\n\n# %%", "constant_values=0)\n\n# %%",
-          "test_privacy_noise.py::test_microbatch_size_changes_nothing_but_float_rounding"),
+          "test_privacy_noise.py::test_neither_the_size_of_microbatches_nor_the_order_changes_a_bit_of_the_sum"),
     Break(3, "δ of 1/n is accepted", "privacy", "if not 0 < delta < 1 / num_units:", "if not 0 < delta < 2 / num_units:",
           "test_privacy_mechanism.py::test_impossible_mechanisms_are_refused"),
     Break(3, "replace-one is claimed to cost what add/remove costs", "certificate", 'epsilon_after(mechanism.steps, "epsilon_replace_one")',
@@ -77,6 +78,9 @@ BREAKS = [
           "    return losses.sum()", "test_privacy_unit.py::test_a_group_has_one_gradient_the_mean_of_its_rows"),
     Break(4, "the loss is averaged over the padded length", "finetune", "/ jnp.maximum(weights.sum(), 1.0)", "/ tokens.shape[0]",
           "test_privacy_per_example_loss.py::test_loss_is_normalised_by_the_rows_own_length"),
+    Break(4, "a unit's numbers depend on the units before it", "finetune", "return ([t + e for t, e in zip(sums[0], each)]",
+          "return ([t + e + (t >> 10) for t, e in zip(sums[0], each)]",
+          "test_privacy_per_example_loss.py::test_gradient_of_a_unit_is_unchanged_by_its_batch_mates"),
     Break(4, "layers that mix examples are accepted", "models", "(keras.layers.BatchNormalization, keras.layers.SpectralNormalization)",
           "(keras.layers.SpectralNormalization,)", "test_privacy_per_example_loss.py::test_layers_that_mix_examples_are_refused"),
     Break(5, "a non-finite gradient is passed on", "finetune", "usable = is_real & jnp.isfinite(largest) & (largest > SMALLEST)", "usable = is_real & (largest != 0)",
@@ -104,6 +108,10 @@ BREAKS = [
           "test_privacy_noise.py::test_secret_is_private_to_its_file"),
     Break(6, "the secret is stored with the identity of the run", "finetune", "randomness = Randomness(secret, bind_run(private, identity, adapter.exists()))",
           'randomness = Randomness(secret, bind_run(private, {**identity, "key": secret.hex()}, adapter.exists()))', "test_privacy_noise.py::test_the_secret_is_in_no_file_outside_private"),
+    Break(7, "a training without noise passes the look back", "finetune", "    if not abs(session.realised_noise - 1) <= 6", "    if not abs(session.realised_noise - 1) <= 1e6",
+          "test_privacy_hard_stop.py::test_self_check_finds_missing_noise_missing_updates_and_an_idle_model"),
+    Break(7, "an update too few passes the look back", "finetune", "    if session.step != mechanism.steps:\n        raise", "    if session.step > mechanism.steps:\n        raise",
+          "test_privacy_hard_stop.py::test_self_check_finds_missing_noise_missing_updates_and_an_idle_model"),
     Break(7, "one update more", "privacy", "if self.step >= self.mechanism.steps:", "if self.step > self.mechanism.steps:",
           "test_privacy_hard_stop.py::test_step_after_the_last_is_refused"),
     Break(7, "a sum is released twice", "privacy", "self._drawn, self.step = None, self.step + 1", "self.step = self.step + 1; self._drawn = self.step",
@@ -122,14 +130,14 @@ BREAKS = [
           "test_privacy_correlated_noise.py::test_bands_resume_with_the_same_bits"),
     Break(9, "counts without noise", "privacy", "return mechanism([int(c) for c in counts])", "return [int(c) for c in counts]",
           "test_privacy_paid_access.py::test_noisy_counts_have_the_promised_noise"),
-    Break(9, "counts are not charged", "privacy", "others=tuple(count_accesses(settings).values()))", "others=())", "test_privacy_paid_access.py::test_counts_and_training_together_meet_the_target"),
+    Break(9, "counts are not charged", "privacy", "others=tuple(counts.values()),", "others=(),", "test_privacy_paid_access.py::test_counts_and_training_together_meet_the_target"),
     Break(9, "counts are drawn again on resume", "finetune", "    if path.exists():\n        return json.loads(path", "    if False:\n        return json.loads(path",
           "test_privacy_paid_access.py::test_counts_are_estimated_once_and_used"),
     Break(9, "one unit decides which rows of another take part", "finetune", "np.random.default_rng([seed, 7, len(g)])",
           "np.random.default_rng([seed, 7, len(units)])", "test_privacy_unit.py::test_rows_of_a_unit_are_chosen_by_the_unit_alone"),
     Break(10, "a run is not charged before it starts", "finetune", "        self.ledger.start(run)\n", "", "test_privacy_ledger_of_runs.py::test_a_stopped_run_is_charged"),
-    Break(11, "a length of a private row in the certificate", "finetune", "base, account.composed(mechanism.delta), release)",
-          'base, {**account.composed(mechanism.delta), "releases": max(map(len, records.texts))}, release)',
+    Break(11, "a length of a private row in the certificate", "finetune", "base, account.composed(mechanism), release)",
+          'base, {**account.composed(mechanism), "releases": max(map(len, records.texts))}, release)',
           "test_privacy_outputs.py::test_an_outlier_row_changes_no_released_byte_that_is_not_a_dp_output"),
     Break(11, "the loss on private rows is released", "finetune", 'LossLog(private / "losses.jsonl", trainer)', 'LossLog(private.parent / "release" / "losses.jsonl", trainer)',
           "test_privacy_outputs.py::test_monitoring_stays_private_and_is_certified"),
@@ -137,10 +145,48 @@ BREAKS = [
           "test_privacy_outputs.py::test_an_outlier_unit_shows_in_no_file_but_in_dp_outputs"),
     Break(9, "an exact number of units that was paid to be hidden", "pipeline", 'if settings.unit_count == "public" else {}\n    record(', 'if True else {}\n    record(',
           "test_privacy_paid_access.py::test_an_exact_number_of_units_that_was_paid_to_be_hidden_is_in_no_file"),
-    Break(12, "no mark beside weights without privacy", "finetune", '(release / "NOT_PRIVATE.md").write_text(NOT_PRIVATE, encoding="utf-8")', "pass",
+    Break(12, "no mark beside weights without privacy", "finetune", "        mark_not_private(settings, release)", "        pass",
           "test_privacy_not_private.py::test_a_model_trained_without_privacy_says_so_beside_its_weights"),
-    Break(12, "a certificate without privacy", "finetune", "    if mechanism.private:\n        write_certificate(", "    if True:\n        write_certificate(",
+    Break(12, "a certificate without privacy", "finetune", "        mark_not_private(settings, release)", '        (release / "certificate.json").write_text("{}")',
           "test_privacy_not_private.py::test_without_privacy_there_is_no_certificate"),
+    Break(7, "an unfinished run goes on in other microbatches", "privacy", 'free = ("code", "libraries", "computation") if finished else ()',
+          'free = ("code", "libraries", "computation") if finished else ("computation",)',
+          "test_privacy_hard_stop.py::test_a_run_that_is_not_finished_keeps_its_microbatches_and_devices"),
+    Break(7, "a module that decides a release is not in the identity", "privacy", 'NOT_RELEASING = ("cli",', 'NOT_RELEASING = ("demo", "cli",',
+          "test_privacy_hard_stop.py::test_every_module_that_decides_a_release_is_in_the_identity_of_a_run"),
+    Break(9, "counts are drawn with less noise than is charged", "finetune", "noisy_counts(exact[name](), access.noise_multiplier)",
+          "noisy_counts(exact[name](), access.noise_multiplier / 100)",
+          "test_privacy_paid_access.py::test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged"),
+    Break(9, "the labels of rows are counted where groups are the unit", "finetune", "records.labels[units[:, 0]]", "records.labels",
+          "test_privacy_paid_access.py::test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged"),
+    Break(9, "overlapping rows are counted where groups are the unit", "finetune", 'pd.Series(records.texts).groupby(records.units).agg("\\n".join)',
+          "pd.Series(records.texts)", "test_privacy_paid_access.py::test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged"),
+    Break(9, "a unit is in two counts", "finetune", "return [below, len(ours) - below]", "return [below, len(ours)]",
+          "test_privacy_paid_access.py::test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged"),
+    Break(9, "the count that the training follows from is composed, not added", "privacy", "return self.spent_before(claim) + (compose(accesses, self.delta, claim)",
+          "accesses = (*accesses, *self.before)\n        return (compose(accesses, self.delta, claim)",
+          "test_privacy_paid_access.py::test_what_follows_from_the_number_of_units_is_added_to_it_and_not_composed"),
+    Break(9, "a delta that follows from a private number of units", "settings", 'if self.unit_count == "private" and not self.delta:', "if False:",
+          "test_privacy_paid_access.py::test_a_private_number_of_units_needs_a_delta_that_does_not_follow_from_it"),
+    Break(9, "the preflight tells a number of units that is to be hidden", "finetune", '        if settings.unit_count == "public":\n            raise\n',
+          "        raise\n", "test_privacy_paid_access.py::test_before_a_run_nothing_follows_from_a_number_of_units_that_is_to_be_hidden"),
+    Break(10, "counts are not charged in the ledger", "finetune", 'account.charge("counts", accesses_event(count_accesses(settings).values()))', "pass",
+          "test_privacy_paid_access.py::test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged"),
+    Break(10, "a training without privacy is not charged", "finetune", "if mechanism.private else [EXPOSED]", "if mechanism.private else []",
+          "test_privacy_ledger_of_runs.py::test_a_run_without_privacy_is_charged_and_certificates_of_the_same_data_say_so"),
+    Break(10, "a certificate says nothing of releases without privacy", "ledger", "return _epsilon(db, together, delta), _count_runs(private), _count_runs(exposed)",
+          "return _epsilon(db, together, delta), _count_runs(private), 0",
+          "test_privacy_ledger_of_runs.py::test_a_run_without_privacy_is_charged_and_certificates_of_the_same_data_say_so"),
+    Break(10, "a run that was charged is planned again", "finetune", "return known is not None and known.charged", "return False",
+          "test_privacy_ledger_of_runs.py::test_a_run_without_privacy_is_charged_and_certificates_of_the_same_data_say_so"),
+    Break(10, "a ledger that is gone is made anew", "ledger", "        if used:\n            raise", "        if False:\n            raise",
+          "test_privacy_ledger.py::test_a_ledger_whose_making_was_cut_short_is_made"),
+    Break(13, "a folder passes for a published model", "certificate", 'known = name == "tiny" or not pathlib.Path(name).exists()', "known = True",
+          "test_privacy_certificate.py::test_what_is_known_of_a_base_model_belongs_to_its_exact_name"),
+    Break(13, "a fetched base model has no hash", "finetune", "    return digest.hexdigest()\n\n\ndef computation", '    return "none"\n\n\ndef computation',
+          "test_privacy_base_model.py::test_a_model_without_files_here_is_known_by_its_arrays"),
+    Break(13, "the page leaves out a part of the certificate", "certificate", '("packing", c["packing"]), ', "",
+          "test_privacy_certificate.py::test_page_and_card_say_all_that_the_json_says"),
     Break(13, "the base model is not named", "certificate", '"base_model": base, ', "", "test_privacy_certificate.py::test_certificate_verifies_and_a_false_one_does_not"),
 ]
 
@@ -154,7 +200,8 @@ def noticed(item):
         item.apply(folder)
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{item.test}"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        return done.returncode == 1, done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-200:]
+        seen = re.search(r"^E\s+(assert|AssertionError|Failed: DID NOT RAISE|dpsynth\.settings\.\w+Error)", done.stdout, re.M)  # and not a crash
+        return done.returncode == 1 and seen is not None, done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-200:]
 
 
 def table():

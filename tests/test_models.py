@@ -1,0 +1,144 @@
+"""Models as functions: families that also see, presets that cannot be fetched, several devices, less memory."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from parts import SETTINGS, trainer
+from dpsynth import models
+from dpsynth.data import TokenStore
+from dpsynth.models import LanguageModel, load_model, setup_tuning
+from dpsynth.settings import ModelError
+
+import jax.numpy as jnp
+import keras
+import keras_hub
+
+
+@pytest.fixture(scope="module")
+def seeing():
+    """A Gemma3 with a vision encoder, as the large presets have one, of one layer each."""
+    keras.utils.set_random_seed(5)
+    vision = keras_hub.models.Gemma3VisionEncoder(
+        image_size=16, patch_size=4, pool_size=2, num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=16, output_dim=16)
+    backbone = keras_hub.models.Gemma3Backbone(
+        vocabulary_size=6144, image_size=16, num_layers=1, num_query_heads=2, num_key_value_heads=1, hidden_dim=16, intermediate_dim=32, head_dim=8,
+        query_head_dim_normalize=True, use_query_key_norm=True, use_post_ffw_norm=True, use_post_attention_norm=True,
+        use_sliding_window_attention=True, sliding_window_size=64, vision_encoder=vision)
+    return LanguageModel(keras_hub.models.Gemma3CausalLM(backbone=backbone, preprocessor=load_model("tiny").causal_lm.preprocessor), "seeing")
+
+
+def test_a_model_that_sees_reads_text_alone(seeing):
+    tokens = jnp.array([seeing.prompt_ids("The play was better than I had feared")], "int32")
+    whole = seeing.logits(seeing.trainable, seeing.frozen, seeing.hidden(seeing.trainable, seeing.frozen, tokens, jnp.ones_like(tokens)))
+    first, cache = seeing.step(seeing.trainable, seeing.frozen, tokens[:, :4], seeing.empty_cache(1, tokens.shape[1]), 0)
+    second, _ = seeing.step(seeing.trainable, seeing.frozen, tokens[:, 4:], cache, 4)
+    assert float(jnp.abs(jnp.concatenate([first, second], 1) - whole).max()) < 1e-3
+
+
+def test_a_model_that_sees_is_fine_tuned(seeing, tmp_path):
+    prompt = seeing.prompt_ids("[x][positive]:")
+    store = TokenStore.write(tmp_path / "tokens", ((prompt, ids) for ids in seeing.response_ids(["a film", "another one", "and a third"] * 8)))
+    setup_tuning(seeing, SETTINGS.model_copy(update={"tuning": "lora", "lora_rank": 1, "lora_targets": "query,value"}))
+    one = trainer(seeing, store)
+    before = one.trainable
+    one.update()
+    assert len(before) == 4 and all(np.isfinite(a).all() for a in one.trainable)
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(before, one.trainable))
+
+
+KAGGLE = "Preset gemma3_instruct_12b has no config.json. Make sure the URI or directory you are trying to load is a valid KerasHub preset"
+
+
+@pytest.mark.parametrize(
+    "name, error, environment, advice",
+    [
+        ("gemma3_instruct_1b", ConnectionError("Temporary failure in name resolution"), {"KAGGLE_API_TOKEN": "x"}, "Kaggle cannot be reached"),
+        ("gemma3_instruct_1b", FileNotFoundError(KAGGLE), {}, "no Kaggle credentials found: set KAGGLE_USERNAME and KAGGLE_KEY"),
+        ("gemma3_instruct_1b", FileNotFoundError(KAGGLE), {"KAGGLE_USERNAME": "x"}, "no Kaggle credentials found"),
+        ("gemma3_instruct_1b", FileNotFoundError(KAGGLE), {"KAGGLE_USERNAME": "x", "KAGGLE_KEY": "y"}, "accept the terms"),
+        ("kaggle://keras/gemma3/keras/x", ValueError("403 Client Error"), {"KAGGLE_API_TOKEN": "x"}, "accept the terms on the model's page on kaggle"),
+        ("hf://google/gemma-3-1b-it", OSError("401 Client Error: gated repo"), {}, "no Hugging Face credentials found: set HF_TOKEN"),
+        ("hf://google/gemma-3-1b-it", OSError("403 Client Error: gated repo"), {"HF_TOKEN": "x"}, "accept the terms on the model's page on hugging"),
+    ],
+)
+def test_a_preset_that_cannot_be_fetched_says_what_is_missing(monkeypatch, tmp_path, name, error, environment, advice):
+    for key in ("KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_API_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in {"HOME": str(tmp_path), **environment}.items():
+        monkeypatch.setenv(key, value)
+
+    def refuse(*args, **kwargs):
+        raise ValueError("cannot be loaded") from error
+
+    monkeypatch.setattr(keras_hub.models.CausalLM, "from_preset", refuse)
+    with pytest.raises(ModelError, match=advice) as raised:
+        load_model(name)
+    assert "\n" not in str(raised.value)
+
+
+def test_computing_again_keeps_less_and_gives_the_same_gradient(micro, store, monkeypatch):
+    indices = np.arange(8)
+    plain = trainer(micro, store).gradient_sum(indices)
+    seen = []
+    monkeypatch.setattr(models.jax, "checkpoint", lambda call, checkpoint=models.jax.checkpoint: seen.append(call) or checkpoint(call))
+    micro.rematerialize = True
+    again = trainer(micro, store).gradient_sum(indices)
+    micro.rematerialize = False
+    assert seen and not any("call" in vars(block) for block in micro.causal_lm.backbone.transformer_layers)
+    scale = max(float(jnp.abs(a).max()) for a in plain)
+    assert all(float(jnp.abs(a - b).max()) <= 1e-4 * scale for a, b in zip(plain, again))
+
+
+ON_DEVICES = """
+import sys
+import numpy as np
+import jax
+from dpsynth.evaluation import open_embedder
+from dpsynth.sampling import sample_stream
+from dpsynth.data import TokenStore
+from dpsynth.finetune import Trainer
+from dpsynth.models import load_model, setup_tuning
+from dpsynth.pipeline import device_name
+from dpsynth.privacy import Mechanism, Randomness
+from dpsynth.settings import Settings
+
+folder, count = sys.argv[1], int(sys.argv[2])
+assert len(jax.devices()) == count and device_name().endswith(f"× {count}")
+settings = Settings(sequence_length=32, microbatch_size=3, tuning="lora", lora_rank=2, learning_rate=0.01)
+model = load_model("tiny", seed=1)
+setup_tuning(model, settings)
+prompt = model.prompt_ids("[x]:")
+store = TokenStore.write(f"{folder}/tokens{count}", ((prompt, ids) for ids in model.response_ids([f"Row {i} is the best of them." for i in range(20)])))
+made = Mechanism(num_units=20, expected_batch_size=8, steps=2, noise_multiplier=0.5, delta=1e-2, target_epsilon=50.0)
+trainer = Trainer(model, store, settings, made, Randomness(bytes(32), "devices"))
+assert count == 1 or len(trainer._batch(np.arange(4), 32)["tokens"].sharding.device_set) == count
+total = [np.asarray(t) for t in trainer.gradient_sum(np.arange(7))]
+trainer.update()
+trainer.save(f"{folder}/checkpoint{count}.npz")
+trainer.restore(f"{folder}/checkpoint{count}.npz")
+trainer.update()
+weights = [np.asarray(t) for t in trainer.trainable]
+model.assign(trainer.trainable)
+rows = list(sample_stream(model, ["[x]:", "[y]:"], np.arange(10) % 2, seed=0, max_length=16, batch_size=4, progress=False))
+texts = [row.text for row in sorted(rows, key=lambda row: row.index)]
+vectors = open_embedder("tiny", 32)(texts, False)[0]
+np.savez(f"{folder}/found{count}.npz", *total, *weights, vectors, np.array(texts))
+"""
+
+
+def test_two_devices_do_what_one_does(tmp_path):
+    for count in (1, 2):
+        flags = f"--xla_force_host_platform_device_count={count}"
+        done = subprocess.run([sys.executable, "-c", ON_DEVICES, str(tmp_path), str(count)], env={**os.environ, "XLA_FLAGS": flags},
+                              capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+    with np.load(tmp_path / "found1.npz") as one, np.load(tmp_path / "found2.npz") as two:
+        assert one.files == two.files
+        for name in one.files[:-1]:
+            scale = max(1e-6, np.abs(one[name]).max())
+            assert np.abs(one[name].astype(float) - two[name]).max() <= 1e-3 * scale, name
+        assert (one[one.files[-1]] == two[two.files[-1]]).mean() >= 0.7  # a rounding error may change a token, and then the rest of a row
