@@ -20,7 +20,7 @@ run: $(VENV)/.installed
 	$(BIN)/dpsynth demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 lab: $(VENV)/.installed-lab
 	$(BIN)/jupyter lab nbs

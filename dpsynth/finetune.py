@@ -193,7 +193,7 @@ def microbatches(indices, lengths, buckets, size):
             part = members[start:start + size]
             yield buckets[bucket], np.pad(part, (0, size - len(part)), constant_values=-1)
 
-# %% ../nbs/07_finetune.ipynb #4d22c4f4
+# %% ../nbs/07_finetune.ipynb #de070342
 def learning_rate(settings, steps):
     """optax schedule: warm-up from zero, then constant, linear or cosine decay to zero."""
     warm = round(settings.warmup * steps)
@@ -252,7 +252,7 @@ class Trainer:
         """Sum over the units `indices`: integers on the grid, or floats without privacy."""
         total = [jnp.zeros(a.shape, "int32" if self.private else "float32") for a in self.trainable]
         notes = jnp.zeros(2, "int32")
-        for length, part in microbatches(indices, self.lengths, self.buckets, divisible(self.settings.microbatch_size)):
+        for length, part in microbatches(indices, self.lengths, self.buckets, max(2 if one_by_one() else 1, divisible(self.settings.microbatch_size))):
             total, notes = self._sum(total, notes, self.trainable, self.frozen, self._batch(part, length))
         self.notes += np.asarray(notes)
         return total

@@ -21,6 +21,14 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO), *filter(None, [os.environ
 Outcome = collections.namedtuple("Outcome", "code out err")
 
 
+LONG = ("test_kill.py", "test_notebooks.py", "test_cli.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files come first, so that none of them is left to run alone at the end."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def repo():
     return REPO

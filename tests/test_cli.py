@@ -243,7 +243,7 @@ def test_check_reports_and_writes_nothing(dpsynth, repo, tmp_path, monkeypatch):
     code, out, err = dpsynth("check", repo / "configs" / "demo")
     assert (code, err) == (0, "")
     assert (
-        out.count("4,000 to train on, 2,000 to test on") == 6
+        out.count("8,000 to train on, 1,200 to test on") == 6
         and out.count("NOT PRIVATE") == 5
         and "noise multiplier" in out
         and "GiB" in out
