@@ -24,7 +24,7 @@ from dpsynth.settings import Settings
 
 
 def settings_of(args, epsilon, bands):
-    return Settings(data="demo", train_size=args.rows, test_size=200, prompt="[film][{label}]:", sequence_length=96, batch_size=args.batch,
+    return Settings(data="demo", train_size=args.rows, test_size=200, prompt="[film][{label}]:", sequence_length=args.length, batch_size=args.batch,
                     epochs=args.epochs, learning_rate=args.learning_rate, tuning=args.tuning, lora_rank=8, lora_targets="all", epsilon=epsilon, bands=bands)
 
 
@@ -61,9 +61,10 @@ def main():
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epsilons", type=float, nargs="+", default=[1, 4, 10])
     parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--learning-rate", type=float, default=0.003)
+    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--length", type=int, default=64, help="tokens of a row at most")
+    parser.add_argument("--learning-rate", type=float, default=0.005)
     parser.add_argument("--tuning", choices=("lora", "full"), default="lora")
     args = parser.parse_args()
     settings = settings_of(args, 8.0, "1")

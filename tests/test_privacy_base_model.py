@@ -9,7 +9,8 @@ import pandas as pd
 import dpsynth.finetune
 from parts import RUN, splits
 from dpsynth.data import from_frame
-from dpsynth.finetune import base_hash, contamination_note, finetune_run
+from dpsynth.demo import reviews
+from dpsynth.finetune import base_hash, contamination_note, finetune_run, likelier_units
 from dpsynth.models import load_model, preset_hash
 
 
@@ -27,17 +28,28 @@ def test_overlap_with_a_corpus_is_estimated_and_stated(tmp_path):
     assert "units that overlap the corpus" in [a["what"] for a in certificate["accesses"]]
 
 
-def test_rows_that_the_base_model_finds_likely_are_estimated_and_stated(tmp_path, monkeypatch):
+def shuffled(text, seed):
+    return " ".join(np.random.default_rng(seed).permutation(text.split()))
+
+
+def test_rows_that_the_base_model_finds_likely_are_estimated_and_stated(tmp_path):
+    sense = [{"text": row["text"], "label": i % 2} for i, row in enumerate(reviews(80, seed=3))]
+    nonsense = [{**row, "text": shuffled(row["text"], i)} for i, row in enumerate(sense)]
     reference = tmp_path / "fresh.jsonl"
-    reference.write_text("".join(json.dumps({"text": f"zxqj {i}"}) + "\n" for i in range(60)), encoding="utf-8")
-    monkeypatch.setattr(dpsynth.finetune, "row_losses", lambda model, records, *others: np.array([float(t.startswith("zxqj")) for t in records.texts]))
+    reference.write_text("".join(json.dumps(row) + "\n" for row in nonsense[40:]), encoding="utf-8")
     settings = RUN.model_copy(update={"contamination_reference": str(reference), "access_share": 0.2})
-    finetune_run(settings, splits(), tmp_path / "dp", progress=False)
+    data = from_frame(pd.DataFrame(sense[:40]), settings, test=pd.DataFrame(sense[40:50]))
+    finetune_run(settings, data, tmp_path / "dp", progress=False)
     certificate = json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())
     likely, other = json.loads((tmp_path / "dp" / "private" / "counts.json").read_text())["likelier"]
     assert abs(likely - 40) < 20 and abs(other) < 20
     assert "than the median text of fresh.jsonl (one-sided p = " in certificate["base_model"]["contamination"]
     assert "units the base model finds likely" in [a["what"] for a in certificate["accesses"]]
+    reference.write_text("".join(json.dumps(row) + "\n" for row in sense[40:]), encoding="utf-8")
+    model = load_model("tiny")
+    assert likelier_units(settings, data.train, model)[0] in range(10, 31)  # rows like the reference: about half
+    unlikely = from_frame(pd.DataFrame(nonsense[:40]), settings, test=pd.DataFrame(sense[40:50])).train
+    assert likelier_units(settings, unlikely, model) == [0, 40]
 
 
 def test_a_model_without_files_here_is_known_by_its_arrays(micro, tmp_path, monkeypatch):

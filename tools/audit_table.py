@@ -27,7 +27,7 @@ from dpsynth.pipeline import audit_stage, fit_stage, load_stage, sample_stage
 from dpsynth.runs import read_json
 from dpsynth.settings import make_settings, parse_overrides
 
-COMMON = {"data": "demo", "audit_fraction": 0.5, "canaries": 400, "sequence_length": 96, "prompt": "[film][{label}]:", "tuning": "full", "epochs": 6.0,
+COMMON = {"data": "demo", "train_size": 2000, "audit_fraction": 0.5, "canaries": 400, "sequence_length": 96, "prompt": "[film][{label}]:", "tuning": "full", "epochs": 6.0,
           "batch_size": 256, "learning_rate": 0.001, "num_samples": 1000, "num_mauve_samples": 500, "validation_size": 0, "ledger": "runs"}
 RUNS = {"dp_eps1": {"epsilon": 1.0}, "dp_eps8": {"epsilon": 8.0}, "noise_off": {"epsilon": 8.0}, "non_dp": {"epsilon": math.inf},
         "non_dp_x10": {"epsilon": math.inf, "canary_copies": 10}}
