@@ -23,7 +23,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 lab: $(VENV)/.installed-lab
-	$(BIN)/jupyter lab nbs
+	DPSYNTH_OUT=$(CURDIR)/runs $(BIN)/jupyter lab nbs
 
 export: $(VENV)/.installed-dev
 	$(BIN)/nbdev-export
@@ -45,7 +45,7 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: dpsynth needs Python 3.11 or newer, this is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2] or 0)'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "error: dpsynth needs Python 3.11, 3.12 or 3.13, this is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2] or 0)'
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed: $(BIN)/python $(LISTS)

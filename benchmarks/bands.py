@@ -4,9 +4,10 @@
 
 Contenders: `plain` is DP-SGD (1 band), `auto` the number of bands that `bands: auto` chooses from public numbers. Both fine-tune the bundled model on
 the built-in reviews with Adam; seeds and contenders alternate. Reported is the mean loss on test reviews (nats per token), its standard deviation over
-seeds, and the difference of paired runs with its standard error. Where `auto` chooses 1 band the two are the same and are run once.
+seeds, and the difference of paired runs with its standard error. Trainings that the record has already are not repeated.
 """
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -38,21 +39,36 @@ def held_out(settings, splits, store, seed):
     return float(row_losses(model, splits.test, fmt, settings, trainer.trainable).mean()), mechanism.bands
 
 
-def compare(args, epsilon, splits, store):
-    """Losses of both contenders over the seeds."""
-    losses, bands = {"plain": [], "auto": []}, 1
-    for seed in range(args.seeds):
-        for name, setting in (("plain", "1"), ("auto", "auto")):
-            if name == "auto" and seed and bands == 1:
-                losses["auto"].append(losses["plain"][-1])
-                continue
-            loss, used = held_out(settings_of(args, epsilon, setting), splits, store, seed)
-            bands = used if name == "auto" else bands
-            losses[name].append(loss)
-            print(f"epsilon {epsilon:g} seed {seed} {name}: {loss:.4f} ({used} bands)", flush=True)
-    gain = np.array(losses["plain"]) - np.array(losses["auto"])
-    return {"epsilon": epsilon, "bands": bands, **{n: {"mean": statistics.mean(v), "sd": statistics.pstdev(v), "losses": v} for n, v in losses.items()},
+def summary(runs, epsilon):
+    """One line of the table: both contenders at one ε, with the seeds that both have."""
+    losses = {name: {r["seed"]: r["loss"] for r in runs if (r["epsilon"], r["contender"]) == (epsilon, name)} for name in ("plain", "auto")}
+    seeds = sorted(losses["plain"].keys() & losses["auto"].keys())
+    gain = np.array([losses["plain"][seed] - losses["auto"][seed] for seed in seeds])
+    found = {name: [of[seed] for seed in seeds] for name, of in losses.items()}
+    return {"epsilon": epsilon, "bands": next(r["bands"] for r in runs if (r["epsilon"], r["contender"]) == (epsilon, "auto")),
+            **{name: {"mean": statistics.mean(of), "sd": statistics.stdev(of) if len(of) > 1 else None, "losses": of} for name, of in found.items()},
             "gain": float(gain.mean()), "gain_standard_error": float(gain.std(ddof=1) / len(gain) ** 0.5) if len(gain) > 1 else None}
+
+
+def measure(args, splits, store, runs):
+    """Train what is missing, seeds and contenders in turn; the record is written after each."""
+    for epsilon, seed, (name, setting) in itertools.product(args.epsilons, range(args.seeds), (("plain", "1"), ("auto", "auto"))):
+        if any((r["epsilon"], r["seed"], r["contender"]) == (epsilon, seed, name) for r in runs):
+            continue
+        loss, bands = held_out(settings_of(args, epsilon, setting), splits, store, seed)
+        runs.append({"epsilon": epsilon, "seed": seed, "contender": name, "loss": loss, "bands": bands})
+        print(f"epsilon {epsilon:g} seed {seed} {name}: {loss:.4f} ({bands} bands)", flush=True)
+        write(args, runs)
+
+
+def write(args, runs):
+    """The record, whatever is in it so far."""
+    both = [e for e in args.epsilons if {r["contender"] for r in runs if r["epsilon"] == e} == {"plain", "auto"}]
+    record = {"name": "bands", "machine": f"{platform.machine()}, {os.cpu_count()} cores", "contenders": [summary(runs, e) for e in both], "ratios": {},
+              "settings": {**vars(args), "json": None}, "runs": runs}
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    return record
 
 
 def main():
@@ -72,16 +88,14 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         tokenize(model, splits.train, TextFormat(settings.prompt, settings.labels), pathlib.Path(folder) / "tokens", settings.sequence_length)
         store = TokenStore(pathlib.Path(folder) / "tokens")
-        results = [compare(args, epsilon, splits, store) for epsilon in args.epsilons]
+        runs = json.loads(args.json.read_text())["runs"] if args.json and args.json.exists() else []
+        measure(args, splits, store, runs)
+        results = write(args, runs)["contenders"]
+    show = lambda side: f"{side['mean']:.4f}" + ("" if side["sd"] is None else f" ± {side['sd']:.4f}")
     print("| ε | bands | plain | auto | gain (paired) |\n|---|---|---|---|---|")
     for r in results:
         error = "" if r["gain_standard_error"] is None else f" ± {r['gain_standard_error']:.4f}"
-        print(f"| {r['epsilon']:g} | {r['bands']} | {r['plain']['mean']:.4f} ± {r['plain']['sd']:.4f} | {r['auto']['mean']:.4f} ± {r['auto']['sd']:.4f} | "
-              f"{r['gain']:.4f}{error} |")
-    if args.json:
-        machine = f"{platform.machine()}, {os.cpu_count()} cores"
-        args.json.write_text(json.dumps({"name": "bands", "machine": machine, "contenders": results, "ratios": {}, "settings": vars(args) | {"json": None}},
-                                        indent=1, default=str) + "\n")
+        print(f"| {r['epsilon']:g} | {r['bands']} | {show(r['plain'])} | {show(r['auto'])} | {r['gain']:.4f}{error} |")
 
 
 if __name__ == "__main__":

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['POWER', 'Z_POWER', 'DRAWS', 'READERS', 'MIN_ROWS', 'TEXT_WORDS', 'TEXT_OPTION', 'MISSING', 'WORD', 'RUN_LENGTHS',
            'MIN_TAIL', 'ORDER', 'DIGITS', 'CATEGORIES', 'CHECK_ROWS', 'CHECK_LEVEL', 'LOOK_WORDS', 'CAVEAT', 'HEADER',
-           'MIN_CANARIES', 'CHECK_P', 'NOISE_ERRORS', 'CORPUS_TEXTS', 'Attack', 'exact_interval', 'copy_test', 'delong',
-           'around', 'auc_test', 'ranked', 'tpr_interval', 'tpr_test', 'top_sizes', 'top_test', 'share_test', 'holm',
-           'pairs_bound', 'read_rows', 'Pool', 'make_pool', 'Words', 'shares_run', 'folded', 'text_copies', 'Near',
-           'nearest', 'nearest_plan', 'RunModel', 'text_membership', 'membership_plan', 'table_copies',
-           'table_membership', 'exchangeability', 'Evidence', 'text_evidence', 'table_evidence', 'AuditReport',
-           'audit_files', 'audit_command', 'roc', 'dp_region', 'plot_roc', 'plot_distances', 'canary_scores',
-           'one_run_bound', 'gaussian_bound', 'largest_bound', 'CanaryAudit', 'audit_scores', 'audit_canaries',
-           'audit_canaries_in_rows', 'Check', 'check_noise', 'check_inclusion', 'check_batches', 'check_independence',
-           'Replay', 'training_checks', 'replay_checks', 'Contamination', 'contamination', 'loss_membership']
+           'MIN_CANARIES', 'CHECK_P', 'NOISE_ERRORS', 'EXTREME', 'CORPUS_TEXTS', 'Attack', 'exact_interval',
+           'share_interval', 'copy_test', 'delong', 'auc_interval', 'auc_test', 'ranked', 'tpr_interval', 'tpr_test',
+           'top_sizes', 'top_test', 'share_test', 'holm', 'pairs_bound', 'read_rows', 'Pool', 'make_pool', 'Words',
+           'shares_run', 'folded', 'text_copies', 'Near', 'nearest', 'nearest_plan', 'RunModel', 'text_membership',
+           'membership_plan', 'table_copies', 'table_membership', 'exchangeability', 'Evidence', 'text_evidence',
+           'table_evidence', 'AuditReport', 'audit_files', 'audit_command', 'roc', 'dp_region', 'plot_roc',
+           'plot_distances', 'canary_scores', 'one_run_bound', 'gaussian_bound', 'largest_bound', 'CanaryAudit',
+           'audit_scores', 'audit_canaries', 'audit_canaries_in_rows', 'Check', 'check_noise', 'check_inclusion',
+           'check_batches', 'check_independence', 'Replay', 'training_checks', 'replay_checks', 'sensitivity_check',
+           'Contamination', 'contamination', 'loss_membership']
 
-# %% ../nbs/12_audit.ipynb #828e5847
+# %% ../nbs/12_audit.ipynb #cd29b427
 import bisect
 import dataclasses
 import functools
@@ -26,15 +27,16 @@ import math
 import os
 import pathlib
 import re
+import tempfile
 import time
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special, stats
 
 from .certificate import false_negatives
-from .data import Records
-from .privacy import Session, default_delta, strategy, write_private
+from .data import Records, TokenStore
+from .privacy import Randomness, Session, default_delta, realised_noise_error, strategy, write_private
 from .settings import DataError, PrivacyError
 
 # %% ../nbs/12_audit.ipynb #6fcfc4fe
@@ -62,7 +64,7 @@ class Attack:
     sees: str
     adjusted_p: float | None = None
 
-# %% ../nbs/12_audit.ipynb #50ed8cea
+# %% ../nbs/12_audit.ipynb #530935c8
 POWER = 0.8
 Z_POWER = float(stats.norm.ppf(POWER))
 
@@ -72,6 +74,18 @@ def exact_interval(successes, trials, confidence=0.95):
     if not trials:
         return (0.0, 1.0)
     return tuple(map(float, stats.binomtest(int(successes), int(trials)).proportion_ci(confidence, method="exact")))
+
+
+def share_interval(share, error, trials, confidence=0.95):
+    """Interval of a share with a standard error: normal on the scale of the logit, which keeps it within 0 and 1 and lopsided near them.
+
+    Where all observations agree, as at 0 and 1, the error is 0 and says nothing; the interval is then Clopper and Pearson's of so many
+    independent `trials`.
+    """
+    if error < 1e-9:
+        return exact_interval(round(share * trials), trials, confidence)
+    half = stats.norm.isf((1 - confidence) / 2) * error / (share * (1 - share))
+    return tuple(float(special.expit(special.logit(share) + side * half)) for side in (-1, 1))
 
 
 def _rate_seen(needed, base, train):
@@ -114,7 +128,7 @@ def copy_test(name, hits, member, *, level, in_train=None):
     detail = f"{x:,} of {train:,} training, {y:,} of {held:,} held-out rows"
     return Attack(name, x / train, exact_interval(x, train), y / held, p_value(x, y), detail, seen, _in_words(seen))
 
-# %% ../nbs/12_audit.ipynb #c27e5b23
+# %% ../nbs/12_audit.ipynb #52618155
 def delong(members, others):
     """AUC and its standard error from the scores of training rows, float[n], and of held-out rows, float[m].
 
@@ -126,9 +140,12 @@ def delong(members, others):
     return float(of_members.mean()), math.sqrt(variance)
 
 
-def around(share, error):
-    """Normal 95 % interval of a share, within [0, 1]."""
-    return (max(0.0, share - 1.96 * error), min(1.0, share + 1.96 * error))
+def auc_interval(members, others):
+    """95 % interval of the AUC of the scores of training rows, float[n], and of held-out rows, float[m].
+
+    Source: Qin and Hotilovac 2008, "Comparison of non-parametric confidence intervals for the area under the ROC curve", for the logit.
+    """
+    return share_interval(*delong(members, others), min(len(members), len(others)))
 
 
 def _share_seen(share, what):
@@ -139,13 +156,12 @@ def _share_seen(share, what):
 def auc_test(name, scores, member, *, level, alternative="two-sided"):
     """Do training rows score higher (or, two-sided, differently)? Mann-Whitney test."""
     members, others = scores[member], scores[~member]
-    auc, error = delong(members, others)
     p_value = float(stats.mannwhitneyu(members, others, alternative=alternative, method="asymptotic").pvalue) if np.ptp(scores) else 1.0
     sides = 2 if alternative == "two-sided" else 1
     spread = math.sqrt((len(scores) + 1) / (12 * len(members) * len(others)))
     seen = 0.5 + (stats.norm.isf(level / sides) + Z_POWER) * spread
     detail = f"AUC over {len(members):,} training and {len(others):,} held-out rows"
-    return Attack(name, auc, around(auc, error), 0.5, p_value, detail, *_share_seen(seen, "an AUC"))
+    return Attack(name, delong(members, others)[0], auc_interval(members, others), 0.5, p_value, detail, *_share_seen(seen, "an AUC"))
 
 # %% ../nbs/12_audit.ipynb #58133ac3
 def ranked(scores, member, seed=0):
@@ -209,7 +225,7 @@ def top_test(name, scores, member, *, level):
     interval = exact_interval(x, k, 1 - 0.05 / len(sizes))
     return Attack(name, x / k, interval, train / len(member), p, detail, seen, _in_words(seen))
 
-# %% ../nbs/12_audit.ipynb #5f504f55
+# %% ../nbs/12_audit.ipynb #72c85304
 DRAWS = 10_000
 
 
@@ -228,9 +244,20 @@ def share_test(name, nearest, member, *, level, seed=0):
     deals = np.random.default_rng(seed).multivariate_hypergeometric(sizes, int(member.sum()), size=DRAWS, method="marginals") @ values
     observed, expected, spread = int(weights[member].sum()), float(member.mean()), float(deals.std()) / len(nearest)
     p = min(1.0, 2 * (1 + min((deals >= observed).sum(), (deals <= observed).sum())) / (DRAWS + 1))
-    share, seen = observed / len(nearest), expected + (stats.norm.isf(level / 2) + Z_POWER) * spread
-    detail = f"{observed:,} of {len(nearest):,} synthetic rows are nearest to a training row"
-    return Attack(name, share, around(share, spread), expected, float(p), detail, *_share_seen(seen, "a share"))
+    seen = expected + (stats.norm.isf(level / 2) + Z_POWER) * spread
+    detail, share = f"{observed:,} of {len(nearest):,} synthetic rows are nearest to a training row", observed / len(nearest)
+    return Attack(name, share, _weighted_interval(weights, member), expected, float(p), detail, *_share_seen(seen, "a share"))
+
+
+def _weighted_interval(weights, member):
+    """95 % interval of the share of `weights`, float[n], that lies on `member`, bool[n], where the n rows are what was sampled.
+
+    The standard error is that of a ratio of sums; at 0 and 1 as many rows count as, equally heavy, would be as exact. Source: Kish 1965,
+    "Survey sampling", ratio means of clusters and effective sample size.
+    """
+    total, squares = weights.sum(), (weights**2).sum()
+    share = float(weights[member].sum() / total)
+    return share_interval(share, math.sqrt((weights**2 * (member - share) ** 2).sum()) / total, int(total**2 // squares))
 
 # %% ../nbs/12_audit.ipynb #24168260
 def holm(attacks):
@@ -317,7 +344,7 @@ def read_rows(source, what="rows"):
         raise DataError(f"{what}: {len(source)} rows; an audit needs at least {MIN_ROWS}")
     return source.reset_index(drop=True).set_axis(list(map(str, source.columns)), axis=1)
 
-# %% ../nbs/12_audit.ipynb #2367b6f1
+# %% ../nbs/12_audit.ipynb #8972b5a7
 TEXT_WORDS = 5
 TEXT_OPTION = "text_column (--text-column)"  # as Python and the command line call it
 
@@ -332,6 +359,7 @@ class Pool:
         position: int64[real], the row's number in its own file, from 0.
         text: name of the text column, or None. numbers, categories: names of the other columns.
         warnings: what to keep in mind, lines of text.
+        alone: bool[real], False where a row stands for copies that are units of their own.
     """
     synthetic: pd.DataFrame
     real: pd.DataFrame
@@ -341,6 +369,7 @@ class Pool:
     numbers: tuple[str, ...]
     categories: tuple[str, ...]
     warnings: tuple[str, ...]
+    alone: np.ndarray
 
     @property
     def others(self):
@@ -379,7 +408,7 @@ def _as_numbers(column):
     numbers = pd.to_numeric(column, errors="coerce").astype(float)
     return numbers if numbers.notna().sum() == (column.notna() & ~column.isin(MISSING)).sum() > 0 else None
 
-# %% ../nbs/12_audit.ipynb #16ca7d6d
+# %% ../nbs/12_audit.ipynb #08d21c2d
 def _as_texts(column):
     """A column as texts, missing values as empty ones."""
     return column.astype(object).where(column.notna(), "").astype(str)
@@ -436,28 +465,39 @@ def _one_row_each(units, seed):
     return np.sort(order[~pd.Series(units).iloc[order].duplicated().to_numpy()])
 
 
-def _chosen(frames, units, seed):
-    """`(train, holdout, warnings)`: the positions of the rows that take part, and what to say about it."""
+def _keys(frame):
+    """A hash of each row: the names of units that are all copies of a row."""
+    return pd.util.hash_pandas_object(frame.astype(str), index=False).tolist()
+
+
+def _chosen(frames, units, seed, what):
+    """`(train, holdout, warnings)`: the positions of the rows that take part, and what to say about it; `what` was held out as a whole."""
     if all(ids is None for ids in units.values()):
         return np.arange(len(frames["train"])), np.arange(len(frames["holdout"])), ()
     _check_units(frames, units)
     train, holdout = (_one_row_each(list(units[name]), seed) for name in ("train", "holdout"))
     if min(len(train), len(holdout)) < MIN_ROWS:
         raise DataError(f"{len(train)} training and {len(holdout)} held-out units; an audit needs at least {MIN_ROWS} of each")
-    remark = (f"whole units were held out: one random row of each of {len(train):,} training and {len(holdout):,} held-out units stands "
+    remark = (f"{what} were held out: one random row of each of {len(train):,} training and {len(holdout):,} held-out units stands "
               "for it, and copies of the other rows are not looked for")
     return train, holdout, (remark,)
 
 
-def make_pool(synthetic, train, holdout, *, text_column=None, columns=None, train_units=None, holdout_units=None, seed=0):
+def make_pool(synthetic, train, holdout, *, text_column=None, columns=None, train_units=None, holdout_units=None, copies_together=False,
+              seed=0):
     """`Pool` of three sets of rows (anything `read_rows` takes); where units are given, of one random row of each unit.
+
+    `copies_together`: the units are the copies of a row; the others are as for `audit_files`.
 
     Raises:
         DataError: rows cannot be read, do not have a column in common, or do not fit the units.
     """
     frames = {name: read_rows(rows, name) for name, rows in (("synthetic", synthetic), ("train", train), ("holdout", holdout))}
     names, rng = _common(frames, columns), np.random.default_rng(seed)
-    ours, others, remark = _chosen(frames, {"train": train_units, "holdout": holdout_units}, seed)
+    units, what = {"train": train_units, "holdout": holdout_units}, "whole units"
+    if copies_together:
+        units, what = {side: _keys(frames[side][names]) for side in units}, "all copies of a row together"
+    ours, others, remark = _chosen(frames, units, seed, what)
     order = rng.permutation(len(ours) + len(others))
     shuffled = frames["synthetic"].iloc[rng.permutation(len(frames["synthetic"]))].reset_index(drop=True)
     rows = [frames["train"][names].iloc[ours], frames["holdout"][names].iloc[others]]
@@ -468,7 +508,15 @@ def make_pool(synthetic, train, holdout, *, text_column=None, columns=None, trai
     synthetic, real = (pd.DataFrame({c: column[side] for c, column in made.items()}) for side in (0, 1))
     of_kind = lambda kind: tuple(c for c, column in made.items() if column[2] == kind)
     position, member = np.concatenate([ours, others])[order], order < len(ours)
-    return Pool(synthetic, real, member, position, text, of_kind("number"), of_kind("category"), warnings)
+    alone = np.ones(len(order), bool)
+    if copies_together:
+        alone = np.concatenate([_once(units["train"])[ours], _once(units["holdout"])[others]])[order]
+    return Pool(synthetic, real, member, position, text, of_kind("number"), of_kind("category"), warnings, alone)
+
+
+def _once(keys):
+    """bool[n]: whether a key occurs once."""
+    return ~pd.Series(keys).duplicated(keep=False).to_numpy()
 
 # %% ../nbs/12_audit.ipynb #1e6b1532
 WORD = r"[^\W\u2e80-\u9fff\uac00-\ud7a3]+|[\u2e80-\u9fff\uac00-\ud7a3]"  # scripts without spaces: every character is a word
@@ -652,7 +700,7 @@ def membership_plan(name, scores, member):
     tests = (("all rows (AUC)", auc_test), ("TPR at 1 % FPR", tpr_test), ("highest scores", top_test))
     return [functools.partial(test, f"{name}: {what}", scores, member) for what, test in tests]
 
-# %% ../nbs/12_audit.ipynb #68c58169
+# %% ../nbs/12_audit.ipynb #90c8ad8d
 DIGITS = 4
 CATEGORIES = 50
 
@@ -676,11 +724,6 @@ def _copied_rows(pool, fold):
     """`(uint64[pool], bool[pool])`: keys of the pool's rows, and which occur among the synthetic rows."""
     keys = _table_keys(pool.real, pool, fold)
     return keys, np.isin(keys, _table_keys(pool.synthetic, pool, fold))
-
-
-def _once(keys):
-    """bool[pool]: whether a key occurs once."""
-    return ~pd.Series(keys).duplicated(keep=False).to_numpy()
 
 
 def table_copies(pool):
@@ -779,7 +822,7 @@ def table_evidence(pool, max_rows):
     keys, hit = _copied_rows(pool, True)
     return Evidence("table", plans, scores, near.distance, real, hit & _once(keys))
 
-# %% ../nbs/12_audit.ipynb #9fbe7e99
+# %% ../nbs/12_audit.ipynb #9c747c2b
 CAVEAT = "An audit refutes an epsilon, it never confirms one: these are the attacks that were tried, not all there are."
 HEADER = ("attack", "training against held-out", "measured (95 %)", "without leakage", "p (corrected)", "finds with 80 % probability")
 
@@ -795,7 +838,8 @@ class AuditReport:
     Attributes:
         attacks: every `Attack` made; level: the family-wise level of the verdict.
         rows: numbers of synthetic, training and held-out rows. columns: which columns were read as what.
-        epsilon_bound, delta: the released rows refute every ε below this, under replace-one, with confidence 95 %; 0 refutes nothing.
+        epsilon_bound, delta, confidence: the released rows refute every ε below this, under replace-one, with this confidence; 0 refutes
+            nothing.
         division: the check whether training and held-out rows are alike. warnings, notices: lines of text.
         details: arrays for the plots, by kind; in no file.
     """
@@ -805,6 +849,7 @@ class AuditReport:
     columns: dict
     epsilon_bound: float
     delta: float
+    confidence: float
     division: Attack
     warnings: tuple[str, ...]
     notices: tuple[str, ...]
@@ -846,8 +891,14 @@ class AuditReport:
 
     @property
     def _refuted(self):
-        bound = f" The rows refute every epsilon below {self.epsilon_bound:.2f} (replace-one, delta {self.delta:.2g}, 95 %)."
-        return bound if self.epsilon_bound > 0 else ""
+        bound = f" The rows refute every epsilon below {self.epsilon_bound:.2f} (replace-one, delta {self.delta:.2g}, confidence "
+        return f"{bound}{self.confidence:.3g})." if self.epsilon_bound > 0 else ""
+
+    @property
+    def footing(self):
+        """The last line of a report: sizes, and where it may lie."""
+        return (f"{self.rows['synthetic']:,} synthetic, {self.rows['train']:,} training and {self.rows['holdout']:,} held-out rows; "
+                f"family-wise level {self.level:g} (Holm). Computed from training rows without noise: keep this report private.")
 
     def cells(self):
         """The table as texts, one tuple per attack, under `HEADER`."""
@@ -858,13 +909,13 @@ class AuditReport:
         """JSON-able; without the arrays."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "details"}
         plain = {**fields, "attacks": [dataclasses.asdict(a) for a in self.attacks], "division": dataclasses.asdict(self.division)}
-        return {"verdict": self.verdict, "summary": self.summary, **plain, "caveat": CAVEAT, "footing": _footing(self)}
+        return {"verdict": self.verdict, "summary": self.summary, **plain, "caveat": CAVEAT, "footing": self.footing}
 
     def markdown(self):
         """The report as Markdown."""
         table = [f"| {' | '.join(cells)} |" for cells in (HEADER, ("---",) * len(HEADER), *self.cells())]
         lines = ["# Audit of synthetic rows", "", f"**{self.summary}** {CAVEAT}", "", *table, "",
-                 *(f"* warning: {w}" for w in self.warnings), *(f"* notice: {n}" for n in self.notices), "", _footing(self), ""]
+                 *(f"* warning: {w}" for w in self.warnings), *(f"* notice: {n}" for n in self.notices), "", self.footing, ""]
         return "\n".join(lines)
 
     def _repr_html_(self):
@@ -874,16 +925,9 @@ class AuditReport:
         remarks = "".join(f"<li>{html.escape(line)}</li>" for line in self.warnings + self.notices)
         head = f"<b style='color:{color}'>{html.escape(self.summary)}</b>"
         return (f"<div style='border:1px solid {color};border-left-width:6px;padding:.5em 1em'>{head}<p>{CAVEAT}</p>"
-                f"<table>{body}</table><ul>{remarks}</ul><small>{html.escape(_footing(self))}</small></div>")
+                f"<table>{body}</table><ul>{remarks}</ul><small>{html.escape(self.footing)}</small></div>")
 
-
-def _footing(report):
-    """The last line of a report: sizes, and where it may lie."""
-    rows = report.rows
-    return (f"{rows['synthetic']:,} synthetic, {rows['train']:,} training and {rows['holdout']:,} held-out rows; "
-            f"family-wise level {report.level:g} (Holm). Computed from training rows without noise: keep this report private.")
-
-# %% ../nbs/12_audit.ipynb #0e99bba6
+# %% ../nbs/12_audit.ipynb #18467712
 def _remarks(pool, division, twins):
     """Warnings of a report."""
     lines = list(pool.warnings)
@@ -913,8 +957,8 @@ def _twins(pool):
     return int(np.isin(rows[~pool.member], rows[pool.member]).sum())
 
 
-def audit_files(synthetic, train, holdout, *, text_column=None, columns=None, train_units=None, holdout_units=None, level=0.01, delta=None,
-                max_rows=5000, seed=0):
+def audit_files(synthetic, train, holdout, *, text_column=None, columns=None, train_units=None, holdout_units=None, copies_together=False,
+                level=0.01, confidence=0.95, delta=None, max_rows=5000, seed=0):
     """Attack synthetic rows with everything an outsider has, and compare training rows with held-out rows.
 
     Args:
@@ -924,7 +968,9 @@ def audit_files(synthetic, train, holdout, *, text_column=None, columns=None, tr
         columns: the columns to compare; None: all that the three have in common.
         train_units, holdout_units: where whole units were held out, the unit of each row; one random row of each unit takes part then,
             and the bound on ε is one for units. None: each row is a unit.
-        level: chance of a false alarm, over all attacks together.
+        copies_together: rows were dealt by a hash of their content, so that all copies of a row are on one side: one of them takes part
+            for all, and the bound on ε is from rows without copies.
+        level: chance of a false alarm, over all attacks together. confidence: of the bound on ε.
         delta: δ of the bound on ε; None: the default of a certificate, n^-1.2.
         max_rows: most synthetic rows, and half of the most real rows, among which nearest rows are sought.
         seed: of the order of the rows, and of the rows that stand for their units.
@@ -937,24 +983,25 @@ def audit_files(synthetic, train, holdout, *, text_column=None, columns=None, tr
     """
     began = time.perf_counter()
     pool = make_pool(synthetic, train, holdout, text_column=text_column, columns=columns, train_units=train_units,
-                     holdout_units=holdout_units, seed=seed)
+                     holdout_units=holdout_units, copies_together=copies_together, seed=seed)
     parts = [text_evidence(pool, max_rows)] if pool.text else []
     parts += [table_evidence(pool, max_rows)] if not pool.text or len(pool.others) > 1 else []
     plans = [plan for part in parts for plan in part.plans]
     attacks = holm([plan(level=level / len(plans)) for plan in plans])
     delta = delta or default_delta(int(pool.member.sum()))
-    bound = max(_bound(part, pool, delta, 1 - 0.05 / len(parts)) for part in parts)
+    bound = max(_bound(part, pool, delta, 1 - (1 - confidence) / len(parts)) for part in parts)
     division = min((exchangeability(part.vectors, pool.member[:len(part.distance)]) for part in parts), key=lambda attack: attack.p_value)
     sizes = {"synthetic": len(pool.synthetic), "train": int(pool.member.sum()), "holdout": int((~pool.member).sum())}
     read_as = {"text": pool.text, "numbers": pool.numbers, "categories": pool.categories}
-    return AuditReport(attacks=attacks, level=level, rows=sizes, columns=read_as, epsilon_bound=bound, delta=delta, division=division,
+    return AuditReport(attacks=attacks, level=level, rows=sizes, columns=read_as, epsilon_bound=bound, delta=delta,
+                       confidence=confidence, division=division,
                        warnings=_remarks(pool, division, _twins(pool)), notices=_notices(pool, parts),
                        seconds=time.perf_counter() - began, details=_details(pool, parts))
 
 
 def _bound(part, pool, delta, confidence):
-    member = pool.member[:len(part.scores)]
-    return pairs_bound(part.scores[member], part.scores[~member], delta, confidence=confidence)
+    member, alone = pool.member[:len(part.scores)], pool.alone[:len(part.scores)]
+    return pairs_bound(part.scores[member & alone], part.scores[~member & alone], delta, confidence=confidence)
 
 
 def _details(pool, parts):
@@ -962,7 +1009,7 @@ def _details(pool, parts):
     split = lambda values: (values[pool.member[:len(values)]], values[~pool.member[:len(values)]])
     return {part.kind: {"scores": split(part.scores), "distance": split(part.distance)} for part in parts}
 
-# %% ../nbs/12_audit.ipynb #75eb1387
+# %% ../nbs/12_audit.ipynb #cdde229a
 def _by_unit(train, holdout, column):
     """Training and held-out rows without the column that names their unit, and the units as the options of `audit_files`: a dict of all.
 
@@ -993,7 +1040,7 @@ def audit_command(synthetic, train, holdout, *, json_path=None, unit_column=None
         mark = "FAIL" if attack in report.failed else "ok"
         print(f"{mark:4} {attack.name}: {attack.detail}; p {_p_text(attack.adjusted_p)}; finds {attack.sees}")
     remarks = [*(f"warning: {w}" for w in report.warnings), *(f"notice: {n}" for n in report.notices)]
-    print("\n".join([*remarks, report.summary, CAVEAT, _footing(report)]))
+    print("\n".join([*remarks, report.summary, CAVEAT, report.footing]))
     if json_path:
         write_private(json_path, json.dumps(report.to_dict(), indent=1) + "\n")
     return report.passed
@@ -1102,7 +1149,7 @@ def largest_bound(count, delta, confidence=0.95):
     included = np.arange(count) % 2 == 0
     return one_run_bound(included.astype(float), included, delta, confidence=confidence)
 
-# %% ../nbs/12_audit.ipynb #4124e40b
+# %% ../nbs/12_audit.ipynb #47a2ba5e
 @dataclasses.dataclass(frozen=True)
 class CanaryAudit:
     """What one run with canaries showed.
@@ -1145,8 +1192,9 @@ def audit_scores(scores, included, delta, saw, *, confidence=0.95, seed=0):
     scores, included = np.asarray(scores, float), np.asarray(included, bool)
     bound, largest, gaussian = (f(x, included, delta, confidence=confidence, seed=seed) for f, x in (
         (one_run_bound, scores), (one_run_bound, included), (gaussian_bound, scores)))
-    auc, error = delong(scores[included], scores[~included])
-    return CanaryAudit(saw, len(scores), int(included.sum()), bound, delta, confidence, largest, gaussian, auc, around(auc, error))
+    both = scores[included], scores[~included]
+    auc, interval = delong(*both)[0], auc_interval(*both)
+    return CanaryAudit(saw, len(scores), int(included.sum()), bound, delta, confidence, largest, gaussian, auc, interval)
 
 
 def audit_canaries(base_losses, tuned_losses, included, delta, *, confidence=0.95, seed=0):
@@ -1256,13 +1304,14 @@ def check_independence(a, b):
     return tuple(Check(f"correlation of {what}", float(r.statistic), 0.0, float(r.pvalue))
                  for what, r in (("values", stats.pearsonr(a, b)), ("squares", stats.pearsonr(a**2, b**2))))
 
-# %% ../nbs/12_audit.ipynb #c051afbd
+# %% ../nbs/12_audit.ipynb #bdaf38a8
 @dataclasses.dataclass(frozen=True)
 class Replay:
     """Batches and noise of a run, drawn again from its secret and tested. Computed from the secret: keep it under private/.
 
     Attributes:
-        checks: every `Check` made, for a run also those of what its training recorded (`training_checks`). steps, noise_steps: updates whose batches, and whose noise, were drawn again.
+        checks: every `Check` made, for a run also `training_checks` and `sensitivity_check`.
+        steps, noise_steps: updates whose batches, and whose noise, were drawn again.
     """
     checks: tuple[Check, ...]
     steps: int
@@ -1271,6 +1320,11 @@ class Replay:
     @property
     def passed(self):
         return all(check.passed for check in self.checks)
+
+    @property
+    def broken(self):
+        """Names of the checks that failed."""
+        return [check.name for check in self.checks if not check.passed]
 
     def __str__(self):
         broken = [f"{check.name} is {check.statistic:.6g} instead of {check.expected:.6g} (p {_p_text(check.p_value)})"
@@ -1302,7 +1356,7 @@ def training_checks(mechanism, recorded, numbers):
         numbers: trained parameters, each of which got noise in every update.
     """
     updates, noise = (recorded.get(name) or 0 for name in ("updates", "realised_over_promised_noise"))
-    limit = NOISE_ERRORS * math.sqrt(mechanism.bands / (2 * mechanism.steps * numbers))
+    limit = NOISE_ERRORS * realised_noise_error(mechanism, numbers)
     return (Check("updates recorded by the training", updates, mechanism.steps, float(updates == mechanism.steps)),
             Check("noise recorded by the training, over the promised one", noise, 1.0, float(abs(noise - 1) <= limit)))
 
@@ -1327,6 +1381,47 @@ def replay_checks(mechanism, randomness, num_units=None, *, steps=1000, noise_st
         noise = _replayed_noise(mechanism, randomness, noise_steps, noise_size)
         checks += [*check_noise(noise, 1.0), *(check_independence(noise[:-1], noise[1:]) if noise_steps > 1 else ())]
     return Replay(tuple(checks), len(batches), noise_steps)
+
+# %% ../nbs/12_audit.ipynb #dba31bbb
+EXTREME = 50.0  # how many times as large the trained weights are made
+
+
+def _invented_units(vocabulary, lengths, rows):
+    """Pairs of prompt and response ids: of each length three units of so many rows, two of random tokens and one that repeats a token."""
+    rng = np.random.default_rng(0)
+    for length in lengths:
+        for tokens in (length, length, 1):
+            for _ in range(rows):
+                ids = np.resize(rng.integers(vocabulary, size=tokens), length).tolist()
+                yield ids[:1], ids[1:]
+
+
+def _move(trainer, units):
+    """How far the last of the units, int[k], moves the sum of the others, over the sensitivity."""
+    without, with_it = (trainer.gradient_sum(chosen) for chosen in (units[:-1], units))
+    squares = (np.sum((np.asarray(b, np.float64) - np.asarray(a, np.float64)) ** 2) for a, b in zip(without, with_it))
+    return math.sqrt(sum(squares)) / (trainer.session.grid * trainer.session.mechanism.sensitivity)
+
+
+def sensitivity_check(model, settings, mechanism):
+    """Does one unit move the clipped sum by at most the sensitivity? A `Check`; no chance involved, so its p-value is 0 or 1.
+
+    Computed from invented rows with the program that trains: it tells nothing about private rows.
+
+    Args:
+        model: the `LanguageModel` of a run with its trained weights. settings: those of the run. mechanism: the promised `Mechanism`.
+    """
+    from dpsynth.finetune import Trainer, bucket_lengths
+
+    rows, lengths = 1 if settings.unit == "row" else settings.max_records_per_unit, bucket_lengths(settings.sequence_length)
+    units, moves = np.arange(3 * len(lengths)), []
+    with tempfile.TemporaryDirectory() as folder:
+        store = TokenStore.write(pathlib.Path(folder) / "tokens", _invented_units(model.vocabulary_size, lengths, rows))
+        trainer = Trainer(model, store, settings, mechanism, Randomness(bytes(32), "invented"), np.arange(len(store)).reshape(-1, rows))
+        for scale in (1.0, EXTREME):
+            trainer.trainable = [scale * array for array in trainer.trainable]
+            moves += [_move(trainer, three) for three in units.reshape(-1, 3)]
+    return Check("largest move of the sum by one unit, over the sensitivity", max(moves), 1.0, float(0 < max(moves) <= 1))
 
 # %% ../nbs/12_audit.ipynb #0219d1a2
 CORPUS_TEXTS = 10_000

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DELTAS', 'BASE_MODELS', 'NOT_COVERED', 'privacy_curve', 'false_negatives', 'group_guarantee', 'holds_for_group',
-           'base_model', 'make_certificate', 'Certificate', 'schema', 'write_certificate', 'read_certificate', 'verify']
+           'base_model', 'make_certificate', 'Certificate', 'schema', 'write_certificate', 'read_certificate',
+           'refutation', 'verify']
 
-# %% ../nbs/04a_certificate.ipynb #8bd051bc
+# %% ../nbs/04a_certificate.ipynb #59abe9a2
 import dataclasses
 import hashlib
 import html
@@ -20,46 +21,46 @@ from importlib import metadata
 import jsonschema
 import numpy as np
 
-from .ledger import accesses_event, compose as compose_events, group_privacy
-from .privacy import code_hash, compose, discretization_interval, grid_bits, versions
+from .ledger import LARGEST_EPSILON, accesses_event, compose, group_privacy
+from .privacy import code_hash, discretization_interval, grid_bits, versions
 from .runs import write_json, write_text
 from .settings import PrivacyError, SettingsError, result_settings
 from .verify import privacy_profile, verify as recompute
 
-# %% ../nbs/04a_certificate.ipynb #a9c9ca43
+# %% ../nbs/04a_certificate.ipynb #29d61826
 DELTAS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10)
 
 
-def privacy_curve(accesses, before=0.0):
-    """List of `{"delta", "epsilon"}` under add/remove, for δ from 1e-2 to 1e-10 where ε is finite.
-
-    `accesses` is a tuple of `Access`, `before` the ε of what was released before these were chosen.
-    """
+def privacy_curve(accesses):
+    """List of `{"delta", "epsilon"}` of a tuple of `Access` under add/remove, for δ from 1e-2 to 1e-10 where ε is finite."""
     epsilon_at = privacy_profile([dataclasses.asdict(a) for a in accesses], "epsilon", discretization_interval(accesses))
-    points = [{"delta": delta, "epsilon": before + float(epsilon_at(delta))} for delta in DELTAS]
+    points = [{"delta": delta, "epsilon": float(epsilon_at(delta))} for delta in DELTAS]
     return [point for point in points if math.isfinite(point["epsilon"])]
 
 
 def false_negatives(curve, false_positive_rate):
     """Least false negative rate of any membership test at a false positive rate (scalar or array), from a privacy curve."""
     rates = np.asarray(false_positive_rate, np.float64)
-    bounds = [np.maximum(1 - p["delta"] - math.exp(p["epsilon"]) * rates, math.exp(-p["epsilon"]) * (1 - p["delta"] - rates)) for p in curve]
+    with np.errstate(divide="ignore"):
+        grown = [np.exp(np.minimum(p["epsilon"] + np.log(rates), 700.0)) for p in curve]  # e^ε·α; e^ε alone is no float above ε = 709
+    bounds = [np.maximum(1 - p["delta"] - g, math.exp(-p["epsilon"]) * (1 - p["delta"] - rates)) for p, g in zip(curve, grown)]
     return np.clip(np.max(bounds, axis=0), 0.0, 1.0)
 
-# %% ../nbs/04a_certificate.ipynb #f09b6330
+# %% ../nbs/04a_certificate.ipynb #87b0dc78
 def group_guarantee(mechanism, units):
     """`{"units", "epsilon", "delta"}` for a group of so many units, added or removed together, of a `Mechanism`."""
-    rest = accesses_event([mechanism.training(mechanism.steps), *mechanism.others])
-    epsilon, delta = units * mechanism.spent_before() + compose_events([rest], mechanism.delta, group=units), mechanism.delta
+    delta, event = mechanism.delta, accesses_event(mechanism.accesses)
+    epsilon = compose([event], delta, group=units) if mechanism.epsilon <= LARGEST_EPSILON else math.inf
     epsilon, delta = (epsilon, delta) if epsilon < math.inf else group_privacy(mechanism.epsilon, delta, units)
     return {"units": units, "epsilon": epsilon, "delta": delta}
 
 
 def holds_for_group(certificate, group):
     """Whether an entry of `groups` follows from the accesses of a certificate, or from its ε and δ by the lemma."""
-    tight = compose_events([accesses_event(certificate["accesses"])], group["delta"], group=group["units"])
     epsilon, delta = group_privacy(certificate["epsilon"], certificate["delta"], group["units"])
-    return tight <= group["epsilon"] + 1e-3 or epsilon * (1 - 1e-9) <= group["epsilon"] and delta * (1 - 1e-9) <= group["delta"]
+    if epsilon * (1 - 1e-9) <= group["epsilon"] and delta * (1 - 1e-9) <= group["delta"]:
+        return True
+    return compose([accesses_event(certificate["accesses"])], group["delta"], group=group["units"]) <= group["epsilon"] + 1e-3
 
 # %% ../nbs/04a_certificate.ipynb #03632c2d
 BASE_MODELS = {
@@ -78,13 +79,13 @@ def base_model(name, model_hash, contamination):
     trained_on, own = next((facts for names, facts in BASE_MODELS.items() if known and re.fullmatch(names, name)), ("not known to dpsynth", None))
     return {"name": name, "hash": model_hash, "trained_on": trained_on, "own_guarantee": own, "contamination": contamination}
 
-# %% ../nbs/04a_certificate.ipynb #1d1e3834
+# %% ../nbs/04a_certificate.ipynb #f9780446
 NOT_COVERED = [
     "rows of the test split and every number computed from them (MAUVE, utility, held-out loss)",
     "the choice of hyper-parameters, if it was made by looking at these training rows",
     "side channels: running time, memory, power",
     "releases kept in other ledgers than {ledger}, and releases of data under other names that share rows with this one",
-    "everything under private/, which must not leave the machine",
+    "everything under private/, which must not leave the machine: also what an audit found on rows that were kept out, its verdict included",
     "rows the base model may have seen in its own pre-training",
 ]
 
@@ -107,7 +108,7 @@ def make_certificate(mechanism, settings, *, base, composed=None):
         "adjacency": "zero-out: replacing one unit by an empty one; the number of units is public" if settings.unit_count == "public" else
                      "adding or removing one unit",
         "epsilon": epsilon, "epsilon_replace_one": mechanism.epsilon_after(mechanism.steps, "epsilon_replace_one"), "delta": delta,
-        "curve": privacy_curve((mechanism.training(mechanism.steps), *mechanism.others), mechanism.spent_before()),
+        "curve": privacy_curve(mechanism.accesses),
         "groups": [group_guarantee(mechanism, k) for k in (2, 4, 8)],
         "mechanism": mechanism.describe(), "accountant": _accountant(mechanism),
         "accesses": _accesses(mechanism, settings),
@@ -152,7 +153,8 @@ def _of_any(mechanism):
     return ["the sum is divided by the expected batch size, never by the drawn one",
             "a unit's clipped gradient does not depend on the units of its microbatch: on one CPU each is computed alone, elsewhere up to rounding",
             "attackers are computationally bounded: the cipher that the noise is drawn with cannot be told from random",
-            "replacing one unit costs what dp_accounting's pair of distributions for replacement under Poisson sampling says", *(added if mechanism.before else [])]
+            "replacing one unit costs what dp_accounting's pair of distributions for replacement under Poisson sampling says",
+            *(added if any(a.added for a in mechanism.others) else [])]
 
 
 def _plain():
@@ -171,7 +173,8 @@ def _banded(bands):
 
 def _accesses(mechanism, settings):
     """Every reading of private rows: with its mechanism and cost, or the word public."""
-    paid = [{**dataclasses.asdict(a), "epsilon": compose((a,), mechanism.delta)} for a in mechanism.accesses]
+    interval, accesses = discretization_interval(mechanism.accesses), map(dataclasses.asdict, mechanism.accesses)
+    paid = [{**a, "epsilon": float(privacy_profile([a], "epsilon", interval)(mechanism.delta))} for a in accesses]
     free = ["names of the labels", "the prompt", "limits on length and number of rows"]
     if settings.label_prior != "private":
         free.append(f"shares of the labels among the samples: {settings.label_prior}")
@@ -185,7 +188,7 @@ def _randomness(mechanism):
     return {"source": "32 bytes of operating-system entropy, kept in private/", "generator": "AES-256 in counter mode, keyed per run and update",
             "noise": f"float64 Gaussian, rounded to an integer grid of 2^-{bits} of the sensitivity",
             "sum": "exact integers on the same grid, rounded towards zero after clipping in float32",
-            "counts": f"integer Laplace noise by OpenDP {metadata.version('opendp')}, from its own generator" if mechanism.others or mechanism.before else
+            "counts": f"integer Laplace noise by OpenDP {metadata.version('opendp')}, from its own generator" if mechanism.others else
                       "none were estimated"}
 
 
@@ -196,7 +199,7 @@ def _implementation(settings):
             "versions": versions(), "code_hash": code_hash(),
             "settings_hash": hashlib.sha256(result_settings(settings).encode()).hexdigest()}
 
-# %% ../nbs/04a_certificate.ipynb #19e1991f
+# %% ../nbs/04a_certificate.ipynb #1d43f1ab
 class Certificate(dict):
     """A certificate as a dict that shows itself as a card."""
 
@@ -219,7 +222,8 @@ class Certificate(dict):
 
 
 def _claim(c):
-    return (f"ε = **{c['epsilon']:.4g}**, δ = **{c['delta']:.3g}** for {c['unit_is']}, under {c['adjacency']}; "
+    refuted = "**REFUTED by its own audit.** " if refutation(c) else ""
+    return (f"{refuted}ε = **{c['epsilon']:.4g}**, δ = **{c['delta']:.3g}** for {c['unit_is']}, under {c['adjacency']}; "
             f"ε = {c['epsilon_replace_one']:.4g} under replacing one.")
 
 
@@ -268,7 +272,8 @@ def _group(g):
 def _cost(a):
     if a["epsilon"] == "public":
         return "public"
-    return f"ε = {a['epsilon']:.4g} ({a['mechanism']}, noise multiplier {a['noise_multiplier']:.5g})"
+    added = ", added to the rest and not composed" if a.get("added") else ""
+    return f"ε = {a['epsilon']:.4g} ({a['mechanism']}, noise multiplier {a['noise_multiplier']:.5g}{added})"
 
 
 def _lists(c):
@@ -289,7 +294,7 @@ def _tradeoff_svg(curve, size=150):
             f"<text x='-8' y='{size / 2}' font-size='10' text-anchor='middle' fill='#888' transform='rotate(-90,-8,{size / 2})'>"
             "false negatives, at least</text></g></svg>")
 
-# %% ../nbs/04a_certificate.ipynb #8181ddc4
+# %% ../nbs/04a_certificate.ipynb #c675477d
 def schema():
     """The JSON schema of a certificate, a dict."""
     return json.loads((importlib.resources.files("dpsynth") / "assets" / "certificate.schema.json").read_text(encoding="utf-8"))
@@ -317,13 +322,23 @@ def read_certificate(path):
     return Certificate(content)
 
 
+def refutation(certificate):
+    """What the audit in a certificate found against its ε, as the end of a sentence; empty where nothing."""
+    audit, delta = certificate.get("audit") or {}, certificate["delta"]
+    if audit.get("epsilon_bound", 0) > certificate["epsilon"] and audit.get("delta", delta) >= delta:
+        return f": epsilon is at least {audit['epsilon_bound']:.4g} at delta {delta:.3g}, and it claims {certificate['epsilon']:.4g}"
+    return "; see its summary" if audit.get("refuted") else ""
+
+
 def verify(certificate):
     """Recompute both ε of a certificate (dict or path); returns them with δ.
 
     Raises:
-        SettingsError: it cannot be read. PrivacyError: it claims less than its mechanisms spend.
+        SettingsError: it cannot be read. PrivacyError: it claims less than its mechanisms spend, or its own audit refutes it.
     """
     known = certificate if isinstance(certificate, dict) else read_certificate(certificate)
+    if found := refutation(known):
+        raise PrivacyError(f"the certificate of {known['name']} does not hold: its own audit refutes it{found}")
     try:
         spent = recompute(known)
     except ValueError as error:

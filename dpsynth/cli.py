@@ -8,13 +8,14 @@ __all__ = ['FAILED', 'WRONG', 'AUDIT_OPTIONS', 'slow_import', 'demo', 'run', 're
            'ledger', 'settings', 'complain', 'Parser', 'positive', 'seconds', 'count', 'make_parser', 'names',
            'probability', 'natural', 'exit_code', 'describe_error', 'main']
 
-# %% ../nbs/15_cli.ipynb #17823950
+# %% ../nbs/15_cli.ipynb #0cf004e6
 import argparse
 import collections
 import contextlib
 import importlib
 import importlib.resources
 import math
+import pathlib
 import sys
 import traceback
 
@@ -27,7 +28,7 @@ def slow_import(name):
     with quiet_libraries():
         return importlib.import_module(f"dpsynth.{name}")
 
-# %% ../nbs/15_cli.ipynb #a26d50c2
+# %% ../nbs/15_cli.ipynb #e5b0c30b
 FAILED, WRONG = 1, 2
 
 
@@ -49,17 +50,23 @@ def run(args):
 
 
 def results(args):
-    """Print the table of what has been run."""
-    from dpsynth.experiments import collect, results_table
-    print(results_table(collect(args.runs), args.format))
+    """Print the table of what has been run, or of a record that comes with the package."""
+    from dpsynth.experiments import collect, record_folder, record_names, results_table
+    if args.records == "":
+        print("\n".join(record_names()))
+    else:
+        print(results_table(collect(record_folder(args.records) if args.records else args.runs or "runs"), args.format))
 
-# %% ../nbs/15_cli.ipynb #144dd87b
+# %% ../nbs/15_cli.ipynb #1ad1d19c
 def check(args):
     """Look at configurations without running them."""
     from dpsynth import experiments
     all_settings = experiments.read_configs(args.configs, args.set)
     experiments.check_template()
     pipeline = slow_import("pipeline")
+    print(f"  {'device':12} {pipeline.device_name()}")
+    if not args.no_data:
+        print(f"  {'for you only':12} what follows was counted in the rows, without noise; choosing settings by it is not covered by any epsilon")
     look = pipeline.remember()
     for settings in all_settings:
         survey = pipeline.survey(settings, lenient=True, data=not args.no_data, load=look)
@@ -72,7 +79,8 @@ def check(args):
 def findings(survey):
     """Yield (topic, text) of a survey."""
     pipeline = slow_import("pipeline")
-    if survey.splits is not None:
+    hidden = survey.settings.unit_count == "private"  # what would tell how many units there are
+    if survey.splits is not None and not hidden:
         yield "rows", f"{len(survey.splits.train):,} to train on, {len(survey.splits.test):,} to test on"
         if survey.settings.unit != "row":
             yield "units", describe_units(survey.splits.train, survey.settings)
@@ -193,7 +201,7 @@ def _audit_run(run):
     print(found)
     return int(not found.passed)
 
-# %% ../nbs/15_cli.ipynb #46e1bef4
+# %% ../nbs/15_cli.ipynb #d8e3fb8f
 def verify(args):
     """Recompute what a certificate claims."""
     from dpsynth.certificate import verify
@@ -204,14 +212,27 @@ def verify(args):
 def ledger(args):
     """Show what has been spent on each data set, or on one of them, and what is left."""
     from dpsynth.ledger import ledger_command
+    if (args.dataset or "").endswith((".yaml", ".yml")):
+        args.dataset, args.ledger = _register(args.dataset, args.ledger)
     print(ledger_command(args.dataset, cap=args.cap, plot=args.plot, path=args.ledger))
+
+
+def _register(config, path):
+    """(name in the ledger of the rows that a configuration reads, path of the ledger): they can have a cap before a run charges them."""
+    from dpsynth import data, experiments
+    settings, = experiments.read_configs([config], [])
+    runs = pathlib.Path(path or "runs")
+    if path and not runs.is_dir():
+        settings = settings.model_copy(update={"ledger": str(path)})
+    account = slow_import("finetune").Account(settings, data.load(settings).train, "", runs / settings.experiment)
+    return account.register().name, account.ledger.path
 
 
 def settings(args):
     """Print every setting with its default and meaning."""
     print(settings_table())
 
-# %% ../nbs/15_cli.ipynb #f3c9fc99
+# %% ../nbs/15_cli.ipynb #6cdb9dbc
 def complain(message):
     """The one line of a failure."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
@@ -283,12 +304,16 @@ def make_parser():
     verb.add_argument("--seed", type=int, help="seed of these rows, not the run's own (default: the one after it)")
     _verb(verbs, evaluate, folder)
     where = "a run folder, or a folder of runs or of sweeps (default: runs)"
-    verb = _verb(verbs, results, ("runs", {"nargs": "?", "default": "runs", "metavar": "RUNS", "help": where}))
+    verb = _verb(verbs, results)
+    one = verb.add_mutually_exclusive_group()
+    one.add_argument("runs", nargs="?", metavar="RUNS", help=where)
+    one.add_argument("--records", nargs="?", const="", metavar="NAME", help="a record that comes with the package (without NAME: list them)")
     verb.add_argument("--format", choices=("table", "markdown", "csv", "json"), default="table", help="default: %(default)s")
     _verb(verbs, verify, ("certificate", {"metavar": "CERTIFICATE", "help": "a certificate.json"}))
     verb = _verb(verbs, audit, ("run", {"nargs": "?", "metavar": "RUN", "help": "a run folder"}))
     _audit_options(verb)
-    verb = _verb(verbs, ledger, ("dataset", {"nargs": "?", "metavar": "DATASET", "help": "name of a data set (default: all of them)"}))
+    what = "name of a data set, or a configuration (YAML) whose rows are to be known before they are used (default: all data sets)"
+    verb = _verb(verbs, ledger, ("dataset", {"nargs": "?", "metavar": "DATASET", "help": what}))
     _ledger_options(verb)
     _verb(verbs, settings)
     return parser

@@ -26,7 +26,12 @@ import pyarrow.parquet as pq
 from .demo import demo_frame
 from .settings import DataError, quiet_libraries
 
-# %% ../nbs/01_data.ipynb #4a0bd12e
+# %% ../nbs/01_data.ipynb #efbd9b7f
+def _unit_numbers(frame):
+    """int64[n]: the number of the unit that each row belongs to; units are numbered as they first occur."""
+    return pd.factorize(frame["unit"])[0].astype(np.int64) if "unit" in frame else np.arange(len(frame))
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Records:
     """Checked rows; the privacy unit is one row, or all rows with the same `unit`.
@@ -63,7 +68,7 @@ class Records:
     @functools.cached_property
     def units(self):
         """int64[n]: the number of the unit that each row belongs to; units are numbered as they first occur."""
-        return pd.factorize(self.frame["unit"])[0].astype(np.int64) if "unit" in self.frame else np.arange(len(self))
+        return _unit_numbers(self.frame)
 
     @property
     def num_units(self):
@@ -419,41 +424,42 @@ def _read_demo(settings):
         _require("demo", frame.columns, settings)
     return tuple(_checked(frame, "demo", settings) for frame in frames)
 
-# %% ../nbs/01_data.ipynb #24568263
+# %% ../nbs/01_data.ipynb #7f08ea8f
 def _permutation(n, seed, purpose):
     """int64[n]: a permutation that depends on n, the seed and the purpose only."""
     return np.random.default_rng([seed, purpose]).permutation(n)
 
 
+def _among(frame, size, seed, purpose):
+    """bool[n]: whether a row is in one of `size` random units; a larger size adds to a smaller one. Number and order alone decide."""
+    units = _unit_numbers(frame)
+    return np.isin(units, _permutation(len(np.unique(units)), seed, purpose)[:size])
+
+
+def _by_name(frame, share, seed, purpose):
+    """bool[n]: whether each row is one of about this share of the units; the seed and the unit's name, or the row's text, alone decide."""
+    number = lambda name: int.from_bytes(hashlib.blake2b(f"{seed}|{purpose}|{name}".encode(), digest_size=8).digest(), "big") / 2.0**64
+    return frame["unit" if "unit" in frame else "text"].map(number).to_numpy(np.float64) < share
+
+
 def _hold_out(frame, where, name, settings, purpose):
-    """`(kept, held)`: the share of the rows, or of the units, that the setting `name` says is held out; both keep their order."""
-    fraction = getattr(settings, name)
-    if len(frame) < 2:
-        raise DataError(f"{where}: 1 row cannot be divided by {name}; give it more rows, or set test_data")
-    if "unit" in frame or settings.unit_count == "private":
-        held = _shares(frame, settings.seed, purpose) < fraction
-        if held.all() or not held.any():
-            raise DataError(f"{where}: too few units to be divided by {name}; give it more rows")
-        return frame[~held], frame[held]
-    size = min(max(1, round(len(frame) * fraction)), len(frame) - 1)
-    order = _permutation(len(frame), settings.seed, purpose)
-    return frame.iloc[np.sort(order[size:])], frame.iloc[np.sort(order[:size])]
+    """`(kept, held)`: the share of the units that the setting `name` says is held out; both keep their order."""
+    fraction, units = getattr(settings, name), len(np.unique(_unit_numbers(frame)))
+    if units < 2:
+        what = "unit" if "unit" in frame else "row"
+        raise DataError(f"{where}: 1 {what} cannot be divided by {name}; give it more {what}s, or set test_data")
+    if settings.unit_count == "private":
+        held = _by_name(frame, fraction, settings.seed, purpose)
+    else:
+        held = _among(frame, min(max(1, round(units * fraction)), units - 1), settings.seed, purpose)
+    if held.all() or not held.any():
+        raise DataError(f"{where}: too few units to be divided by {name}; give it more rows")
+    return frame[~held], frame[held]
 
 
 def _thin(frame, size, seed, purpose):
     """At most `size` random units (0: all), in their order; a smaller size gives a subset of a larger one's rows."""
-    units = frame["unit"].nunique() if "unit" in frame else len(frame)
-    if not 0 < size < units:
-        return frame
-    if "unit" in frame:
-        return frame[_shares(frame, seed, purpose) < size / units]
-    return frame.iloc[np.sort(_permutation(units, seed, purpose)[:size])]
-
-
-def _shares(frame, seed, purpose):
-    """float64[n] in [0, 1): one number for each unit, on all its rows; it depends on the unit's name, or the row's text, and the seed alone."""
-    share = lambda name: int.from_bytes(hashlib.blake2b(f"{seed}|{purpose}|{name}".encode(), digest_size=8).digest(), "big") / 2.0**64
-    return frame["unit" if "unit" in frame else "text"].map(share).to_numpy(np.float64)
+    return frame[_among(frame, size, seed, purpose)] if size else frame
 
 # %% ../nbs/01_data.ipynb #9d9d5204
 def _with_test_file(train, test, source, settings):

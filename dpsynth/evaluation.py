@@ -10,7 +10,7 @@ __all__ = ['LENGTH_STEP', 'BATCH_TOKENS', 'ACCELERATOR_TOKENS', 'OWN_POOLING', '
            'mauve_repeated', 'split_reference', 'disjoint_halves', 'text_statistics', 'ngram_distance', 'plot_lengths',
            'train_on_synthetic', 'cautions', 'evaluate']
 
-# %% ../nbs/10_evaluation.ipynb #05d4b3f0
+# %% ../nbs/10_evaluation.ipynb #851bdd2c
 import collections
 import concurrent.futures
 import contextlib
@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -27,7 +28,8 @@ import random
 import tempfile
 import time
 
-from .models import everywhere, load_embedder, preset_hash, spread  # before jax: dpsynth selects Keras' JAX backend
+from .models import (  # before jax: dpsynth selects Keras' JAX backend
+    Unreachable, check_embedder_preset, check_hub, everywhere, first_line, has_weights, load_embedder, preset_hash, spread)
 from .settings import DataError, ModelError, SettingsError, quiet_libraries
 
 import jax
@@ -72,7 +74,7 @@ def pool(states, mask, pooling):
         return jnp.take_along_axis(states, (counts - 1)[:, None, None], axis=1)[:, 0]
     return jnp.where(mask[..., None] > 0, states, 0).sum(1) / counts[:, None]
 
-# %% ../nbs/10_evaluation.ipynb #4ad46a04
+# %% ../nbs/10_evaluation.ipynb #3f0f275a
 OWN_POOLING = "model"
 
 
@@ -83,6 +85,10 @@ class KerasEmbedder:
         if pooling not in ("mean", "last"):
             raise SettingsError(f"setting pooling: expected `mean` or `last`, got {pooling!r}")
         self.name, self.length, self.pooling = name, length, pooling
+
+    def check(self):
+        """Raise ModelError if the model cannot be loaded; no weights are."""
+        check_embedder_preset(self.name)
 
     @functools.cached_property
     def key(self):
@@ -113,7 +119,7 @@ class KerasEmbedder:
                 bar.update(len(indices))
         return np.stack(out), self._pooling_used()
 
-# %% ../nbs/10_evaluation.ipynb #09a954d9
+# %% ../nbs/10_evaluation.ipynb #f9339ac6
 def _extra(module, extra, embedder):
     """Import a module of an optional extra, or raise ModelError naming the extra."""
     try:
@@ -122,11 +128,12 @@ def _extra(module, extra, embedder):
         raise ModelError(f"embedder {embedder!r}: {module} is not installed ({error}); pip install dpsynth[{extra}]") from error
 
 
-def _first_line(error):
-    """The first line of an exception's message, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _require(module, extra, embedder):
+    """Raise ModelError as `_extra` does, without the seconds that importing takes."""
+    if any(importlib.util.find_spec(name) is None for name in itertools.accumulate(module.split("."), "{}.{}".format)):
+        raise ModelError(f"embedder {embedder!r}: {module} is not installed; pip install dpsynth[{extra}]")
 
-# %% ../nbs/10_evaluation.ipynb #a556371b
+# %% ../nbs/10_evaluation.ipynb #bbe5e9e8
 class SentenceEmbedder:
     """A sentence-transformers model by name or folder. Texts are cut to `length` tokens or the model's own limit."""
     pooling = OWN_POOLING
@@ -136,6 +143,15 @@ class SentenceEmbedder:
         self.path = str(pathlib.Path(name).expanduser()) if name.startswith("~") else name
         if self.path.startswith(("/", "./", "../")) and not pathlib.Path(self.path).is_dir():
             raise ModelError(f"embedder {self.name!r}: no such folder")
+
+    def check(self):
+        """Raise ModelError if the package is missing, or the model is neither a folder nor to be had from Hugging Face."""
+        _require("sentence_transformers", "embed", self.name)
+        folder = pathlib.Path(self.path)
+        if not folder.is_dir():  # a name without an owner belongs to sentence-transformers, or is one of the first models
+            check_hub(f"embedder {self.name!r}", *([self.path] if "/" in self.path else [f"sentence-transformers/{self.path}", self.path]))
+        elif not (any((folder / name).is_file() for name in ("modules.json", "config.json")) and has_weights(folder)):
+            raise ModelError(f"embedder {self.name!r}: no sentence-transformers model is in this folder (modules.json, weights)")
 
     @functools.cached_property
     def key(self):
@@ -148,7 +164,7 @@ class SentenceEmbedder:
             model = module.SentenceTransformer(self.path)
         except Exception as error:  # torch, transformers and huggingface_hub raise a dozen unrelated types here
             advice = "a name needs a network; a local folder works without"
-            raise ModelError(f"embedder {self.name!r} cannot be loaded: {_first_line(error)} ({advice})") from error
+            raise ModelError(f"embedder {self.name!r} cannot be loaded: {first_line(error)} ({advice})") from error
         model.max_seq_length = min(self.length, model.max_seq_length or self.length)
         return model
 
@@ -190,7 +206,7 @@ def with_retry(call, attempts=6, pause=1.0):
                 raise
             time.sleep(pause * 2 ** attempt * random.uniform(1, 1.5))
 
-# %% ../nbs/10_evaluation.ipynb #431c73dc
+# %% ../nbs/10_evaluation.ipynb #0e1f6ec1
 class VertexEmbedder:
     """An embedding model of Vertex AI, through google-genai. Sends the texts to Google Cloud."""
     pooling, length = OWN_POOLING, None
@@ -198,6 +214,15 @@ class VertexEmbedder:
     def __init__(self, name):
         self.name, self.model_name = f"vertex:{name}", name
         self.key = [self.name]
+
+    def check(self):
+        """Raise ModelError if the package, the project or the credentials are missing. Nothing is sent."""
+        _require("google.genai", "vertex", self.name)
+        self.client  # looks for the project, and for credentials only where those name the project
+        if os.environ.get("GOOGLE_CLOUD_PROJECT"):
+            auth = _extra("google.auth", "vertex", self.name)
+            with self._named_errors():
+                auth.default()
 
     @functools.cached_property
     def client(self):
@@ -210,7 +235,7 @@ class VertexEmbedder:
         try:
             yield
         except Exception as error:  # google-auth, the HTTP client and google-genai raise a dozen unrelated types here
-            raise ModelError(f"embedder {self.name!r}: {_first_line(error)} ({VERTEX_NEEDS})") from error
+            raise Unreachable(f"embedder {self.name!r}: {first_line(error)} ({VERTEX_NEEDS})") from error
 
     def _request(self, batch):
         config = {"task_type": "CLUSTERING", "auto_truncate": True}
@@ -406,7 +431,7 @@ def plot_lengths(synthetic, reference):
     plt.close(figure)
     return figure
 
-# %% ../nbs/10_evaluation.ipynb #b36daf63
+# %% ../nbs/10_evaluation.ipynb #1f8df9dd
 def train_on_synthetic(texts, labels, test_texts, test_labels):
     """Train a TF-IDF classifier on synthetic rows, test it on real ones: dict of `accuracy`, `majority` (the share of the most
     frequent class among the test rows, what guessing would reach) and `num_train`.
@@ -423,7 +448,7 @@ def train_on_synthetic(texts, labels, test_texts, test_labels):
     try:
         classifier.fit(texts, labels)
     except ValueError as error:  # an empty vocabulary
-        raise DataError(f"no classifier can be trained on the synthetic texts: {_first_line(error)}") from error
+        raise DataError(f"no classifier can be trained on the synthetic texts: {first_line(error)}") from error
     accuracy = float(np.mean(classifier.predict(test_texts) == np.asarray(test_labels)))
     most = collections.Counter(test_labels).most_common(1)[0][1]
     return {"accuracy": accuracy, "majority": most / len(test_labels), "num_train": len(texts)}

@@ -7,17 +7,19 @@ __all__ = ['CHUNK_SCORES', 'SAFETY', 'SMALLEST', 'NOT_PRIVATE', 'token_losses', 
            'clip_to_grid', 'one_by_one', 'add_units', 'make_private_sum', 'make_plain_sum', 'make_mean_loss',
            'bucket_lengths', 'microbatches', 'learning_rate', 'flatten', 'unflatten', 'Trainer', 'tokenize', 'train',
            'describe_progress', 'row_losses', 'some_rows', 'held_out_loss', 'self_check', 'prepare_model',
-           'prepare_with_hash', 'base_hash', 'computation', 'finetune_run', 'mechanism_of', 'count_kept',
+           'prepare_with_hash', 'base_hash', 'processor', 'computation', 'finetune_run', 'mechanism_of', 'count_kept',
            'training_event', 'begun_release', 'Account', 'estimate_counts', 'overlapping_units', 'likelier_units',
-           'LossLog', 'mark_not_private', 'contamination_note', 'label_shares', 'with_prior']
+           'LossLog', 'mark_not_private', 'rehearse_certificate', 'contamination_note', 'label_shares', 'with_prior']
 
-# %% ../nbs/07_finetune.ipynb #cd62230f
+# %% ../nbs/07_finetune.ipynb #3bfb2012
 import contextlib
 import hashlib
 import json
 import math
 import os
 import pathlib
+import platform
+import tempfile
 import time
 
 from .audit import contamination
@@ -25,10 +27,10 @@ from .canaries import CanaryCoins, with_canaries
 from .certificate import base_model, make_certificate, write_certificate
 from .data import Records, TokenStore, other_texts
 from .formats import TextFormat
-from .ledger import EXPOSED, RUNS_LEDGER, Ledger, accesses_event, release_id
+from .ledger import EXPOSED, RUNS_LEDGER, Ledger, Newcomer, accesses_event, release_id
 from .models import (divisible, everywhere, load_adapter, load_model, preset_hash, save_adapter, setup_tuning, spread,
                             tuning_mode)
-from .privacy import (Randomness, Session, bind_run, count_accesses, load_secret, make_mechanism, noisy_counts,
+from .privacy import (Randomness, Session, bind_run, count_accesses, load_secret, make_mechanism, noisy_counts, realised_noise_error,
                              run_identity, write_private)
 from .settings import PrivacyError, SettingsError, result_settings
 
@@ -193,7 +195,7 @@ def microbatches(indices, lengths, buckets, size):
             part = members[start:start + size]
             yield buckets[bucket], np.pad(part, (0, size - len(part)), constant_values=-1)
 
-# %% ../nbs/07_finetune.ipynb #de070342
+# %% ../nbs/07_finetune.ipynb #e84b1ec2
 def learning_rate(settings, steps):
     """optax schedule: warm-up from zero, then constant, linear or cosine decay to zero."""
     warm = round(settings.warmup * steps)
@@ -248,14 +250,40 @@ class Trainer:
         arrays = self.store.batch(rows.ravel(), length)
         return spread({name: array.reshape(*rows.shape, *array.shape[1:]) for name, array in arrays.items()})
 
+    def _microbatch_size(self):
+        return max(2 if one_by_one() else 1, divisible(self.settings.microbatch_size))
+
+    def _nothing(self):
+        """Sums over no unit: of the gradients, and of the notes about them."""
+        return [jnp.zeros(a.shape, "int32" if self.private else "float32") for a in self.trainable], jnp.zeros(2, "int32")
+
     def gradient_sum(self, indices):
         """Sum over the units `indices`: integers on the grid, or floats without privacy."""
-        total = [jnp.zeros(a.shape, "int32" if self.private else "float32") for a in self.trainable]
-        notes = jnp.zeros(2, "int32")
-        for length, part in microbatches(indices, self.lengths, self.buckets, max(2 if one_by_one() else 1, divisible(self.settings.microbatch_size))):
+        total, notes = self._nothing()
+        for length, part in microbatches(indices, self.lengths, self.buckets, self._microbatch_size()):
             total, notes = self._sum(total, notes, self.trainable, self.frozen, self._batch(part, length))
         self.notes += np.asarray(notes)
         return total
+
+    def rehearse(self):
+        """One microbatch of invented rows of full length, before anything is charged: is there memory for it, and are gradients numbers?
+
+        Raises SettingsError where it does not fit or no gradient can be used. Draws nothing, changes nothing, reads no row.
+        """
+        size, length = self._microbatch_size(), self.buckets[-1]
+        shape = (size, self.units.shape[1])
+        tokens = np.random.default_rng(0).integers(0, self.model.vocabulary_size, (*shape, length), np.int32)
+        rows = {"tokens": tokens, "prompt_length": np.ones(shape, np.int32), "total_length": np.full(shape, length, np.int32)}
+        try:
+            total, notes = jax.block_until_ready(self._sum(*self._nothing(), self.trainable, self.frozen, spread(rows)))
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise SettingsError(f"setting microbatch_size: memory does not hold {size} units of {length} tokens; use a smaller one, "
+                                    "`rematerialize: true` or `dtype: bfloat16`, in another folder; the training is not charged") from None
+            raise
+        if notes[1] or not any(jnp.any(t).item() for t in total):
+            raise SettingsError(f"setting model: gradients of {self.model.name} on invented rows are no numbers or zero (dtype {self.settings.dtype}); "
+                                "the training is not charged")
 
     def update(self):
         """Draw, sum, release, apply. Raises PrivacyError after the last update."""
@@ -366,7 +394,7 @@ def held_out_loss(model, records, fmt, settings):
     rows = some_rows(settings.validation_size, len(records), settings.seed)
     return float(row_losses(model, records.take(rows), fmt, settings).mean()) if len(rows) else None
 
-# %% ../nbs/07_finetune.ipynb #5738d226
+# %% ../nbs/07_finetune.ipynb #8531afcb
 def self_check(trainer, before):
     """Checks of a finished private training, as a dict for private/; `before` are the trained arrays at the start.
 
@@ -378,14 +406,14 @@ def self_check(trainer, before):
         raise PrivacyError(f"self-check: {session.step} of {mechanism.steps} updates were done; nothing is released")
     if all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(before, trainer.trainable)):
         raise PrivacyError("self-check: training changed no weight; nothing is released")
-    numbers = mechanism.steps * sum(a.size for a in trainer.trainable)
-    if not abs(session.realised_noise - 1) <= 6 * math.sqrt(mechanism.bands / (2 * numbers)):
+    numbers = sum(a.size for a in trainer.trainable)
+    if not abs(session.realised_noise - 1) <= 6 * realised_noise_error(mechanism, numbers):
         raise PrivacyError(f"self-check: the noise was {session.realised_noise:.4g} times what was promised; nothing is released")
     drawn = mechanism.steps * mechanism.expected_batch_size
     return {"updates": session.step, "realised_over_promised_noise": session.realised_noise, "clipped": trainer.notes[0] / drawn,
             "unusable": trainer.notes[1] / drawn}
 
-# %% ../nbs/07_finetune.ipynb #402324ae
+# %% ../nbs/07_finetune.ipynb #06d6cc4a
 def prepare_model(settings):
     """The base model with the trainable part set up as the settings say."""
     return prepare_with_hash(settings)[0]
@@ -410,10 +438,20 @@ def base_hash(model):
     return digest.hexdigest()
 
 
+def processor():
+    """What kind of processor this is, with its instructions, which a compiler chooses among: a digest."""
+    facts = pathlib.Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else [platform.processor(), platform.machine()]
+    lines = [line for line in lines if not facts.exists() or line.startswith(("model name", "flags", "Features"))]
+    return hashlib.sha256("\n".join(sorted(set(lines))).encode()).hexdigest()
+
+
 def computation(settings):
     """What decides the last bits of a sum beside settings, rows, code and libraries: a dict for `run_identity`."""
+    device = jax.devices()[0]
     return {"microbatch_size": settings.microbatch_size, "rematerialize": settings.rematerialize, "backend": jax.default_backend(),
-            "device": jax.devices()[0].device_kind, "devices": len(jax.devices())}
+            "device": device.device_kind, "devices": len(jax.devices()), "platform": device.client.platform_version, "processor": processor(),
+            "xla_flags": os.environ.get("XLA_FLAGS", ""), "matmul_precision": str(jax.config.jax_default_matmul_precision)}
 
 
 def finetune_run(settings, splits, folder, progress=True):
@@ -445,9 +483,14 @@ def finetune_run(settings, splits, folder, progress=True):
     counts = estimate_counts(settings, records, units, private / "counts.json", model)
     mechanism = mechanism_of(settings, splits.train, counts)
     if not adapter.exists():
-        account.charge("training", training_event(mechanism))
+        trainer = _make_trainer(model, fmt, settings, records, units, mechanism, randomness, private)
         base = base_model(settings.model, digest, contamination_note(settings, counts))
-        _train_into(model, fmt, settings, records, units, mechanism, randomness, private, progress)
+        if not account.is_charged("training"):
+            rehearse_certificate(mechanism, settings, base)
+            trainer.rehearse()
+        account.charge("training", training_event(mechanism))
+        with account.given_up_on(PrivacyError, SettingsError):
+            _train_into(model, trainer, private, progress)
         _finish(model, settings, mechanism, counts, base, account.composed(mechanism), release)
     account.finish()
     load_adapter(model, adapter)
@@ -488,15 +531,23 @@ def begun_release(folder):
 
 
 class Account:
-    """What one run charges to its rows in the ledger, in two parts: `counts`, where there are any, and `training`."""
+    """What one run charges to its rows in the ledger, in two parts: `counts`, where there are any, and `training`.
+
+    The ledger is made, and the rows are registered in it, when something is charged. Raises SettingsError where it cannot be written.
+    """
 
     def __init__(self, settings, records, run_id, folder):
         self.title, self.run_id, self.name = settings.experiment, run_id, records.name
         self.kept_in = {"user": "the owner's ledger", "runs": "the ledger of this folder of runs"}.get(settings.ledger, pathlib.Path(settings.ledger).name)
-        self.ledger = Ledger({"user": None, "runs": folder.parent / RUNS_LEDGER}.get(settings.ledger, settings.ledger))
+        self.ledger = Ledger({"user": None, "runs": folder.parent / RUNS_LEDGER}.get(settings.ledger, settings.ledger), make=False)
+        self.ledger.check_writable()
         delta = settings.delta if settings.unit_count == "private" else None  # the ledger's own would tell the number of units
         with count_kept(settings):
-            self.dataset = self.ledger.register(records.name, records.ledger_names(), delta, records.public_units)
+            self.dataset = Newcomer(records.name, records.ledger_names(), delta, records.public_units)
+
+    def register(self):
+        """The `Dataset` of the rows, in a ledger that is made if need be; a cap can be set on it before anything is charged."""
+        return self.ledger.register(self.dataset.name, self.dataset.units, self.dataset.delta, self.dataset.num_units)
 
     def charge(self, what, event):
         """Charge an event, a list, once however often the run is resumed; nothing where it is empty. Raises BudgetError over a cap."""
@@ -513,7 +564,7 @@ class Account:
 
     def uncharged(self, mechanism):
         """The event of what a run with this mechanism has still to be charged for; empty once it has begun to train."""
-        parts = {"counts": accesses_event([*mechanism.before, *mechanism.others]), "training": training_event(mechanism)}
+        parts = {"counts": accesses_event(mechanism.others), "training": training_event(mechanism)}
         return [part for what, event in parts.items() if not self.is_charged(what) for part in event]
 
     def composed(self, mechanism):
@@ -524,6 +575,15 @@ class Account:
         epsilon, runs, without = self.ledger.released_as(self.name, mechanism.delta)
         return {"epsilon": max(epsilon, mechanism.epsilon), "delta": mechanism.delta, "releases": runs, "without_privacy": without,
                 "ledger": self.kept_in}
+
+    @contextlib.contextmanager
+    def given_up_on(self, *errors):
+        """Inside, an error of these kinds notes in the ledger that the training was abandoned. It stays charged."""
+        try:
+            yield
+        except errors:
+            self.ledger.abandon(f"{self.run_id} training")
+            raise
 
     def finish(self):
         """Note that the run is complete."""
@@ -538,7 +598,7 @@ def estimate_counts(settings, records, units, path, model):
     """
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    exact = {"units": lambda: [len(units)], "overlaps": lambda: [overlapping_units(settings, records)],
+    exact = {"units": lambda: [len(units)], "overlaps": lambda: overlapping_units(settings, records),
              "labels": lambda: np.bincount(records.labels[units[:, 0]], minlength=len(settings.labels)),
              "likelier": lambda: likelier_units(settings, records, model)}
     counts = {name: noisy_counts(exact[name](), access.noise_multiplier) for name, access in count_accesses(settings).items()}
@@ -548,9 +608,13 @@ def estimate_counts(settings, records, units, path, model):
 
 
 def overlapping_units(settings, records):
-    """How many units have a run of 50 words in common with a text of `contamination_corpus`. Private: it is released with noise."""
+    """[units with a run of 50 words in common with a text of `contamination_corpus`, other units of 50 words or more].
+
+    Shorter units, which no such run fits into, are in neither. Private: both are released with noise.
+    """
     units = pd.Series(records.texts).groupby(records.units).agg("\n".join)
-    return contamination(units.tolist(), other_texts(settings, "contamination_corpus")).overlapping
+    found = contamination(units.tolist(), other_texts(settings, "contamination_corpus"))
+    return [found.overlapping, found.long_enough - found.overlapping]
 
 
 def likelier_units(settings, records, model):
@@ -566,14 +630,17 @@ def likelier_units(settings, records, model):
     return [below, len(ours) - below]
 
 
-def _train_into(model, fmt, settings, records, units, mechanism, randomness, private, progress):
+def _make_trainer(model, fmt, settings, records, units, mechanism, randomness, private):
     tokens = private / "tokens"
     store = TokenStore(tokens) if tokens.exists() else tokenize(model, records, fmt, tokens, settings.sequence_length)
-    trainer = Trainer(model, store, settings, mechanism, randomness, units)
+    return Trainer(model, store, settings, mechanism, randomness, units)
+
+
+def _train_into(model, trainer, private, progress):
     before = trainer.trainable
-    log = LossLog(private / "losses.jsonl", trainer) if settings.monitor == "private" else None
+    log = LossLog(private / "losses.jsonl", trainer) if trainer.settings.monitor == "private" else None
     train(trainer, private / "checkpoint.npz", progress=progress, log=log)
-    if mechanism.private:
+    if trainer.private:
         write_private(private / "checks.json", json.dumps(self_check(trainer, before)) + "\n")
     if not all(np.isfinite(np.asarray(a)).all() for a in trainer.trainable):
         raise SettingsError("setting learning_rate: training diverged, weights are no numbers; use a smaller one, in another folder")
@@ -610,6 +677,13 @@ def mark_not_private(settings, folder):
     (pathlib.Path(folder) / "NOT_PRIVATE.md").write_text(text, encoding="utf-8")
 
 
+def rehearse_certificate(mechanism, settings, base):
+    """Make and write the certificate once, where nobody keeps it: what cannot be stated is not to be spent."""
+    if mechanism.private:
+        with tempfile.TemporaryDirectory() as scratch:
+            write_certificate(make_certificate(mechanism, settings, base=base), scratch)
+
+
 def _finish(model, settings, mechanism, counts, base, composed, release):
     """Certificate, label shares and adapter; the adapter is renamed into place last: it marks the training as done."""
     if mechanism.private:
@@ -631,7 +705,9 @@ def contamination_note(settings, counts):
 
 def _overlap_note(settings, counts, scale):
     corpus = pathlib.Path(settings.contamination_corpus).name
-    return f"about {max(0, counts[0]):,} units share 50 words with {corpus} (noise of scale {scale:.3g} added)"
+    shared, other = (max(0, count) for count in counts)
+    return (f"about {shared:,} of about {shared + other:,} units of 50 words or more share a run of 50 with {corpus} "
+            f"(noise of scale {scale:.3g} added to each count); shorter units were not looked for")
 
 
 def _likelier_note(settings, counts, scale):

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LARGEST_GROUP', 'LARGEST_EPSILON', 'KINDS', 'EXPOSED', 'SCHEMA_VERSION', 'APPLICATION', 'SCHEMA', 'FIELDS',
            'TOUCHING', 'HISTORIES', 'CAPS', 'MARKS', 'RUNS_LEDGER', 'Neighbours', 'group_privacy', 'DpSgd', 'Gaussian',
-           'Laplace', 'DiscreteLaplace', 'EpsilonDelta', 'NotPrivate', 'read_event', 'known_names', 'event_from_dict',
-           'accesses_event', 'Question', 'compose', 'default_path', 'Dataset', 'Release', 'History', 'Unanswered',
-           'Limit', 'Total', 'release_id', 'Plan', 'Ledger', 'ledger_table', 'plot_ledger', 'ledger_command']
+           'Laplace', 'DiscreteLaplace', 'EpsilonDelta', 'Added', 'NotPrivate', 'read_event', 'known_names',
+           'event_from_dict', 'accesses_event', 'Question', 'compose', 'default_path', 'existing_part', 'Dataset',
+           'Newcomer', 'Release', 'History', 'Unanswered', 'Limit', 'Total', 'release_id', 'Plan', 'Ledger',
+           'ledger_table', 'plot_ledger', 'ledger_command']
 
 # %% ../nbs/05_ledger.ipynb #0e6d017c
 import collections
@@ -115,7 +116,7 @@ def _laplace_loss(construct, parameter, epsilon, neighbours, grid):
         return _stated_loss(epsilon, 0.0, neighbours, grid)
     return construct(parameter, value_discretization_interval=grid)
 
-# %% ../nbs/05_ledger.ipynb #1faa8290
+# %% ../nbs/05_ledger.ipynb #9996f8ab
 class _Event(pydantic.BaseModel):
     """`dp_event()` is the accountant's name for it; `loss(count, neighbours, grid)` its privacy loss distribution, None for ∞."""
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -200,6 +201,15 @@ class EpsilonDelta(_Event):
         return once and once.self_compose(count)
 
 
+class Added(_Event):
+    """A count that later releases were chosen by: (ε, 0)-DP under add/remove, and composed with nothing; `Question.answer` adds it."""
+    kind: Literal["added"] = "added"
+    epsilon: float = pydantic.Field(gt=0)
+
+    def dp_event(self):
+        return _events().UnsupportedDpEvent()
+
+
 class NotPrivate(_Event):
     """A release without differential privacy."""
     kind: Literal["not_private"] = "not_private"
@@ -211,7 +221,7 @@ class NotPrivate(_Event):
         return None
 
 
-KINDS = {kind.model_fields["kind"].default: kind for kind in (DpSgd, Gaussian, Laplace, DiscreteLaplace, EpsilonDelta, NotPrivate)}
+KINDS = {kind.model_fields["kind"].default: kind for kind in (DpSgd, Gaussian, Laplace, DiscreteLaplace, EpsilonDelta, Added, NotPrivate)}
 
 
 EXPOSED = {"kind": "not_private"}  # the event of whatever is released without privacy
@@ -242,7 +252,8 @@ def known_names(name, known):
 def event_from_dict(description):
     """The `dp_accounting.DpEvent` of a dict, or of a list of dicts that one run releases together.
 
-    dp_accounting has no event for an (ε, δ) statement; such a part becomes an UnsupportedDpEvent, which every accountant refuses.
+    dp_accounting has no event for an (ε, δ) statement or for what is added; such a part becomes an UnsupportedDpEvent, which every
+    accountant refuses.
     """
     if isinstance(description, (list, tuple)):
         return _events().ComposedDpEvent([event_from_dict(d) for d in description])
@@ -252,10 +263,15 @@ def event_from_dict(description):
 def accesses_event(accesses):
     """The event of a run: the list of what its paid accesses (`mechanism.accesses`, or those of a certificate) release together."""
     entries = [access if isinstance(access, dict) else dataclasses.asdict(access) for access in accesses]
-    paid = [{**entry, "kind": entry["mechanism"]} for entry in entries if entry.get("epsilon") != "public"]
-    return [{name: entry[name] for name in KINDS[entry["kind"]].model_fields} for entry in paid]
+    return [_access_event(entry) for entry in entries if entry.get("epsilon") != "public"]
 
-# %% ../nbs/05_ledger.ipynb #4571e917
+
+def _access_event(access):
+    if access.get("added"):
+        return {"kind": "added", "epsilon": 1 / access["noise_multiplier"]}
+    return {name: {**access, "kind": access["mechanism"]}[name] for name in KINDS[access["mechanism"]].model_fields}
+
+# %% ../nbs/05_ledger.ipynb #b4dfd2f7
 def _canonical(event):
     """Canonical text of an event, or of each event of a list: two events are equal if and only if their texts are."""
     events = event if isinstance(event, (list, tuple)) else [event]
@@ -292,12 +308,15 @@ class Question:
         counts = [(read_event(json.loads(text)), count) for text, count in sorted(self.events)]
         grid = self.grid([event for event, _ in counts])
         total = _losses().identity(value_discretization_interval=grid)
+        added = self.neighbours.changes * sum(event.epsilon * count for event, count in counts if isinstance(event, Added))
         for event, count in counts:
+            if isinstance(event, Added):
+                continue
             loss = event.loss(count, self.neighbours, grid)
             if loss is None:
                 return math.inf
             total = total.compose(loss)
-        return float(total.get_epsilon_for_delta(self.delta))
+        return added + float(total.get_epsilon_for_delta(self.delta))
 
 
 _answers = functools.lru_cache(maxsize=4096)(Question.answer)
@@ -317,13 +336,19 @@ def compose(events, delta, relation="add_or_remove_one", group=1):
     counts = collections.Counter(text for event in events for text in _canonical(event))
     return _answers(Question(frozenset(counts.items()), delta, Neighbours(relation, group)))
 
-# %% ../nbs/05_ledger.ipynb #eb8b6fe1
+# %% ../nbs/05_ledger.ipynb #1e41dd17
 def default_path():
     """`$DPSYNTH_LEDGER`, or ledger.sqlite in the user's data folder."""
     if os.environ.get("DPSYNTH_LEDGER"):
         return pathlib.Path(os.environ["DPSYNTH_LEDGER"])
     data = os.environ.get("XDG_DATA_HOME") or pathlib.Path.home() / ".local" / "share"
     return pathlib.Path(data) / "dpsynth" / "ledger.sqlite"
+
+
+def existing_part(path):
+    """A path itself where something is there, otherwise the nearest folder above it that exists: what must be writable to make it."""
+    path = pathlib.Path(path)
+    return next((part for part in (path, *path.parents) if os.path.lexists(part)), path)
 
 
 @contextlib.contextmanager
@@ -371,7 +396,7 @@ def _was_used(path):
     """Whether the key in a file has had a ledger: then it is read-only, and the ledger is not made anew when it is gone."""
     return not path.stat().st_mode & stat.S_IWUSR
 
-# %% ../nbs/05_ledger.ipynb #db77677b
+# %% ../nbs/05_ledger.ipynb #d1f2aac1
 SCHEMA_VERSION, APPLICATION = 2, 0x64707379  # "dpsy"
 SCHEMA = """
 CREATE TABLE locks (key_check BLOB NOT NULL);
@@ -433,6 +458,15 @@ def _connection(path, wait):
 
 
 @contextlib.contextmanager
+def _in_memory(source=None):
+    """A connection to a ledger that is nowhere but in memory: a copy of the one that `source` is connected to, an empty one without it."""
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
+        db.row_factory = sqlite3.Row
+        source.backup(db) if source else db.executescript(SCHEMA)
+        yield db
+
+
+@contextlib.contextmanager
 def _transaction(db, begin="BEGIN IMMEDIATE"):
     """All of the block or nothing; on disk when the block ends. IMMEDIATE: nobody else writes between our reading and our writing."""
     db.execute(begin)
@@ -444,7 +478,7 @@ def _transaction(db, begin="BEGIN IMMEDIATE"):
             db.execute("ROLLBACK")
         raise
 
-# %% ../nbs/05_ledger.ipynb #0fafbb1c
+# %% ../nbs/05_ledger.ipynb #8e7ed91f
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """Rows that the ledger knows: so many privacy `units`, with `hashes` different contents, the commonest of them `copies` times.
@@ -461,6 +495,18 @@ class Dataset:
 
 
 FIELDS = ", ".join(field.name for field in dataclasses.fields(Dataset))
+
+
+@dataclasses.dataclass(frozen=True)
+class Newcomer:
+    """Rows as `Ledger.register` takes them, which need not be in the ledger yet. Raises SettingsError: δ is not below 1/n."""
+    name: str
+    units: list
+    delta: float | None = None
+    num_units: int | None = None
+
+    def __post_init__(self):
+        _stated_delta(self.delta, len(self.units) if self.num_units is None else self.num_units)
 
 
 def _count_units(key, units):
@@ -499,6 +545,7 @@ def _split_cells(db, dataset):
       ON CONFLICT (hash) DO UPDATE SET cell = excluded.cell""")
     db.execute("DELETE FROM memberships WHERE cell IN (SELECT id FROM cells WHERE hashes = 0)")
     db.execute("DELETE FROM cells WHERE hashes = 0")
+    db.execute("DROP TABLE pieces")
 
 
 def _register(db, key, name, counts, num_units, delta):
@@ -510,6 +557,7 @@ def _register(db, key, name, counts, num_units, delta):
     with _transaction(db):
         if not db.execute("SELECT 1 FROM datasets WHERE digest = ?", [digest]).fetchone():
             _insert_dataset(db, name, digest, counts, num_units, delta)
+    db.execute("DROP TABLE incoming")
     known = Dataset(*db.execute(f"SELECT {FIELDS} FROM datasets WHERE digest = ?", [digest]).fetchone())
     return dataclasses.replace(known, declared=name)
 
@@ -857,7 +905,7 @@ def _abandon(db, run_id):
         _set_state(db, release, "abandoned", ended=now())
     return _find(db, run_id)
 
-# %% ../nbs/05_ledger.ipynb #2058a50f
+# %% ../nbs/05_ledger.ipynb #1a572325
 class Ledger:
     """The privacy budget of every data set on this machine, across runs. Private: the file and its key never leave the machine.
 
@@ -865,15 +913,30 @@ class Ledger:
     and for every cap, the composed ε (add/remove, at the cap's δ) of the releases started or reserved on any unit under it is at most
     the cap, unless it was so before the cap was set. Safe for concurrent processes and threads, and across fork.
 
+    Args:
+        path: its file; `default_path` by default.
+        make: make it where there is none. Otherwise it is empty until rows are registered, and is made then.
+
     Raises:
         PrivacyError: the file is not a ledger of this version, is damaged, or has lost its key; or it is gone and the key is there.
     """
     wait: ClassVar[float] = 120.0  # seconds that an operation waits for those of other processes
 
-    def __init__(self, path=None):
+    def __init__(self, path=None, make=True):
         self.path = pathlib.Path(path or default_path())
-        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o777 if path else 0o700)  # a given folder may hold what others read
-        key = self.path.with_name(self.path.name + ".key")
+        self._mode = 0o777 if path else 0o700  # a given folder may hold what others read
+        self._key = None  # as long as there is no ledger
+        if make or self.path.exists() or self._key_path.exists():
+            self._open()
+
+    @property
+    def _key_path(self):
+        return self.path.with_name(self.path.name + ".key")
+
+    def _open(self):
+        """Look at the key and at the file; what is not there is made."""
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=self._mode)
+        key = self._key_path
         self._key, used = _load_key(key, self.path), _was_used(key)  # before the next line: another process may make the ledger meanwhile
         if not self.path.exists():
             self._make(key, used)
@@ -892,7 +955,7 @@ class Ledger:
         return f"Ledger({str(self.path)!r})"
 
     def _connect(self):
-        return _connection(self.path, self.wait)
+        return _in_memory() if self._key is None else _connection(self.path, self.wait)
 
     def _write(self, work, *arguments):
         """`work(db, *arguments)` in a transaction; again after each answer of the accountant that it lacked."""
@@ -909,8 +972,17 @@ class Ledger:
                     return work(db, *arguments)
             except Unanswered as unanswered:
                 question = unanswered.question
-            with self._connect() as db:
-                db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", [question.text, _answers(question)])
+            self._remember(question)
+
+    def _remember(self, question):
+        with self._connect() as db:
+            db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", [question.text, _answers(question)])
+
+    def check_writable(self):
+        """Raise SettingsError where the file, or the folder that it is to be made in, cannot be written; writes nothing."""
+        place = existing_part(self.path)
+        if not os.access(place, os.W_OK) or place != self.path and not place.is_dir():
+            raise SettingsError(f"{self.path}: the ledger cannot be written, so nothing can be charged; let `ledger` name another file")
 
     # data sets
 
@@ -929,14 +1001,19 @@ class Ledger:
             DataError: no units, or one that is neither bytes nor str.
             SettingsError: δ is not below 1/n.
         """
+        if self._key is None:
+            self._open()
         counts = _count_units(self._key, units)
         num_units = counts.total() if num_units is None else num_units
-        if delta is None:
-            from dpsynth.privacy import default_delta
-            delta = default_delta(num_units)
-        _check_delta(delta, num_units)
+        delta = _stated_delta(delta, num_units)
         with self._connect() as db:
             return _register(db, self._key, name, counts, num_units, delta)
+
+    def _registered(self, dataset):
+        """The `Dataset` of a `Newcomer`, which is registered, or of a name."""
+        if isinstance(dataset, Newcomer):
+            return self.register(dataset.name, dataset.units, dataset.delta, dataset.num_units)
+        return self.dataset(dataset)
 
     def datasets(self):
         """Every known `Dataset`, in order of arrival."""
@@ -968,6 +1045,7 @@ class Ledger:
         Args:
             run_id: name of what is computed *and* of the secret of its noise (see `release_id`). A run that releases in several parts
                 plans each of them, under its name, a blank and what the part is.
+            dataset: a `Dataset` or its name, or a `Newcomer`, which is registered.
             event: a dict, or a list of dicts that are released together, such as `accesses_event(mechanism.accesses)`.
             title: what people call the run.
 
@@ -975,7 +1053,7 @@ class Ledger:
             BudgetError: a unit of the data set would go over a cap.
             PrivacyError: the run is known with another event, other rows or another name for them.
         """
-        dataset = self.dataset(dataset)
+        dataset = self._registered(dataset)
         return self._write(_reserve, Plan(dataset.id, dataset.declared, _canonical(event), run_id, title))
 
     def start(self, run_id):
@@ -1023,21 +1101,23 @@ class Ledger:
         return self._read(_charged, self.dataset(dataset).id)
 
     def totals_after(self, planned, delta=None):
-        """What would be spent if all these runs released as well: a `Total` for each of their data sets.
+        """What would be spent if all these runs released as well: a `Total` for each of their data sets. Registers nothing.
 
         Each is of its worst unit: earlier and reserved releases, and those of every planned run that has the unit, included.
 
         Args:
-            planned: list of (data set, event), an entry for each run; an event is what `plan` takes.
+            planned: list of (data set, event), an entry for each run; both are what `plan` takes.
             delta: δ of the totals; that of each data set by default.
 
         Raises:
             BudgetError: all of them together would bring a unit of any data set over a cap.
         """
-        planned = [(self.dataset(dataset), _canonical(event)) for dataset, event in planned]
-        plans = [Plan(dataset.id, dataset.declared, parts) for dataset, parts in planned]
-        return [self._read(_total, dataset, plans, dataset.delta if delta is None else delta)
-                for dataset in dict.fromkeys(dataset for dataset, _ in planned)]
+        with self._connect() as source, _in_memory(source) as db:
+            copy = _Copy(self, db)
+            planned = [(copy._registered(dataset), _canonical(event)) for dataset, event in planned]
+            plans = [Plan(dataset.id, dataset.declared, parts) for dataset, parts in planned]
+            return [copy._read(_total, dataset, plans, dataset.delta if delta is None else delta)
+                    for dataset in dict.fromkeys(dataset for dataset, _ in planned)]
 
     def limits(self, dataset):
         """Every `Limit` that binds the data set, its own and those of data sets that share units with it."""
@@ -1064,6 +1144,30 @@ class Ledger:
         columns = ["title", "run_id", "dataset", "state", "charged", "contents", "epsilon", "composed", "planned", "started", "ended",
                    "event"]
         return pd.DataFrame(self._read(_release_rows, dataset), columns=columns)
+
+
+class _Copy(Ledger):
+    """A ledger in memory, to try out what is not to be kept; the answers of the accountant are, where there is a ledger to keep them."""
+
+    def __init__(self, ledger, db):
+        self.path, self._original, self._db = ledger.path, ledger, db
+        self._key = ledger._key or os.urandom(32)
+
+    def _connect(self):
+        return contextlib.nullcontext(self._db)
+
+    def _remember(self, question):
+        super()._remember(question)
+        self._original._remember(question)
+
+
+def _stated_delta(delta, units):
+    """δ at which the spend of so many units is stated: n^-1.2 where none is given. Raises SettingsError."""
+    if delta is None:
+        from dpsynth.privacy import default_delta
+        delta = default_delta(units)
+    _check_delta(delta, units)
+    return delta
 
 
 def _check_delta(delta, units):
@@ -1160,7 +1264,7 @@ def _label(axes, dataset, table, heights):
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 
-# %% ../nbs/05_ledger.ipynb #092c1fcd
+# %% ../nbs/05_ledger.ipynb #86cbcfdf
 RUNS_LEDGER = ".ledger.sqlite"  # in a folder of runs whose settings say `ledger: runs`
 
 
@@ -1185,7 +1289,7 @@ def ledger_command(dataset=None, *, cap=None, plot=None, path=None):
     Raises:
         SettingsError: unknown data set (with those that are known), `cap` or `plot` without one, or no ledger at `path`.
     """
-    ledger = Ledger() if path is None else _existing(path)
+    ledger = Ledger(make=False) if path is None else _existing(path)
     if dataset is None:
         if cap is not None or plot is not None:
             known = known_names("", [known.name for known in ledger.datasets()])

@@ -287,16 +287,29 @@ def make_settings(values):
     except pydantic.ValidationError as error:
         raise SettingsError(_complaint(error)) from None
 
-# %% ../nbs/00_settings.ipynb #00ec8f32
+# %% ../nbs/00_settings.ipynb #f36555d0
+class _Repeated(yaml.constructor.ConstructorError):
+    """A key is there twice."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML whose scalars are texts, except `true`, `false`, `null`, `~` and nothing."""
+    """YAML whose scalars are texts, except `true`, `false`, `null`, `~` and nothing; a key may be there once."""
     yaml_implicit_resolvers = {}
+
+    def construct_mapping(self, node, deep=False):
+        """The dict of a mapping. Raises `_Repeated` for a key that is there twice."""
+        first = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if first.setdefault(key.value, key) is not key:
+                line = first[key.value].start_mark.line + 1
+                raise _Repeated(problem=f"{key.value!r} is there twice, first in line {line}; remove one", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?:true|false)$", re.I), list("tTfF"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(?:null|~|)$", re.I), ["n", "N", "~", ""])
 
-# %% ../nbs/00_settings.ipynb #b8f24b45
+# %% ../nbs/00_settings.ipynb #4c644fc1
 def load_settings(path, overrides=()):
     """Settings from a YAML file, with `key=value` texts on top.
 
@@ -312,7 +325,8 @@ def load_settings(path, overrides=()):
         raise SettingsError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise SettingsError(f"{path}{f', line {mark.line + 1}' if mark else ''}: not valid YAML") from None
+        problem = f"setting {error.problem}" if isinstance(error, _Repeated) else "not valid YAML"
+        raise SettingsError(f"{path}{f', line {mark.line + 1}' if mark else ''}: {problem}") from None
     if not isinstance(values or {}, dict):
         raise SettingsError(f"{path}: expected lines of the form `name: value`")
     values = {**(values or {}), **parse_overrides(overrides)}

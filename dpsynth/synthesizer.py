@@ -22,7 +22,7 @@ from .settings import DataError, SettingsError, make_settings, resolve
 
 import pandas as pd
 
-# %% ../nbs/13c_synthesizer.ipynb #0c99a224
+# %% ../nbs/13c_synthesizer.ipynb #8fb41be7
 class Synthesizer:
     """Synthetic rows with a differential-privacy guarantee, from a model that is fine-tuned on private ones.
 
@@ -78,7 +78,10 @@ class Synthesizer:
         return self
 
     def sample(self, num_rows, seed=None, label=None, progress=True):
-        """`num_rows` synthetic rows as a DataFrame with columns text and, if there are labels, label. Costs no privacy.
+        """`num_rows` synthetic rows as a DataFrame. Costs no privacy.
+
+        Columns are called as in the training table: the text first (setting `text_column`), then, if there are labels, the names of
+        the labels (setting `label_column`). In the files under `release/` they are always `text` and `label`.
 
         The seed decides (default: the setting `seed`): the same number of rows with the same seed gives the same rows again. Give
         another seed for other rows.
@@ -96,25 +99,29 @@ class Synthesizer:
         name = f"sample-{seed}-{num_rows}" + ("" if label is None else f"-label{settings.labels.index(label)}")
         folder = self.folder / "release" / name
         sample_to_file(model, settings, TextFormat(settings.prompt, settings.labels), folder, progress)
-        return pd.read_parquet(folder / "synthetic.parquet").drop(columns="index")
+        made, names = pd.read_parquet(folder / "synthetic.parquet"), self._columns()
+        return made[[name for name in names if name in made]].rename(columns=names)
 
     def evaluate(self, rows, reference=None):
         """Metrics of synthetic rows against real ones, a dict. Not covered by ε: see the certificate.
 
         Args:
-            rows: DataFrame as `sample` gives it.
+            rows: DataFrame with the columns of the training table, as `sample` gives it; or with `text` and `label`, as the files
+                under `release/` have it.
             reference: DataFrame with the columns of the training table, or `Records`, of real rows that were not trained on; by default
                 the rows that `fit` held out.
 
         Raises:
-            SettingsError: not fitted, or no reference where a run was reopened. DataError: fewer than 2 rows on a side.
+            SettingsError: not fitted, or no reference where a run was reopened. DataError: a column is missing, a row is not what the
+                settings say, or there are fewer than 2 rows on a side.
         """
         self._fitted()
-        reference = self._reference(reference)
-        labels = rows["label"].tolist() if "label" in rows else [""] * len(rows)
+        released = "text" in rows and self.settings.text_column not in rows
+        rows = self._records(rows.rename(columns=self._columns()) if released else rows, "rows", test_size=0)
+        reference, labels = self._reference(reference), [rows.label_names[label] for label in rows.labels]
         count = min(self.settings.num_mauve_samples, len(rows), len(reference))
         settings = self._with(num_samples=max(len(rows), 2), num_mauve_samples=max(count, 2))
-        return evaluate(rows["text"].tolist(), labels, reference, settings, self.folder / "private" / "embeddings")
+        return evaluate(rows.texts, labels, reference, settings, self.folder / "private" / "embeddings")
 
     @property
     def certificate(self):
@@ -135,7 +142,8 @@ class Synthesizer:
     def _read(self, data):
         """`Splits` of the rows."""
         try:
-            return from_frame(data, self.settings) if isinstance(data, pd.DataFrame) else load(self._with(data=str(data)))
+            table = isinstance(data, pd.DataFrame)
+            return from_frame(data, self.settings, name=self._table_name()) if table else load(self._with(data=str(data)))
         except DataError as error:
             if "not one of " not in str(error):
                 raise
@@ -144,7 +152,11 @@ class Synthesizer:
 
     def _place(self, data):
         """Where the rows can be read again: the value of the setting `data`."""
-        return str((self.folder / "private" / "rows.jsonl").resolve() if isinstance(data, pd.DataFrame) else data)
+        return str((self.folder / "private" / self._table_name()).resolve() if isinstance(data, pd.DataFrame) else data)
+
+    def _table_name(self):
+        """What a table without a file is called, in the ledger too: after the run folder, and as it is called when read again."""
+        return f"{self.folder.resolve().name}.jsonl"
 
     def _batch_size(self, num_units):
         return min(self.settings.batch_size, max(1, num_units // 8)) if self._chooses_batch else self.settings.batch_size
@@ -168,11 +180,19 @@ class Synthesizer:
     def _reference(self, reference):
         """`Records` to compare with."""
         if isinstance(reference, pd.DataFrame):
-            settings = self._with(unit="row", test_data="", audit_fraction=0)
-            return from_frame(reference, settings, test=reference, name="reference").test
+            return self._records(reference, "reference")
         if reference is None and self._splits is None:
             raise SettingsError("evaluate: give reference=, real rows that were not trained on; a reopened run holds no rows")
         return self._splits.test if reference is None else reference
+
+    def _records(self, frame, name, **changes):
+        """`Records` of the rows of a DataFrame with the columns of the training table, in their order."""
+        settings = self._with(unit="row", test_data="", audit_fraction=0, **changes)
+        return from_frame(frame, settings, test=frame, name=name).test
+
+    def _columns(self):
+        """Name of a column in the files under release/ -> its name in the training table."""
+        return {"text": self.settings.text_column, "label": self.settings.label_column}
 
     def _with(self, **changes):
         return make_settings({**self.settings.model_dump(), **changes})

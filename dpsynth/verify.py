@@ -12,7 +12,7 @@ import sys
 
 from dp_accounting import NeighboringRelation, dp_event, pld
 
-# %% ../nbs/03a_verify.ipynb #6c1fcf52
+# %% ../nbs/03a_verify.ipynb #bda7e2f5
 RELATIONS = {"epsilon": NeighboringRelation.ADD_OR_REMOVE_ONE,
              "epsilon_replace_one": NeighboringRelation.REPLACE_ONE}
 
@@ -21,7 +21,7 @@ def event(access, claim):
     """The `dp_accounting` event of one access (dict) under the relation of `claim`, a key of `RELATIONS`."""
     noise = access["noise_multiplier"]
     if access["mechanism"] == "discrete_laplace":
-        worst = dp_event.RandomizedResponseDpEvent(2 / (1 + math.exp(2 / noise)), 2)
+        worst = dp_event.RandomizedResponseDpEvent(2 * math.exp(-2 / noise) / (1 + math.exp(-2 / noise)), 2)
         return dp_event.DiscreteLaplaceDpEvent(1 / noise, 1) if claim == "epsilon" else worst
     update = dp_event.PoissonSampledDpEvent(min(1.0, access["sampling_probability"] * access["bands"]), dp_event.GaussianDpEvent(noise))
     return dp_event.SelfComposedDpEvent(update, math.ceil(access["steps"] / access["bands"]))
@@ -29,26 +29,26 @@ def event(access, claim):
 
 def privacy_profile(accesses, claim, interval):
     """The function from δ to ε of all `accesses` together; `interval` is the width of the PLD's cells (wider overstates ε)."""
-    accountant = pld.PLDAccountant(neighboring_relation=RELATIONS[claim], value_discretization_interval=interval)
-    accountant.compose(dp_event.ComposedDpEvent([event(access, claim) for access in accesses]))
-    return accountant.get_epsilon
+    added = sum(1 / a["noise_multiplier"] for a in accesses if a.get("added")) * (1 if claim == "epsilon" else 2)
+    events = dp_event.ComposedDpEvent([event(a, claim) for a in accesses if not a.get("added")])
+    return lambda delta, rest=pld.PLDAccountant(RELATIONS[claim], interval).compose(events): added + rest.get_epsilon(delta)
 
-# %% ../nbs/03a_verify.ipynb #e21bf229
+# %% ../nbs/03a_verify.ipynb #99893fad
 def verify(certificate, tolerance=1e-3):
-    """The recomputed claims of a certificate (dict). Raises ValueError where it claims less than its mechanisms spend."""
-    paid = [a for a in certificate["accesses"] if a["epsilon"] != "public"]
-    mechanism, delta, count = certificate["mechanism"], certificate["delta"], certificate["num_units"]
-    if not any(all(access.get(k) == mechanism[k] for k in ("noise_multiplier", "sampling_probability", "steps", "bands")) for access in paid):
-        raise ValueError("the mechanism it describes is not among the accesses it charges for")
-    if not math.isclose(mechanism["sampling_probability"] * count, mechanism["expected_batch_size"]):
-        raise ValueError("its sampling probability is not the expected batch over the number of units")
-    if not 0 < delta < 1 / count:
-        raise ValueError(f"delta {delta:g} is not below 1/n; a whole unit could be published with that probability")
-    spent = {claim: privacy_profile(paid, claim, certificate["accountant"]["interval"]) for claim in RELATIONS}
-    further = [("epsilon", point["epsilon"], point["delta"]) for point in (*certificate["curve"], certificate["composed"])]
-    for claim, stated, at in [(claim, certificate[claim], delta) for claim in RELATIONS] + further:
-        if not spent[claim](at) <= stated + tolerance:
-            raise ValueError(f"it claims {claim} {stated:.6g} at delta {at:.3g}, but spends {spent[claim](at):.6g}")
+    """The recomputed claims of a certificate (dict). Raises ValueError where its mechanisms spend more, or where there can be no such."""
+    c, delta, n, interval = certificate, certificate["delta"], certificate["num_units"], certificate["accountant"]["interval"]
+    m, paid = {**c["mechanism"], "mechanism": "dp_sgd", "added": False}, [a for a in c["accesses"] if a["epsilon"] != "public"]
+    spent = {claim: privacy_profile(paid, claim, interval) for claim in RELATIONS}
+    stated = [(claim, spent[claim], c) for claim in RELATIONS] + [("epsilon", spent["epsilon"], p) for p in (*c["curve"], c["composed"])]
+    stated += [("epsilon", privacy_profile([a], "epsilon", interval), {**a, "delta": delta}) for a in paid]
+    checks = [(any({**m, **a} == {**a, **m} for a in paid), "the mechanism it describes is not among the accesses it charges for"),
+              (math.isclose(m["sampling_probability"] * n, m["expected_batch_size"]), "its batch is not q times the number of units"),
+              (0 < delta < 1 / n, f"delta {delta:g} is not below 1/n; a whole unit could be published with that probability"),
+              *((a["bands"] <= min(a["steps"], (1 + 1e-9) / a["sampling_probability"]), f"{a['bands']} bands are too many") for a in paid),
+              *((of(part["delta"]) <= part[claim] + tolerance, f"it claims {claim} {part[claim]:.6g} at delta {part['delta']:.3g} "
+                 f"for {part.get('what', 'all accesses')}, but spends {of(part['delta']):.6g}") for claim, of, part in stated)]
+    for message in [message for holds, message in checks if not holds]:
+        raise ValueError(message)
     return {**{claim: spent[claim](delta) for claim in RELATIONS}, "delta": delta}
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -16,8 +17,8 @@ import pytest
 import yaml
 
 from dpsynth import __version__, demo
-from dpsynth.runs import locked, prepare_folder
-from dpsynth.settings import ModelError, Settings
+from dpsynth.runs import locked, prepare_folder, read_json, record
+from dpsynth.settings import DpsynthError, ModelError, Settings
 
 LABELS = ["negative", "positive"]
 SMALL = {
@@ -97,7 +98,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("values, word", REFUSED.values(), ids=REFUSED)
 def test_wrong_settings_are_refused_before_anything_is_written(refused, config, tmp_path, values, word):
-    config.write_text(config.read_text() + yaml.safe_dump(values))
+    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), **values}))
     before = sorted(tmp_path.rglob("*"))
     assert word in refused("run", config, "--out", tmp_path / "runs")
     assert word in refused("check", config)
@@ -134,11 +135,47 @@ def test_broken_data_is_refused_with_its_place(refused, config, tmp_path, conten
     assert word in line and "broken.csv" in line and not (tmp_path / "runs").exists()
 
 
-def test_output_that_cannot_be_written_is_refused(refused, config, tmp_path):
+@pytest.mark.parametrize("setting", ["generator=real_test", "ledger=runs", "ledger=user"])
+def test_output_that_cannot_be_written_is_refused_without_a_trace(refused, config, tmp_path, monkeypatch, setting):
+    monkeypatch.setenv("DPSYNTH_LEDGER", str(tmp_path / "mine" / "ledger.sqlite"))
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file" / "runs", "/proc/dpsynth/runs"):
-        assert str(out) in refused("run", config, "--out", out, "--set", "generator=real_test")
-    assert (tmp_path / "file").read_text() == ""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "dp_ft").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    for out in (tmp_path / "file", tmp_path / "file" / "runs", tmp_path / "runs", "/proc/dpsynth/runs"):
+        line = refused("run", config, "--out", out, "--set", setting)
+        assert str(out) in line and "choose another --out" in line
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "file").read_text() == ""
+
+
+def test_a_ledger_that_cannot_be_written_is_refused(refused, config, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = refused("run", config, "--out", tmp_path / "runs", "--set", f"ledger={tmp_path / 'file' / 'ledger.sqlite'}")
+    assert "the ledger cannot be written" in line and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("failure", ["raises", "is no number"])
+def test_scores_stay_until_there_are_new_ones(tmp_path, monkeypatch, failure):
+    from dpsynth import pipeline
+
+    settings = Settings(generator="prompt", **SMALL)
+    folder = prepare_folder(settings, tmp_path / "dp_ft")
+    (folder / "release" / "synthetic.jsonl").write_text('{"index": 0, "label": "positive", "text": "Fine."}\n')
+    record(folder, steps=5, mauve_mean=0.8, mauve2_mean=0.9, warnings=["small"])
+
+    def evaluate(*arguments):
+        if failure == "raises":
+            raise ModelError("no such embedder")
+        return {"mauve_mean": float("nan")}
+
+    monkeypatch.setattr(pipeline, "evaluate", evaluate)
+    with pytest.raises(DpsynthError):
+        pipeline.evaluate_stage(settings, folder, SimpleNamespace(test=None))
+    kept = lambda: {k: v for k, v in read_json(folder / "metrics.json").items() if not k.startswith("seconds")}
+    assert kept() == {"steps": 5, "mauve_mean": 0.8, "mauve2_mean": 0.9, "warnings": ["small"]}
+    monkeypatch.setattr(pipeline, "evaluate", lambda *arguments: {"mauve_mean": 0.7})
+    pipeline.evaluate_stage(settings, folder, SimpleNamespace(test=None))
+    assert kept() == {"steps": 5, "mauve_mean": 0.7}
 
 
 @pytest.mark.parametrize(
@@ -151,6 +188,8 @@ def test_output_that_cannot_be_written_is_refused(refused, config, tmp_path):
         ["run", "no-such", "--timeout", "-1"],
         ["results", "no-such"],
         ["results", "--format", "pdf"],
+        ["results", "--records", "no-such"],
+        ["results", "runs", "--records", "demo"],
         ["fit", "no-such"],
         ["sample", "no-such"],
         ["sample", "no-such", "--rows", "0"],
@@ -221,6 +260,15 @@ def test_results_without_a_folder_find_the_demo(dpsynth, tmp_path, monkeypatch):
     assert (code, err) == (0, "") and "demo/dp_ft" in out and "no guarantee yet" in out
 
 
+def test_records_are_printed_by_name_and_listed_without(dpsynth):
+    from dpsynth.experiments import RECORDS, collect, results_table
+
+    code, out, err = dpsynth("results", "--records")
+    assert (code, err) == (0, "") and "demo" in out.split()
+    code, out, err = dpsynth("results", "--records", "demo", "--format", "markdown")
+    assert (code, err) == (0, "") and out == results_table(collect(RECORDS / "demo"), "markdown") + "\n"
+
+
 # what is answered at once
 
 
@@ -269,7 +317,7 @@ def unreachable(monkeypatch):
 
     def from_preset(kind, name, **options):
         if name != "tiny":
-            raise ModelError(f"preset {name!r} cannot be loaded: no network")
+            raise (models.Unreachable if models.is_remote(name) else ModelError)(f"preset {name!r} cannot be loaded: no network")
         return load(kind, name, **options)
 
     monkeypatch.setattr(models, "_from_preset", from_preset)
@@ -501,6 +549,23 @@ def test_the_columns_of_three_files_can_be_told(dpsynth, refused, tmp_path):
         assert option in refused("audit", *files, option, value)
 
 
+def test_a_cap_can_be_set_before_anything_is_charged(config, dpsynth, refused, tmp_path):
+    code, out, _ = dpsynth("ledger", config, "--cap", "1.5", "--ledger", tmp_path / "book.sqlite")
+    assert code == 0 and "rows.csv" in out and "1.5" in out and "no release yet" in out
+    told = refused("run", config, "--set", f"ledger={tmp_path / 'book.sqlite'}", "--out", tmp_path / "runs")
+    assert "cap 1.5" in told and not (tmp_path / "runs" / "dp_ft" / "release").exists()
+    (tmp_path / "sweep").mkdir()
+    code, out, _ = dpsynth("ledger", config, "--ledger", tmp_path / "sweep")
+    assert code == 0 and (tmp_path / "book.sqlite").exists()
+
+
+def test_a_check_says_for_whom_it_counts_and_leaves_out_what_is_paid_to_be_hidden(config, dpsynth):
+    code, out, _ = dpsynth("check", config)
+    assert code == 0 and "device" in out and "for you only" in out and "48 to train on" in out and "copies" in out
+    code, out, _ = dpsynth("check", config, "--set", "unit_count=private", "--set", "delta=1e-3")
+    assert code == 0 and "to train on" not in out and "copies" not in out and "48" not in out
+
+
 def test_the_ledger_is_shown_and_drawn(sweep, dpsynth, refused, tmp_path):
     out = dpsynth("ledger").out
     assert "demo" in out and dpsynth("ledger", "demo", "--plot", tmp_path / "spent.png").out.count("dp_ft: training") == 1
@@ -544,7 +609,8 @@ def test_stages_by_hand_end_like_the_notebook(sweep, dpsynth, refused, tmp_path)
 
 def test_an_error_in_a_sweep_names_the_experiment(refused, config, tmp_path):
     (tmp_path / "long_prompt.yaml").write_text(
-        config.read_text() + "generator: prompt\nprompt: a {label} review of a play about a long and winding road\nsequence_length: 12\n"
+        yaml.safe_dump({**yaml.safe_load(config.read_text()), "generator": "prompt", "sequence_length": 12,
+                        "prompt": "a {label} review of a play about a long and winding road"})
     )
     assert refused("run", tmp_path / "long_prompt.yaml", config, "--out", tmp_path / "runs").startswith(
         "error: long_prompt: setting sequence_length"

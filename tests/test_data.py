@@ -182,16 +182,45 @@ def test_which_rows_are_taken_does_not_depend_on_what_is_in_them(tmp_path):
     assert len(set(a.train.texts) ^ set(b.train.texts)) <= 1 and len(set(a.test.texts) ^ set(b.test.texts)) <= 2
 
 
-def groups(*sizes):
+def groups(*sizes, renamed=None):
     return pd.DataFrame({"text": [f"row {i} of {u}" for u, n in enumerate(sizes) for i in range(n)],
-                         "user": [f"u{u}" for u, n in enumerate(sizes) for _ in range(n)]})
+                         "user": [f"u{u}" for u, n in enumerate(sizes) for _ in range(n)]}).replace({"user": renamed or {}})
 
 
 def test_a_unit_of_many_rows_moves_no_other_unit_in_or_out():
     settings = Settings(unit="user", train_size=40, label_column="", audit_fraction=0.2)
     a, b = (from_frame(groups(*[5] * 99, last), settings, test=groups(3)) for last in (1, 3000))
     units = lambda splits: [set(side.frame["unit"]) - {"u99"} for side in (splits.train, splits.kept_out)]
-    assert units(a) == units(b) and 20 < len(units(a)[0] | units(a)[1]) < 60
+    assert units(a) == units(b) and a.train.num_units == b.train.num_units == 32 and a.kept_out.num_units == b.kept_out.num_units == 8
+
+
+@pytest.mark.parametrize("unit", [0, 13, 99])
+@pytest.mark.parametrize("name", ["u100", "anna", "an older sister"])
+def test_a_unit_that_is_renamed_stays_where_it_was_and_moves_no_other(unit, name):
+    settings = Settings(unit="user", train_size=40, test_size=15, label_column="", test_fraction=0.2, audit_fraction=0.2)
+    one, other = (from_frame(groups(*[2] * 100, renamed=new), settings) for new in ({}, {f"u{unit}": name}))
+    for side, size in (("train", 32), ("test", 15), ("kept_out", 8)):
+        a, b = getattr(one, side), getattr(other, side)
+        assert a.texts == b.texts and a.units.tolist() == b.units.tolist() and a.num_units == size
+
+
+def test_units_are_dealt_by_their_order_wherever_their_rows_stand():
+    settings = Settings(unit="user", label_column="", test_fraction=0.3)
+    apart, together = pd.concat([groups(*[1] * 20), groups(*[2] * 20)]), groups(*[3] * 20)
+    a, b = (from_frame(f, settings) for f in (apart, together))
+    assert set(a.test.frame["unit"]) == set(b.test.frame["unit"]) != {f"u{i}" for i in range(6)} and a.test.num_units == 6
+    larger = from_frame(apart, settings.model_copy(update={"train_size": 9})).train.frame["unit"]
+    smaller = from_frame(apart, settings.model_copy(update={"train_size": 4})).train.frame["unit"]
+    assert set(smaller) < set(larger) and (smaller.nunique(), larger.nunique()) == (4, 9)
+    refused = message(None, lambda _: from_frame(groups(5), settings))
+    assert refused == "frame: 1 unit cannot be divided by test_fraction; give it more units, or set test_data"
+
+
+def test_a_unit_that_is_renamed_moves_only_itself_where_their_number_is_private():
+    settings = Settings(unit="user", unit_count="private", delta=1e-4, label_column="", test_fraction=0.3, audit_fraction=0.2)
+    others = {tuple(tuple(t for t in side.texts if not t.endswith(" of 13")) for side in (s.train, s.test, s.kept_out))
+              for s in (from_frame(groups(*[2] * 50, renamed={"u13": f"name {i}"}), settings) for i in range(9))}
+    assert len(others) == 1
 
 
 @pytest.mark.parametrize("unit", ["row", "user"])

@@ -183,6 +183,57 @@ def test_a_missing_extra_is_named(name, module, extra, monkeypatch):
         evaluation.embed(["a"], name)
 
 
+@pytest.mark.parametrize("name, module, extra", [("sentence-transformers:x", "sentence_transformers", "embed"), ("vertex:x", "google.genai", "vertex")])
+def test_a_missing_extra_is_found_before_it_is_needed(name, module, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ModelError, match=rf"pip install dpsynth\[{extra}\]"):
+        evaluation.open_embedder(name).check()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The repositories that Hugging Face was asked for, with sentence-transformers installed or not."""
+    repositories = []
+    monkeypatch.setattr(evaluation, "_require", lambda *names: None)
+    monkeypatch.setattr(evaluation, "check_hub", lambda subject, *names: repositories.append(names))
+    return repositories
+
+
+def test_a_sentence_embedder_is_looked_for_where_it_would_be_loaded_from(asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("all-MiniLM-L6-v2", "BAAI/bge-small", "models/typo"):
+        evaluation.open_embedder(f"sentence-transformers:{name}").check()
+    assert asked == [("sentence-transformers/all-MiniLM-L6-v2", "all-MiniLM-L6-v2"), ("BAAI/bge-small",), ("models/typo",)]
+    (tmp_path / "models" / "here").mkdir(parents=True)
+    here = evaluation.open_embedder("sentence-transformers:models/here")
+    for file in ("config.json", "model.safetensors"):
+        with pytest.raises(ModelError, match="no sentence-transformers model is in this folder"):
+            here.check()
+        (tmp_path / "models" / "here" / file).write_text("{}")
+    here.check()
+    assert len(asked) == 3
+
+
+def test_vertex_without_a_project_or_without_credentials_is_found_before_anything_is_sent(asked, monkeypatch):
+    for key in ("GOOGLE_CLOUD_PROJECT", "GOOGLE_CLOUD_LOCATION"):
+        monkeypatch.delenv(key, raising=False)
+    requests = fake_vertex(monkeypatch)
+
+    def refuse(*args, **kwargs):
+        raise ValueError("Your default credentials were not found")
+    monkeypatch.setitem(sys.modules, "google.auth", types.SimpleNamespace(default=refuse))
+    evaluation.open_embedder("vertex:x").check()  # the client is content, and has looked for credentials itself
+    monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "p")
+    with pytest.raises(evaluation.Unreachable, match="credentials were not found.*GOOGLE_CLOUD_PROJECT"):
+        evaluation.open_embedder("vertex:x").check()
+    monkeypatch.setitem(sys.modules, "google.auth", types.SimpleNamespace(default=lambda: None))
+    evaluation.open_embedder("vertex:x").check()
+    monkeypatch.setitem(sys.modules, "google.genai", types.SimpleNamespace(Client=refuse))
+    with pytest.raises(evaluation.Unreachable, match="gcloud auth"):
+        evaluation.open_embedder("vertex:x").check()
+    assert not requests
+
+
 @pytest.mark.parametrize("name", ["sentence-transformers:", "vertex:"])
 def test_an_embedder_without_a_name_is_a_settings_error(name):
     with pytest.raises(SettingsError, match="names no model"):

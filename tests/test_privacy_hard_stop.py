@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,8 +10,9 @@ from parts import RUN, SECRET, mechanism, splits, trainer
 import dpsynth.finetune
 import dpsynth.privacy
 from dpsynth.finetune import computation, finetune_run, flatten, self_check, train
+from dpsynth.ledger import RUNS_LEDGER, Ledger
 from dpsynth.privacy import Randomness, Session, bind_run, run_identity
-from dpsynth.settings import PrivacyError
+from dpsynth.settings import PrivacyError, SettingsError
 
 
 def test_step_after_the_last_is_refused():
@@ -108,11 +110,41 @@ def test_a_run_that_is_not_finished_keeps_its_microbatches_and_devices(tmp_path,
     with pytest.raises(PrivacyError, match="started with other microbatches or devices .microbatch_size: 8, now 4"):
         finetune_run(smaller, splits(), tmp_path / "dp", progress=False)
     known = computation(RUN)
-    assert set(known) == {"microbatch_size", "rematerialize", "backend", "device", "devices"} and known["microbatch_size"] == 8 and known["devices"] >= 1
+    assert set(known) == {"microbatch_size", "rematerialize", "backend", "device", "devices", "platform", "processor", "xla_flags", "matmul_precision"}
+    assert known["microbatch_size"] == 8 and known["devices"] >= 1 and len(known["processor"]) == 64
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_max_isa=SSE4_2")
+    with pytest.raises(PrivacyError, match="devices .xla_flags: .*, now --xla_cpu_max_isa=SSE4_2"):
+        finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+    monkeypatch.undo()
     monkeypatch.setattr(dpsynth.finetune, "computation", lambda settings: {**known, "backend": "elsewhere"})
     with pytest.raises(PrivacyError, match="devices .backend: .*, now elsewhere"):
         finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
     assert not (tmp_path / "dp" / "release" / "adapter.npz").exists()
+
+
+@pytest.mark.parametrize("failure, words", [
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"), "setting microbatch_size: memory does not hold 8 units of 32 tokens"),
+    (MemoryError(), "setting microbatch_size: memory does not hold"), (None, "setting model: gradients of tiny on invented rows are no numbers")])
+def test_what_no_training_can_survive_is_found_before_it_is_charged(tmp_path, monkeypatch, failure, words):
+    whole = dpsynth.finetune.make_private_sum
+
+    def broken(model, session):
+        def run(total, notes, *others):
+            if failure:
+                raise failure
+            total, notes = whole(model, session)(total, notes, *others)
+            return [0 * t for t in total], notes + 1
+        return run
+
+    monkeypatch.setattr(dpsynth.finetune, "make_private_sum", broken)
+    with pytest.raises(SettingsError, match=words) as error:
+        finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+    assert str(error.value).endswith("the training is not charged") and "\n" not in str(error.value)
+    ledger = Ledger(tmp_path / RUNS_LEDGER)
+    assert not ledger.charged(ledger.datasets()[0]) and not list((tmp_path / "dp" / "release").iterdir())
+    monkeypatch.undo()
+    finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+    assert len(ledger.charged(ledger.datasets()[0])) == 1
 
 
 def test_a_finished_run_loads_under_other_libraries_and_an_unfinished_one_refuses(tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from dpsynth.ledger import (
     KINDS,
     Ledger,
     Neighbours,
+    Newcomer,
     accesses_event,
     compose,
     default_path,
@@ -123,6 +124,18 @@ def test_a_replacement_is_two_changes(event):
     assert compose([event], 1e-9, "replace_one") == pytest.approx(1.0, abs=5e-3)
 
 
+def test_a_count_that_others_were_chosen_by_is_added_and_not_composed():
+    count = {"kind": "added", "epsilon": 0.5}
+    twice = compose(2 * [TRAINING], DELTA)
+    assert compose(2 * [TRAINING, count], DELTA) == pytest.approx(1.0 + twice)
+    assert 1.0 + twice > compose(2 * [TRAINING, pure(0.5)], DELTA) + 0.05
+    assert compose([[TRAINING, count]], DELTA, "replace_one") == pytest.approx(1.0 + compose([TRAINING], DELTA, "replace_one"))
+    assert compose([TRAINING, count], DELTA, group=3) == pytest.approx(1.5 + compose([TRAINING], DELTA, group=3))
+    assert compose([count], 1e-9) == 0.5 and compose([count, {"kind": "not_private"}], DELTA) == math.inf
+    with pytest.raises(dp_accounting.UnsupportedEventError):
+        accountant_epsilon(count, 1)
+
+
 def test_groups():
     assert compose([GAUSSIAN], DELTA, group=3) == pytest.approx(compose([{**GAUSSIAN, "noise_multiplier": 4 / 3}], DELTA), rel=1e-2)
     always = {**TRAINING, "sampling_probability": 1.0, "noise_multiplier": 20.0}
@@ -179,6 +192,7 @@ def test_no_noise_is_infinite_for_ever():
         ({**TRAINING, "steps": 0}, "steps"),
         ({**TRAINING, "sampling_probability": 1.5}, "sampling"),
         ({"kind": "laplace", "noise_multiplier": 0}, "noise"),
+        ({"kind": "added", "epsilon": 0}, "epsilon"),
         ({**GAUSSIAN, "noise_multiplier": math.nan}, "noise"),
     ],
 )
@@ -201,6 +215,10 @@ def test_accesses_of_a_mechanism_or_certificate_are_an_event():
     event = accesses_event([training, labels, {"what": "rows", "epsilon": "public"}])
     assert event == [{**TRAINING, "bands": 2}, {"kind": "discrete_laplace", "noise_multiplier": 10.0}]
     assert all(set(part) == set(KINDS[part["kind"]].model_fields) for part in event)
+    assert accesses_event([{**labels, "added": True}, Access("units", "discrete_laplace", 4.0, added=True)]) == [
+        {"kind": "added", "epsilon": 0.1},
+        {"kind": "added", "epsilon": 0.25},
+    ]
 
 
 # identity
@@ -320,6 +338,26 @@ def test_what_may_be_published_is_what_was_charged_under_the_name(ledger, film):
     assert (other.name, other.declared, runs, without) == ("film~2", "film", 2, 0)
     assert epsilon == pytest.approx(2.5, abs=5e-3) and epsilon == ledger.spent(other)
     assert ledger.released_as("film~2", DELTA) == (0.0, 0, 0) and ledger.dataset("film~2").declared == "film"
+
+
+def test_caps_and_what_may_be_published_add_what_others_were_chosen_by(ledger, film):
+    count, training = {"kind": "added", "epsilon": 0.5}, TRAINING
+    added, composed = (compose([training, part], DELTA) for part in (count, pure(0.5)))
+    assert composed < added
+    ledger.set_cap(film, (added + composed) / 2)
+    spend(ledger, film, count, "a counts")
+    with pytest.raises(BudgetError, match="over the cap"):
+        ledger.plan("a training", film, training)
+    with pytest.raises(BudgetError, match="over the cap"):
+        ledger.totals_after([(film, training)])
+    ledger.set_cap(film, math.inf)
+    spend(ledger, film, training, "a training")
+    spend_in_parts(ledger, film, "b")
+    spend(ledger, film, count, "c counts")
+    rest = compose([training, pure(0.5), pure(1.0)], DELTA)
+    assert ledger.released_as("film", DELTA) == (pytest.approx(1.0 + rest), 3, 0)
+    assert ledger.spent(film) == pytest.approx(1.0 + rest)
+    assert ledger.spent(film, relation="replace_one") == pytest.approx(2.0 + compose([training, pure(0.5), pure(1.0)], DELTA, "replace_one"))
 
 
 def test_what_was_released_without_privacy_is_counted_apart(ledger, film):
@@ -624,6 +662,55 @@ assert not {"dp_accounting", "jax", "pandas", "matplotlib"} & set(sys.modules)
     assert len(ledger.releases("d")) == 1
 
 
+# asking without a trace
+
+
+def test_asking_registers_nothing_and_makes_no_ledger(tmp_path):
+    path = tmp_path / "new" / "ledger.sqlite"
+    ledger, film = Ledger(path, make=False), Newcomer("film", rows(range(100)), DELTA)
+    (total,) = ledger.totals_after(2 * [(film, pure(0.5))])
+    assert (total.runs, total.earlier, total.dataset.name) == (2, 0, "film") and total.epsilon == pytest.approx(1.0, abs=5e-3)
+    assert ledger.datasets() == [] and ledger.release("r") is None and ledger.released_as("film", DELTA) == (0.0, 0, 0)
+    assert list(tmp_path.iterdir()) == []
+    ledger.plan("r", film, pure(0.5))
+    assert [dataset.name for dataset in Ledger(path, make=False).datasets()] == ["film"] and ledger.release("r").held
+
+
+def test_newcomers_are_asked_about_like_registered_rows(ledger, film):
+    spend(ledger, film, pure(0.5), "old")
+    both = [Newcomer("left", rows(range(90, 200)), DELTA), Newcomer("right", rows(range(150, 300)), DELTA)]
+    asked = ledger.totals_after([(newcomer, pure(1.0)) for newcomer in both])
+    assert [dataset.name for dataset in ledger.datasets()] == ["film"] and len(ledger.releases(film)) == 1
+    known = [ledger.register(newcomer.name, newcomer.units, newcomer.delta) for newcomer in both]
+    assert ledger.totals_after([(dataset, pure(1.0)) for dataset in known]) == asked
+    assert [total.epsilon for total in asked] == pytest.approx([2.0, 2.0], abs=5e-3) and asked[0].earlier == 1
+    ledger.set_cap(film, 1.4)
+    with pytest.raises(BudgetError, match="over the cap 1.4 of data set 'film'"):
+        ledger.totals_after([(Newcomer("more", rows(range(99, 120)), DELTA), pure(1.0))])
+    assert len(ledger.datasets()) == 3
+    with pytest.raises(SettingsError, match="not between 0 and 1/n"):
+        Newcomer("x", rows(range(10)), 0.1)
+
+
+def test_answers_are_remembered_where_there_is_a_ledger(ledger, monkeypatch):
+    newcomer = Newcomer("film", rows(range(10)), DELTA)
+    asked = ledger.totals_after([(newcomer, pure(0.25))])
+    monkeypatch.setattr("dpsynth.ledger._answers", lambda question: pytest.fail("asked again"))
+    assert ledger.totals_after([(newcomer, pure(0.25))]) == asked
+
+
+def test_a_ledger_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="file/ledger.sqlite: the ledger cannot be written"):
+        Ledger(tmp_path / "file" / "ledger.sqlite", make=False).check_writable()
+    ledger = Ledger(tmp_path / "new" / "ledger.sqlite", make=False)
+    ledger.check_writable()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(SettingsError, match="let `ledger` name another file"):
+        ledger.check_writable()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 # the file
 
 
@@ -715,9 +802,10 @@ def replace_key(path, content):
 def test_a_damaged_or_foreign_file_is_one_clear_error(ledger, film, spoil, words):
     spend(ledger, film, pure(1.0), "r")
     spoil(ledger.path)
-    with pytest.raises(PrivacyError, match=words) as caught:
-        Ledger(ledger.path).spent("film")
-    assert "\n" not in str(caught.value) and str(ledger.path) in str(caught.value)
+    for make in (True, False):
+        with pytest.raises(PrivacyError, match=words) as caught:
+            Ledger(ledger.path, make=make).spent("film")
+        assert "\n" not in str(caught.value) and str(ledger.path) in str(caught.value)
 
 
 def test_a_ledger_that_disappears_is_not_replaced_by_an_empty_one(ledger, film):
@@ -832,7 +920,7 @@ def test_command_on_the_ledger_of_a_folder_of_runs(tmp_path):
 
 def test_command_on_an_empty_ledger_and_with_copies(monkeypatch, tmp_path):
     monkeypatch.setenv("DPSYNTH_LEDGER", str(tmp_path / "ledger.sqlite"))
-    assert ledger_command() == "the ledger is empty"
+    assert ledger_command() == "the ledger is empty" and list(tmp_path.iterdir()) == []
     ledger = Ledger()
     ledger.register("copied", rows([1, 1, 2]), DELTA)
     spend(ledger, "copied", pure(0.5), "r")

@@ -6,12 +6,13 @@ import math
 import pytest
 
 import dpsynth.finetune
+import dpsynth.privacy
 from parts import RUN, splits
 from dpsynth.certificate import read_certificate, verify
 from dpsynth.finetune import Trainer, finetune_run
 from dpsynth.ledger import RUNS_LEDGER, Ledger
 from dpsynth.pipeline import Survey, spending
-from dpsynth.settings import BudgetError
+from dpsynth.settings import BudgetError, PrivacyError
 
 
 def test_a_run_is_charged_once_and_stays_charged(run, tmp_path):
@@ -40,6 +41,16 @@ def survey(settings):
     return Survey(settings, load=lambda settings: splits(settings=settings))
 
 
+def test_a_training_that_ends_in_an_error_is_abandoned_and_stays_charged(tmp_path, monkeypatch):
+    whole = dpsynth.privacy.Session._grid_noise
+    monkeypatch.setattr(dpsynth.privacy.Session, "_grid_noise", lambda self, count: 0 * whole(self, count))
+    with pytest.raises(PrivacyError, match="the noise was 0 times"):
+        finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+    ledger = Ledger(tmp_path / RUNS_LEDGER)
+    (known,) = ledger.charged(ledger.datasets()[0])
+    assert known.state == "abandoned" and ledger.spent(known.dataset) > 7
+
+
 def test_a_run_without_privacy_is_charged_and_certificates_of_the_same_data_say_so(tmp_path):
     assert spending([survey(PLAIN)], tmp_path) == ["privacy: 1 run(s) WITHOUT privacy on frame: with those there is no guarantee"]
     finetune_run(PLAIN, splits(), tmp_path / "plain", progress=False)
@@ -56,6 +67,13 @@ def test_a_run_without_privacy_is_charged_and_certificates_of_the_same_data_say_
     assert (certificate["composed"]["releases"], certificate["composed"]["without_privacy"]) == (1, 1)
     assert "and 1 release(s) WITHOUT privacy: with those there is no guarantee" in (tmp_path / "dp_ft" / "release" / "certificate.md").read_text()
     verify(certificate)
+
+
+def test_asking_what_a_sweep_spends_leaves_no_trace(tmp_path):
+    assert len(spending([survey(RUN), survey(PLAIN)], tmp_path)) == 1 and list(tmp_path.iterdir()) == []
+    ledger = Ledger(tmp_path / RUNS_LEDGER)
+    (line,) = spending([survey(RUN), survey(PLAIN)], tmp_path)
+    assert "1 run(s) on frame" in line and "1 run(s) WITHOUT privacy on frame" in line and ledger.datasets() == []
 
 
 def test_a_cap_refuses_a_run_without_privacy_before_it_trains(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ def test_what_is_not_fine_tuned_is_not_trained(tmp_path, generator):
 
 def test_a_model_trained_without_privacy_says_so_beside_its_weights(tmp_path):
     finetune_run(RUN.model_copy(update={"epsilon": math.inf}), splits(), tmp_path / "run", progress=False)
+    assert (tmp_path / "run" / "release" / "NOT_PRIVATE.md").exists()
     assert "without differential privacy" in (tmp_path / "run" / "release" / "NOT_PRIVATE.md").read_text()
     assert not (tmp_path / "run" / "release" / "certificate.json").exists()
 

@@ -9,6 +9,7 @@ from parts import RUN, groups_of_rows, splits
 from dpsynth.data import from_frame
 from dpsynth.finetune import finetune_run
 from dpsynth.pipeline import fit_stage, load_stage
+from dpsynth.settings import DataError
 
 
 def test_an_outlier_row_changes_no_released_byte_that_is_not_a_dp_output(run, tmp_path):
@@ -25,18 +26,21 @@ def test_an_outlier_row_changes_no_released_byte_that_is_not_a_dp_output(run, tm
     (RUN, pd.DataFrame([{"text": f"row {i} was fine", "label": i % 2} for i in range(40)]),
      pd.DataFrame([{"text": "\u2603 \U0001f600 zxq " * 500 if i == 7 else f"row {i} was fine", "label": i % 2} for i in range(40)])),
     (RUN.model_copy(update={"unit": "user", "batch_size": 4, "epochs": 1, "audit_fraction": 0.2, "train_size": 9}),
-     groups_of_rows(["a plain row"]), groups_of_rows(["\u2603 \U0001f600 zxq " * 200 + str(i) for i in range(40)])),
+     groups_of_rows(["a plain row"]),
+     groups_of_rows(["\u2603 \U0001f600 zxq " * 200 + str(i) for i in range(40)]).replace({"user": {"u9": "lena"}})),  # her hash would keep her out
     (RUN.model_copy(update={"duplicates": "drop"}), pd.DataFrame([{"text": f"row {i} was fine", "label": 0} for i in range(40)]),
      pd.DataFrame([{"text": f"row {i if i != 7 else 8} was fine", "label": 0} for i in range(40)])),
 ])
 def test_an_outlier_unit_shows_in_no_file_but_in_dp_outputs(tmp_path, settings, ordinary, outlier):
-    secret = bytes(range(32))
+    secret, trained = bytes(range(32)), set()
     for name, frame in (("a", ordinary), ("b", outlier)):
         folder = tmp_path / name / "dp"
         (folder / "private").mkdir(parents=True)
         (folder / "private" / "secret").write_bytes(secret)
         data = load_stage(settings, folder, from_frame(frame, settings, test=ordinary[:10]))
+        trained.add(data.train.fingerprint(secret))
         fit_stage(settings, folder, data)
+    assert len(trained) == 2
     shown = [{p.relative_to(tmp_path / name): p for p in (tmp_path / name / "dp").rglob("*") if p.is_file() and not {"private", "tokens"} & {*p.parts}}
              for name in "ab"]
     assert shown[0].keys() == shown[1].keys() and len(shown[0]) >= 5
@@ -48,6 +52,17 @@ def test_an_outlier_unit_shows_in_no_file_but_in_dp_outputs(tmp_path, settings, 
             assert file.stat().st_size == shown[1][path].stat().st_size
         else:
             assert file.read_bytes() == shown[1][path].read_bytes(), path
+
+
+def test_a_label_outside_the_public_set_stops_the_run_before_anything_is_charged_or_released(tmp_path):
+    rows, folder, ledger = tmp_path / "rows.csv", tmp_path / "dp", tmp_path / "ledger.sqlite"
+    labels = ["zxq disease" if i == 7 else "positive" for i in range(40)]
+    pd.DataFrame({"text": [f"row {i} was fine" for i in range(40)], "label": labels}).to_csv(rows, index=False)
+    settings = RUN.model_copy(update={"data": str(rows), "ledger": str(ledger)})
+    with pytest.raises(DataError, match="line 9, column label: not one of negative, positive$"):
+        fit_stage(settings, folder, load_stage(settings, folder))
+    assert not ledger.exists() and not list((folder / "release").iterdir())
+    assert not any(b"zxq" in p.read_bytes() for p in folder.rglob("*") if p.is_file())
 
 
 def test_monitoring_stays_private_and_is_certified(tmp_path):

@@ -1,5 +1,6 @@
 """Line 9: whatever else is read from private rows is paid for or public."""
 
+import dataclasses
 import json
 import math
 
@@ -13,17 +14,17 @@ from parts import IMDB, RUN, splits
 from dpsynth.certificate import base_model, make_certificate, verify
 from dpsynth.data import from_frame
 from dpsynth.finetune import finetune_run, label_shares
-from dpsynth.ledger import RUNS_LEDGER, Ledger
+from dpsynth.ledger import RUNS_LEDGER, Ledger, accesses_event, compose as compose_events
 from dpsynth.pipeline import Survey, fit_stage, load_stage, spending
 from dpsynth.privacy import Access, calibrate_noise, compose, count_accesses, make_mechanism, noisy_counts
-from dpsynth.settings import SettingsError, make_settings
+from dpsynth.settings import BudgetError, Settings, SettingsError, make_settings
 
 
 def test_counts_and_training_together_meet_the_target():
     plain = make_mechanism(IMDB, 25000)
     settings = IMDB.model_copy(update={"label_prior": "private"})
     paid = make_mechanism(settings, 25000)
-    assert [a.what for a in paid.others] == ["label histogram"] and not paid.before
+    assert [(a.what, a.added) for a in paid.others] == [("label histogram", False)]
     assert paid.noise_multiplier > plain.noise_multiplier and 9.95 < paid.epsilon <= 10
     assert paid.epsilon == compose(paid.accesses, paid.delta) < sum(compose((a,), paid.delta) for a in paid.accesses)
     certificate = make_certificate(paid, settings, base=base_model("tiny", "", "no"))
@@ -34,16 +35,46 @@ def test_counts_and_training_together_meet_the_target():
 def test_what_follows_from_the_number_of_units_is_added_to_it_and_not_composed():
     settings = IMDB.model_copy(update={"label_prior": "private", "unit_count": "private", "access_share": 0.1})
     paid = make_mechanism(settings, 25000)
-    assert [a.what for a in paid.before] == ["number of training units"] and [a.what for a in paid.others] == ["label histogram"]
-    rest = (paid.training(paid.steps), *paid.others)
-    assert paid.spent_before() == pytest.approx(1.0) and 8.95 < compose(rest, paid.delta) <= 9.0
-    assert paid.epsilon == paid.spent_before() + compose(rest, paid.delta) > compose(paid.accesses, paid.delta)
+    assert [(a.what, a.added) for a in paid.others] == [("number of training units", True), ("label histogram", False)]
+    training, count, labels = paid.accesses
+    rest = (training, labels)
+    assert 8.95 < compose(rest, paid.delta) <= 9.0 and paid.epsilon_after(0) == pytest.approx(1.0 + compose((labels,), paid.delta))
+    assert paid.epsilon == pytest.approx(1.0 + compose(rest, paid.delta))
+    assert paid.epsilon > compose((*rest, dataclasses.replace(count, added=False)), paid.delta) + 0.05
     certificate = make_certificate(paid, settings, base=base_model("tiny", "", "no"))
-    assert certificate["epsilon"] == paid.epsilon and verify(certificate)["epsilon"] < paid.epsilon - 0.05
+    assert certificate["epsilon"] == paid.epsilon == verify(certificate)["epsilon"]
+    assert [a["epsilon"] for a in certificate["accesses"][:2]] == [compose((training,), paid.delta), pytest.approx(1.0)]
+    for group in certificate["groups"][:1]:
+        alone = compose_events([accesses_event(rest)], paid.delta, group=group["units"])
+        assert group["epsilon"] == pytest.approx(group["units"] * 1.0 + alone)
     assert certificate["epsilon_replace_one"] == pytest.approx(2.0 + compose(rest, paid.delta, "epsilon_replace_one"))
     curve = {point["delta"]: point["epsilon"] for point in certificate["curve"]}
     assert curve[1e-5] == pytest.approx(1.0 + compose(rest, 1e-5))
     assert sum(a["epsilon"] == "public" for a in certificate["accesses"]) == 3 and len(certificate["accesses"]) == 6
+
+
+def test_a_cap_between_the_composed_and_the_added_cost_refuses_the_run(tmp_path):
+    settings = IMDB.model_copy(update={"unit_count": "private", "access_share": 0.1})
+    paid = make_mechanism(settings, 25000)
+    composed = compose(tuple(dataclasses.replace(a, added=False) for a in paid.accesses), paid.delta)
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    rows = ledger.register("rows", ["a", "b"], paid.delta)
+    ledger.set_cap(rows, (composed + paid.epsilon) / 2)
+    counts, training = accesses_event(paid.others), accesses_event([paid.training(paid.steps)])
+    ledger.plan("run counts", rows, counts)
+    ledger.start("run counts")
+    with pytest.raises(BudgetError, match="over the cap"):
+        ledger.plan("run training", rows, training)
+    ledger.set_cap(rows, paid.epsilon + 1e-6)
+    ledger.plan("run training", rows, training)
+    ledger.start("run training")
+    assert ledger.spent(rows) == ledger.released_as("rows", paid.delta)[0] == pytest.approx(paid.epsilon, abs=1e-6)
+
+
+def test_a_count_with_more_epsilon_than_is_composed_is_refused():
+    with pytest.raises(SettingsError, match="^setting access_share: epsilon 200 for each count is more than 50"):
+        count_accesses(Settings(epsilon=1000, access_share=0.2, label_prior="private"))
+    assert count_accesses(Settings(epsilon=1000, access_share=0.2)) == {} and count_accesses(Settings(epsilon=1000, label_prior="private"))
 
 
 def test_a_private_number_of_units_needs_a_delta_that_does_not_follow_from_it():
@@ -79,14 +110,15 @@ def test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_cha
     assert charged == 4 * [["dp_ft: counts"]]
     assert [scale for _, scale in drawn] == [access.noise_multiplier for access in count_accesses(settings).values()] == 4 * [pytest.approx(1 / 0.8)]
     counts = dict(zip(count_accesses(settings), (counts for counts, _ in drawn)))
-    assert counts["units"] == [12] and counts["overlaps"] == [3] and sum(counts["labels"]) == 12 and sum(counts["likelier"]) == 12
+    assert counts["units"] == [12] and counts["overlaps"] == [3, 0] and sum(counts["labels"]) == 12 and sum(counts["likelier"]) == 12
     ledger = Ledger(tmp_path / RUNS_LEDGER)
     counting, training = ledger.charged(ledger.datasets()[0])
     assert [r.run_id.partition(" ")[2] for r in (counting, training)] == ["counts", "training"] and counting.run == training.run
-    noises = [json.loads(part)["noise_multiplier"] for part in counting.parts]
-    assert noises == [scale for _, scale in drawn]
+    units, *parts = map(json.loads, counting.parts)
+    noises = [1 / units["epsilon"], *(part["noise_multiplier"] for part in parts)]
+    assert units["kind"] == "added" and noises == pytest.approx([scale for _, scale in drawn])
     paid = [a for a in json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())["accesses"] if a["epsilon"] != "public"]
-    assert sorted(a["noise_multiplier"] for a in paid if a["mechanism"] == "discrete_laplace") == sorted(noises) and len(paid) == 5
+    assert sorted(a["noise_multiplier"] for a in paid if a["mechanism"] == "discrete_laplace") == pytest.approx(sorted(noises)) and len(paid) == 5
 
 
 def test_before_a_run_nothing_follows_from_a_number_of_units_that_is_to_be_hidden(tmp_path):

@@ -159,6 +159,10 @@ def test_card_of_the_bundled_model_says_what_it_is(pretraining):
     for name, loss in pretraining["held_out"].items():
         assert f"| {name} | {loss['nats_per_token']:.3f} | {loss['bits_per_byte']:.3f} |" in card
     assert f"{pretraining['parameters']:,} parameters" in card and f"{pretraining['tokens_seen']:,} tokens" in card
+    phases = pretraining["phases"]
+    assert sum(p["updates"] for p in phases) == pretraining["updates"]
+    assert sum(p["updates"] * p["tokens_per_update"] for p in phases) == pretraining["tokens_seen"]
+    assert ", then ".join(f"{p['updates']:,} updates of {p['tokens_per_update']:,} tokens" for p in phases) in card
 
 
 GENERATED = (

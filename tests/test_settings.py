@@ -230,6 +230,18 @@ def test_a_broken_file_is_one_line_that_names_it(tmp_path, text):
     assert "seed" not in text or ", line " in str(caught.value)
 
 
+@pytest.mark.parametrize("text, line", [
+    ("epsilon: 3\nseed: 1\n\n# note\nepsilon: 10\n", 5), ("epsilon: 3\n'epsilon': 3\n", 2), ("{epsilon: 3, epsilon: 10}", 1),
+])  # fmt: skip
+def test_a_setting_may_be_in_a_file_once(tmp_path, text, line):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        load_settings(tmp_path / "x.yaml")
+    assert f"x.yaml, line {line}: setting 'epsilon' is there twice, first in line 1" in str(caught.value)
+    (tmp_path / "x.yaml").write_text("epsilon: 3\nseed: 1\n")
+    assert load_settings(tmp_path / "x.yaml", ["epsilon=10"]).epsilon == 10
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [

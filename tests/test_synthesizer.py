@@ -7,8 +7,11 @@ import types
 
 import pandas as pd
 import pytest
+import dpsynth.finetune
 from dpsynth import synthesizer as module
+from dpsynth.cli import main
 from dpsynth.data import load
+from dpsynth.ledger import RUNS_LEDGER, Ledger
 from dpsynth.pipeline import check_same_rows
 from dpsynth.runs import locked, read_settings
 from dpsynth.settings import DataError, PrivacyError, SettingsError
@@ -111,7 +114,7 @@ def test_the_profile_is_applied(caught, tmp_path):
 
 
 def test_overlaps_with_a_corpus_are_counted(fitted):
-    assert "units share 50 words with books.csv" in fitted.certificate["base_model"]["contamination"]
+    assert "share a run of 50 with books.csv" in fitted.certificate["base_model"]["contamination"]
 
 
 def test_two_processes_do_not_fit_in_one_folder(caught, tmp_path):
@@ -125,12 +128,13 @@ def test_two_processes_do_not_fit_in_one_folder(caught, tmp_path):
 
 def test_a_frame_is_stored_privately_and_read_again(fitted):
     settings, key = read_settings(fitted.folder), bytes(16)
-    stored = fitted.folder / "private" / "rows.jsonl"
+    stored = fitted.folder / "private" / f"{fitted.folder.name}.jsonl"
     assert settings.data == str(stored.resolve()) and stat.S_IMODE(stored.stat().st_mode) == 0o600
     again = load(settings)
     check_same_rows(settings, fitted.folder, again)  # what `dpsynth audit` asks first
     assert again.train.fingerprint(key) == fitted._splits.train.fingerprint(key)
     assert again.test.fingerprint(key) == fitted._splits.test.fingerprint(key)
+    assert again.train.name == fitted._splits.train.name == f"{fitted.folder.name}.jsonl"  # the name it is charged under
     assert json.loads((fitted.folder / "metrics.json").read_text())["epsilon"] == fitted.certificate["epsilon"]
 
 
@@ -141,18 +145,18 @@ def test_only_the_columns_of_the_run_are_stored_whatever_their_types(caught, tmp
     Synthesizer(tmp_path, unit="user").fit(rows.sample(frac=1, random_state=0))
     settings, key = read_settings(tmp_path), bytes(16)
     assert load(settings).train.fingerprint(key) == caught.splits.train.fingerprint(key)
-    assert "of no concern" not in (tmp_path / "private" / "rows.jsonl").read_text(encoding="utf-8")
+    assert "of no concern" not in (tmp_path / "private" / f"{tmp_path.name}.jsonl").read_text(encoding="utf-8")
 
 
 def test_a_file_keeps_its_name(caught, tmp_path):
     table().to_csv(tmp_path / "mine.csv", index=False)
     synthesizer = Synthesizer(tmp_path / "run").fit(tmp_path / "mine.csv")
     assert synthesizer.settings.data == read_settings(tmp_path / "run").data == str(tmp_path / "mine.csv")
-    assert not (tmp_path / "run" / "private" / "rows.jsonl").exists()
+    assert not list((tmp_path / "run" / "private").glob("*.jsonl"))
 
 
 def test_a_refused_fit_leaves_the_folder_as_it_was(fitted, corpus):
-    files = [fitted.folder / "settings.yaml", fitted.folder / "private" / "rows.jsonl", fitted.folder / "release" / "certificate.json"]
+    files = [fitted.folder / "settings.yaml", fitted.folder / "private" / f"{fitted.folder.name}.jsonl", fitted.folder / "release" / "certificate.json"]
     before = [path.read_bytes() for path in files]
     for changes, rows in (({"epsilon": 9}, table()), ({}, table().assign(text="other rows"))):
         with pytest.raises(PrivacyError, match="started with other"):
@@ -165,7 +169,7 @@ def test_a_refused_fit_leaves_the_folder_as_it_was(fitted, corpus):
 
 def test_a_reopened_run_needs_settings_and_release_only(fitted, tmp_path):
     rows = fitted.sample(3, progress=False)
-    assert len(rows) == 3 and fitted.sample(3, progress=False).equals(rows)
+    assert list(rows) == ["text", "label"] and len(rows) == 3 and fitted.sample(3, progress=False).equals(rows)
     shutil.copytree(fitted.folder / "release", tmp_path / "copy" / "release")
     shutil.copy(fitted.folder / "settings.yaml", tmp_path / "copy")
     again = Synthesizer.load(tmp_path / "copy")
@@ -176,7 +180,49 @@ def test_a_reopened_run_needs_settings_and_release_only(fitted, tmp_path):
     made = pd.DataFrame({"text": real["text"].str.upper(), "label": real["label"].map({0: "negative", 1: "positive"})})
     numbers = again.evaluate(made, real)
     assert numbers["mauve_size"] == 30 and numbers["utility_accuracy"] > 0.9  # words are folded, so real labels are found again
-    assert again.evaluate(made.drop(columns="label"), real)["utility_accuracy"] is None
+
+
+@pytest.fixture
+def named(caught, monkeypatch, tmp_path):
+    """A pretended fit on a table with columns of other names; what it samples is its training table, what it evaluates goes to `caught`."""
+    rows = pd.DataFrame({"id": range(50), "review": table()["text"], "stars": ["bad", "good"] * 25})
+
+    def pretend(model, settings, fmt, folder, progress):
+        folder.mkdir(parents=True, exist_ok=True)
+        made = pd.DataFrame({"index": rows["id"], "label": rows["stars"], "text": rows["review"]})
+        made.drop(columns=[] if settings.label_column else "label").to_parquet(folder / "synthetic.parquet", index=False)
+
+    monkeypatch.setattr(module, "sample_to_file", pretend)
+    monkeypatch.setattr(module, "evaluate", lambda *found: caught.__dict__.update(evaluated=found[:3]))
+    names = {"text_column": "review", "label_column": "stars", "label_names": "bad,good"}
+    return Synthesizer(tmp_path, **names, test_size=5).fit(rows), rows
+
+
+def test_rows_have_the_columns_of_the_training_table(named, caught, tmp_path):
+    synthesizer, rows = named
+    assert synthesizer.sample(50).equals(rows[["review", "stars"]])
+    unlabelled = Synthesizer(tmp_path / "unlabelled", text_column="review", label_column="").fit(rows)
+    assert unlabelled.sample(50).equals(rows[["review"]])
+    unlabelled.evaluate(rows)
+    assert caught.evaluated[:2] == (rows["review"].tolist(), [""] * 50)
+
+
+def test_rows_are_evaluated_under_the_names_of_the_table_and_of_the_released_files(named, caught):
+    synthesizer, rows = named
+    made = synthesizer.sample(50)
+    (released,) = synthesizer.folder.rglob("synthetic.parquet")
+    for given in (made, pd.read_parquet(released), rows, rows.assign(text="of no concern", stars=[0, 1] * 25)):
+        synthesizer.evaluate(given, rows)
+        texts, labels, reference = caught.evaluated
+        assert (texts, labels) == (rows["review"].tolist(), rows["stars"].tolist()) and len(reference) == 5
+
+
+@pytest.mark.parametrize("missing", ["review", "stars"])
+def test_a_missing_column_is_named(named, missing):
+    synthesizer, rows = named
+    for which, sides in (("rows", (rows.drop(columns=missing), rows)), ("reference", (rows, rows.drop(columns=missing)))):
+        with pytest.raises(DataError, match=f"^{which}: no column '{missing}'; it has id, .*$"):
+            synthesizer.evaluate(*sides)
 
 
 def test_rows_of_one_label(fitted):
@@ -190,6 +236,20 @@ def test_rows_of_one_label(fitted):
 
 def test_one_row_is_enough(fitted):
     assert len(fitted.sample(1, seed=3, progress=False)) == 1
+
+
+def test_a_fit_that_was_killed_goes_on_from_the_shell(tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dpsynth.finetune, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Synthesizer(tmp_path / "mine", **SMALL).fit(table(), progress=False)
+    monkeypatch.undo()
+    assert main(["fit", str(tmp_path / "mine")]) == 0
+    ledger = Ledger(tmp_path / RUNS_LEDGER)
+    (dataset,) = ledger.datasets()
+    assert dataset.name == "mine.jsonl" and [release.state for release in ledger.charged(dataset)] == ["finished"]
 
 
 def test_what_needs_a_model_says_so(tmp_path):

@@ -1,0 +1,97 @@
+"""What is known before a run: embedders that cannot be loaded, and how much memory it will need."""
+
+import pytest
+
+from parts import RUN, splits
+from dpsynth import finetune, models, pipeline
+from dpsynth.finetune import make_plain_sum, make_private_sum
+from dpsynth.models import Unreachable, by_shapes, load_model, setup_tuning
+from dpsynth.privacy import Mechanism, Randomness, Session
+from dpsynth.settings import ModelError, Settings
+
+import jax
+
+# ---- embedders
+
+
+def survey(lenient=False, **changes):
+    return pipeline.survey(RUN.model_copy(update={"experiment": "x", **changes}), lenient=lenient, load=lambda settings: splits(settings=settings))
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    monkeypatch.setattr("dpsynth.evaluation._require", lambda *names: None)
+    monkeypatch.setattr(models, "in_hub_cache", lambda repository: False)
+    monkeypatch.setattr(models, "_refusal", lambda repository: ConnectionError("Name or service not known"))
+
+
+@pytest.mark.parametrize("setting", ["embedder", "second_embedder"])
+def test_an_embedder_out_of_reach_stops_a_run_and_is_noted_by_a_check(no_network, setting):
+    wrong = {setting: "sentence-transformers:all-MiniLM-L6-v2"}
+    with pytest.raises(Unreachable, match="^x: embedder .* Hugging Face cannot be reached"):
+        survey(**wrong)
+    assert [line for line in survey(lenient=True, **wrong).unknown if "all-MiniLM-L6-v2" in line and "cannot be reached" in line]
+
+
+@pytest.mark.parametrize("name", ["sentence-transformers:./typo", "no-such", "./no/such"])
+def test_an_embedder_that_is_nowhere_stops_a_check_too(no_network, name):
+    for lenient in (False, True):
+        with pytest.raises(ModelError) as raised:
+            survey(lenient, second_embedder=name)
+        assert type(raised.value) is ModelError
+
+
+# ---- memory
+
+
+SHAPE = Settings(tuning="lora", lora_rank=4, microbatch_size=4, sequence_length=96, epsilon=8)
+MECHANISM = Mechanism(num_units=1000, expected_batch_size=64, steps=10, noise_multiplier=1.0, delta=1e-5)
+
+
+def planned(settings):
+    """Bytes that XLA plans for what is neither weights nor batch, while a microbatch is summed; nothing runs."""
+    model = load_model("tiny")
+    setup_tuning(model, settings)
+    summed = make_private_sum(model, Session(MECHANISM, Randomness(bytes(32), "x"))) if settings.private else make_plain_sum(model)
+    shape, units = jax.ShapeDtypeStruct, settings.microbatch_size
+    total = [shape(array.shape, "int32" if settings.private else "float32") for array in model.trainable]
+    batch = {"tokens": shape((units, 1, settings.sequence_length), "int32"), **{f"{n}_length": shape((units, 1), "int32") for n in ("prompt", "total")}}
+    return summed.lower(total, shape((2,), "int32"), model.trainable, model.frozen, batch).compile().memory_analysis().temp_size_in_bytes
+
+
+def estimated(settings):
+    """The same by `estimate_memory`."""
+    total, trained = models.count_parameters(settings)
+    return pipeline.estimate_memory(settings.model_copy(update={"sample_batch_size": 1}), total, trained) - pipeline.LIBRARIES - 4 * total - 16 * trained
+
+
+@pytest.mark.parametrize("one_by_one, changes", [(True, {}), (False, {"tuning": "full"}), (False, {"epsilon": float("inf")})], ids=str)
+def test_memory_is_what_the_compiler_plans_within_a_factor_of_two(monkeypatch, one_by_one, changes):
+    for module in (finetune, pipeline):
+        monkeypatch.setattr(module, "one_by_one", lambda: one_by_one)
+    settings = SHAPE.model_copy(update=changes)
+    assert 0.5 < planned(settings) / estimated(settings) < 2
+
+
+def test_one_unit_at_a_time_needs_memory_once(monkeypatch):
+    many = SHAPE.model_copy(update={"microbatch_size": 400})
+    assert estimated(many) == estimated(SHAPE)
+    monkeypatch.setattr(pipeline, "one_by_one", lambda: False)
+    assert estimated(many) == pytest.approx(100 * estimated(SHAPE))
+    assert estimated(SHAPE.model_copy(update={"unit": "user", "max_records_per_unit": 3})) > 2.5 * estimated(SHAPE)
+
+
+def test_computing_again_saves_memory_on_accelerators_only(monkeypatch):
+    again = SHAPE.model_copy(update={"rematerialize": True})
+    assert estimated(again) == estimated(SHAPE)
+    monkeypatch.setattr(pipeline.jax, "default_backend", lambda: "gpu")
+    assert estimated(again) < estimated(SHAPE) / 2
+
+
+def test_sampling_counts_the_cache_of_each_row():
+    cached = by_shapes(SHAPE, lambda model: pipeline.sampling_bytes(model, SHAPE))
+    prompted = SHAPE.model_copy(update={"generator": "prompt", "sample_batch_size": 64})
+    grown = prompted.model_copy(update={"sample_batch_size": 65})
+    assert pipeline.estimate_memory(grown, 10, 0) - pipeline.estimate_memory(prompted, 10, 0) == cached
+    model = load_model("tiny")
+    assert cached > sum(array.nbytes for array in jax.tree.leaves(model.empty_cache(1, 96)))
