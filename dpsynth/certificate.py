@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DELTAS', 'BASE_MODELS', 'NOT_COVERED', 'privacy_curve', 'false_negatives', 'group_guarantee', 'holds_for_group',
-           'base_model', 'make_certificate', 'Certificate', 'schema', 'write_certificate', 'read_certificate',
-           'refutation', 'verify']
+           'base_model', 'make_certificate', 'Certificate', 'refutation', 'schema', 'write_certificate',
+           'read_certificate', 'verify']
 
 # %% ../nbs/04a_certificate.ipynb #59abe9a2
 import dataclasses
@@ -199,7 +199,7 @@ def _implementation(settings):
             "versions": versions(), "code_hash": code_hash(),
             "settings_hash": hashlib.sha256(result_settings(settings).encode()).hexdigest()}
 
-# %% ../nbs/04a_certificate.ipynb #1d43f1ab
+# %% ../nbs/04a_certificate.ipynb #3a92db84
 class Certificate(dict):
     """A certificate as a dict that shows itself as a card."""
 
@@ -219,6 +219,14 @@ class Certificate(dict):
         return (f"<div style='border:1px solid #888;border-radius:8px;padding:1em;max-width:60em'><h3>Privacy certificate: "
                 f"{html.escape(self['name'])}</h3><p>{html.escape(_claim(self)).replace('**', '')}</p>{_tradeoff_svg(self['curve'])}"
                 f"<table>{rows}</table>{lists}</div>")
+
+
+def refutation(certificate):
+    """What the audit in a certificate found against its ε, as the end of a sentence; empty where nothing."""
+    audit, delta = certificate.get("audit") or {}, certificate["delta"]
+    if audit.get("epsilon_bound", 0) > certificate["epsilon"] and audit.get("delta", delta) >= delta:
+        return f": epsilon is at least {audit['epsilon_bound']:.4g} at delta {delta:.3g}, and it claims {certificate['epsilon']:.4g}"
+    return "; see its summary" if audit.get("refuted") else ""
 
 
 def _claim(c):
@@ -294,7 +302,7 @@ def _tradeoff_svg(curve, size=150):
             f"<text x='-8' y='{size / 2}' font-size='10' text-anchor='middle' fill='#888' transform='rotate(-90,-8,{size / 2})'>"
             "false negatives, at least</text></g></svg>")
 
-# %% ../nbs/04a_certificate.ipynb #c675477d
+# %% ../nbs/04a_certificate.ipynb #1ec43192
 def schema():
     """The JSON schema of a certificate, a dict."""
     return json.loads((importlib.resources.files("dpsynth") / "assets" / "certificate.schema.json").read_text(encoding="utf-8"))
@@ -320,14 +328,6 @@ def read_certificate(path):
         where = "/".join(map(str, error.absolute_path)) or "top level"
         raise SettingsError(f"{path}: not a certificate ({where}: {error.message[:100]})") from None
     return Certificate(content)
-
-
-def refutation(certificate):
-    """What the audit in a certificate found against its ε, as the end of a sentence; empty where nothing."""
-    audit, delta = certificate.get("audit") or {}, certificate["delta"]
-    if audit.get("epsilon_bound", 0) > certificate["epsilon"] and audit.get("delta", delta) >= delta:
-        return f": epsilon is at least {audit['epsilon_bound']:.4g} at delta {delta:.3g}, and it claims {certificate['epsilon']:.4g}"
-    return "; see its summary" if audit.get("refuted") else ""
 
 
 def verify(certificate):

@@ -215,7 +215,7 @@ BREAKS = [
           "test_privacy_ledger.py::test_a_ledger_whose_making_was_cut_short_is_made"),
     Break(13, "a folder passes for a published model", "certificate", 'known = name == "tiny" or not pathlib.Path(name).exists()', "known = True",
           "test_privacy_certificate.py::test_what_is_known_of_a_base_model_belongs_to_its_exact_name"),
-    Break(13, "a fetched base model has no hash", "finetune", "    return digest.hexdigest()\n\n\ndef computation", '    return "none"\n\n\ndef computation',
+    Break(13, "a fetched base model has no hash", "finetune", "    return digest.hexdigest()\n\n\ndef processor", '    return "none"\n\n\ndef processor',
           "test_privacy_base_model.py::test_a_model_without_files_here_is_known_by_its_arrays"),
     Break(13, "the page leaves out a part of the certificate", "certificate", '("packing", c["packing"]), ', "",
           "test_privacy_certificate.py::test_page_and_card_say_all_that_the_json_says"),
