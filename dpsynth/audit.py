@@ -1382,7 +1382,7 @@ def replay_checks(mechanism, randomness, num_units=None, *, steps=1000, noise_st
         checks += [*check_noise(noise, 1.0), *(check_independence(noise[:-1], noise[1:]) if noise_steps > 1 else ())]
     return Replay(tuple(checks), len(batches), noise_steps)
 
-# %% ../nbs/12_audit.ipynb #dba31bbb
+# %% ../nbs/12_audit.ipynb #28d6cb06
 EXTREME = 50.0  # how many times as large the trained weights are made
 
 
@@ -1413,7 +1413,8 @@ def sensitivity_check(model, settings, mechanism):
     """
     from dpsynth.finetune import Trainer, bucket_lengths
 
-    rows, lengths = 1 if settings.unit == "row" else settings.max_records_per_unit, bucket_lengths(settings.sequence_length)
+    rows, buckets = 1 if settings.unit == "row" else settings.max_records_per_unit, bucket_lengths(settings.sequence_length)
+    lengths = sorted({buckets[0], buckets[-1]})
     units, moves = np.arange(3 * len(lengths)), []
     with tempfile.TemporaryDirectory() as folder:
         store = TokenStore.write(pathlib.Path(folder) / "tokens", _invented_units(model.vocabulary_size, lengths, rows))

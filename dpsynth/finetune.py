@@ -179,10 +179,10 @@ def make_mean_loss(model):
         return rows(batch["tokens"], batch["prompt_length"], batch["total_length"])
     return jax.jit(losses)
 
-# %% ../nbs/07_finetune.ipynb #5a92dd43
+# %% ../nbs/07_finetune.ipynb #16ddefaa
 def bucket_lengths(sequence_length, count=4):
     """Shapes for rows of at most `sequence_length` tokens: increasing, the last one is the limit."""
-    step = max(16, math.ceil(sequence_length / count / 16) * 16)
+    step = max(32, math.ceil(sequence_length / count / 16) * 16)
     return [*range(step, sequence_length, step), sequence_length]
 
 
@@ -413,7 +413,7 @@ def self_check(trainer, before):
     return {"updates": session.step, "realised_over_promised_noise": session.realised_noise, "clipped": trainer.notes[0] / drawn,
             "unusable": trainer.notes[1] / drawn}
 
-# %% ../nbs/07_finetune.ipynb #06d6cc4a
+# %% ../nbs/07_finetune.ipynb #4db031fc
 def prepare_model(settings):
     """The base model with the trainable part set up as the settings say."""
     return prepare_with_hash(settings)[0]
@@ -483,13 +483,14 @@ def finetune_run(settings, splits, folder, progress=True):
     counts = estimate_counts(settings, records, units, private / "counts.json", model)
     mechanism = mechanism_of(settings, splits.train, counts)
     if not adapter.exists():
-        trainer = _make_trainer(model, fmt, settings, records, units, mechanism, randomness, private)
+        account.reserve("training", training_event(mechanism))
         base = base_model(settings.model, digest, contamination_note(settings, counts))
-        if not account.is_charged("training"):
-            rehearse_certificate(mechanism, settings, base)
-            trainer.rehearse()
-        account.charge("training", training_event(mechanism))
         with account.given_up_on(PrivacyError, SettingsError):
+            trainer = _make_trainer(model, fmt, settings, records, units, mechanism, randomness, private)
+            if not account.is_charged("training"):
+                rehearse_certificate(mechanism, settings, base)
+                trainer.rehearse()
+            account.charge("training", training_event(mechanism))
             _train_into(model, trainer, private, progress)
         _finish(model, settings, mechanism, counts, base, account.composed(mechanism), release)
     account.finish()
@@ -551,11 +552,13 @@ class Account:
 
     def charge(self, what, event):
         """Charge an event, a list, once however often the run is resumed; nothing where it is empty. Raises BudgetError over a cap."""
-        if not event:
-            return
-        run = f"{self.run_id} {what}"
-        self.ledger.plan(run, self.dataset, event, f"{self.title}: {what}")
-        self.ledger.start(run)
+        if event:
+            self.reserve(what, event)
+            self.ledger.start(f"{self.run_id} {what}")
+
+    def reserve(self, what, event):
+        """Hold what an event will cost until it is charged or given up. Raises BudgetError over a cap."""
+        self.ledger.plan(f"{self.run_id} {what}", self.dataset, event, f"{self.title}: {what}")
 
     def is_charged(self, what):
         """Whether a part of this run was charged before."""
@@ -578,7 +581,7 @@ class Account:
 
     @contextlib.contextmanager
     def given_up_on(self, *errors):
-        """Inside, an error of these kinds notes in the ledger that the training was abandoned. It stays charged."""
+        """Inside, an error of these kinds notes in the ledger that the training was abandoned. What was charged stays charged."""
         try:
             yield
         except errors:

@@ -48,7 +48,7 @@ def test_a_training_that_ends_in_an_error_is_abandoned_and_stays_charged(tmp_pat
         finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
     ledger = Ledger(tmp_path / RUNS_LEDGER)
     (known,) = ledger.charged(ledger.datasets()[0])
-    assert known.state == "abandoned" and ledger.spent(known.dataset) > 7
+    assert known.state == "abandoned" and ledger.spent(ledger.datasets()[0]) > 7
 
 
 def test_a_run_without_privacy_is_charged_and_certificates_of_the_same_data_say_so(tmp_path):
@@ -91,7 +91,7 @@ def test_a_run_that_was_killed_after_it_was_charged_resumes_under_a_cap_of_itsel
     def die(*arguments):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(dpsynth.finetune, "tokenize", die)
+        patch.setattr(dpsynth.finetune, "train", lambda *arguments, **others: die())
         with pytest.raises(KeyboardInterrupt):
             finetune_run(RUN, splits(), tmp_path / "dp_ft", progress=False)
     ledger = Ledger(tmp_path / RUNS_LEDGER)

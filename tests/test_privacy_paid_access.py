@@ -13,7 +13,7 @@ import dpsynth.finetune
 from parts import IMDB, RUN, splits
 from dpsynth.certificate import base_model, make_certificate, verify
 from dpsynth.data import from_frame
-from dpsynth.finetune import finetune_run, label_shares
+from dpsynth.finetune import Account, finetune_run, label_shares
 from dpsynth.ledger import RUNS_LEDGER, Ledger, accesses_event, compose as compose_events
 from dpsynth.pipeline import Survey, fit_stage, load_stage, spending
 from dpsynth.privacy import Access, calibrate_noise, compose, count_accesses, make_mechanism, noisy_counts
@@ -127,8 +127,7 @@ def test_before_a_run_nothing_follows_from_a_number_of_units_that_is_to_be_hidde
     lines = spending([found], tmp_path)
     assert found.mechanism is None and lines == ["privacy: dp_ft on frame, whose number of units is private, will spend at most epsilon 8; "
                                                  "whether a cap allows it is asked when it is charged"]
-    ledger = Ledger(tmp_path / RUNS_LEDGER)
-    assert ledger.datasets()[0].delta == 1e-3
+    assert Account(hidden, splits(settings=hidden).train, "", tmp_path / "dp_ft").register().delta == 1e-3
     for wrong in ({"batch_size": 41}, {"delta": 0.03}, {"noise_multiplier": 0.4}):
         with pytest.raises(SettingsError, match="`unit_count: private` hides") as error:
             Survey(hidden.model_copy(update=wrong), load=lambda settings: splits(settings=settings))
