@@ -413,7 +413,7 @@ def self_check(trainer, before):
     return {"updates": session.step, "realised_over_promised_noise": session.realised_noise, "clipped": trainer.notes[0] / drawn,
             "unusable": trainer.notes[1] / drawn}
 
-# %% ../nbs/07_finetune.ipynb #4db031fc
+# %% ../nbs/07_finetune.ipynb #85bcefd2
 def prepare_model(settings):
     """The base model with the trainable part set up as the settings say."""
     return prepare_with_hash(settings)[0]
@@ -581,11 +581,15 @@ class Account:
 
     @contextlib.contextmanager
     def given_up_on(self, *errors):
-        """Inside, an error of these kinds notes in the ledger that the training was abandoned. What was charged stays charged."""
+        """Inside, an error of these kinds notes in the ledger that the training was abandoned, and any error frees what is only reserved.
+
+        What was charged stays charged.
+        """
         try:
             yield
-        except errors:
-            self.ledger.abandon(f"{self.run_id} training")
+        except Exception as error:
+            if isinstance(error, errors) or not self.is_charged("training"):
+                self.ledger.abandon(f"{self.run_id} training")
             raise
 
     def finish(self):

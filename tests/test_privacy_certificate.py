@@ -200,7 +200,9 @@ def test_what_cannot_be_stated_is_found_before_the_training_is_charged(tmp_path,
         broken.setattr(dpsynth.finetune, "_train_into", fails)
         with pytest.raises(OverflowError):
             dpsynth.finetune.finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
-    assert not (tmp_path / RUNS_LEDGER).exists() or not Ledger(tmp_path / RUNS_LEDGER).datasets()
+    ledger = Ledger(tmp_path / RUNS_LEDGER)
+    (reserved,) = ledger.releases(ledger.datasets()[0])["state"]
+    assert reserved == "abandoned" and not ledger.charged(ledger.datasets()[0])
     loose = RUN.model_copy(update={"epsilon": 1000.0})
     dpsynth.finetune.finetune_run(loose, splits(), tmp_path / "loose", progress=False)
     assert 900 < verify(tmp_path / "loose" / "release" / "certificate.json")["epsilon"] <= 1000
