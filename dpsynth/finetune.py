@@ -11,7 +11,7 @@ __all__ = ['CHUNK_SCORES', 'SAFETY', 'SMALLEST', 'NOT_PRIVATE', 'token_losses', 
            'training_event', 'begun_release', 'Account', 'estimate_counts', 'overlapping_units', 'likelier_units',
            'LossLog', 'mark_not_private', 'rehearse_certificate', 'contamination_note', 'label_shares', 'with_prior']
 
-# %% ../nbs/07_finetune.ipynb #3bfb2012
+# %% ../nbs/07_finetune.ipynb #d14e2c03
 import contextlib
 import hashlib
 import json
@@ -22,7 +22,7 @@ import platform
 import tempfile
 import time
 
-from .audit import contamination
+from .audit import NOISE_ERRORS, contamination
 from .canaries import CanaryCoins, with_canaries
 from .certificate import base_model, make_certificate, write_certificate
 from .data import Records, TokenStore, other_texts
@@ -394,7 +394,7 @@ def held_out_loss(model, records, fmt, settings):
     rows = some_rows(settings.validation_size, len(records), settings.seed)
     return float(row_losses(model, records.take(rows), fmt, settings).mean()) if len(rows) else None
 
-# %% ../nbs/07_finetune.ipynb #8531afcb
+# %% ../nbs/07_finetune.ipynb #e6f33374
 def self_check(trainer, before):
     """Checks of a finished private training, as a dict for private/; `before` are the trained arrays at the start.
 
@@ -407,13 +407,13 @@ def self_check(trainer, before):
     if all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(before, trainer.trainable)):
         raise PrivacyError("self-check: training changed no weight; nothing is released")
     numbers = sum(a.size for a in trainer.trainable)
-    if not abs(session.realised_noise - 1) <= 6 * realised_noise_error(mechanism, numbers):
+    if not abs(session.realised_noise - 1) <= NOISE_ERRORS * realised_noise_error(mechanism, numbers):
         raise PrivacyError(f"self-check: the noise was {session.realised_noise:.4g} times what was promised; nothing is released")
     drawn = mechanism.steps * mechanism.expected_batch_size
     return {"updates": session.step, "realised_over_promised_noise": session.realised_noise, "clipped": trainer.notes[0] / drawn,
             "unusable": trainer.notes[1] / drawn}
 
-# %% ../nbs/07_finetune.ipynb #85bcefd2
+# %% ../nbs/07_finetune.ipynb #d11dcd75
 def prepare_model(settings):
     """The base model with the trainable part set up as the settings say."""
     return prepare_with_hash(settings)[0]
@@ -548,7 +548,7 @@ class Account:
 
     def register(self):
         """The `Dataset` of the rows, in a ledger that is made if need be; a cap can be set on it before anything is charged."""
-        return self.ledger.register(self.dataset.name, self.dataset.units, self.dataset.delta, self.dataset.num_units)
+        return self.ledger.registered(self.dataset)
 
     def charge(self, what, event):
         """Charge an event, a list, once however often the run is resumed; nothing where it is empty. Raises BudgetError over a cap."""

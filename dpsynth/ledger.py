@@ -905,7 +905,7 @@ def _abandon(db, run_id):
         _set_state(db, release, "abandoned", ended=now())
     return _find(db, run_id)
 
-# %% ../nbs/05_ledger.ipynb #1a572325
+# %% ../nbs/05_ledger.ipynb #07d4f545
 class Ledger:
     """The privacy budget of every data set on this machine, across runs. Private: the file and its key never leave the machine.
 
@@ -1009,7 +1009,7 @@ class Ledger:
         with self._connect() as db:
             return _register(db, self._key, name, counts, num_units, delta)
 
-    def _registered(self, dataset):
+    def registered(self, dataset):
         """The `Dataset` of a `Newcomer`, which is registered, or of a name."""
         if isinstance(dataset, Newcomer):
             return self.register(dataset.name, dataset.units, dataset.delta, dataset.num_units)
@@ -1053,7 +1053,7 @@ class Ledger:
             BudgetError: a unit of the data set would go over a cap.
             PrivacyError: the run is known with another event, other rows or another name for them.
         """
-        dataset = self._registered(dataset)
+        dataset = self.registered(dataset)
         return self._write(_reserve, Plan(dataset.id, dataset.declared, _canonical(event), run_id, title))
 
     def start(self, run_id):
@@ -1114,7 +1114,7 @@ class Ledger:
         """
         with self._connect() as source, _in_memory(source) as db:
             copy = _Copy(self, db)
-            planned = [(copy._registered(dataset), _canonical(event)) for dataset, event in planned]
+            planned = [(copy.registered(dataset), _canonical(event)) for dataset, event in planned]
             plans = [Plan(dataset.id, dataset.declared, parts) for dataset, parts in planned]
             return [copy._read(_total, dataset, plans, dataset.delta if delta is None else delta)
                     for dataset in dict.fromkeys(dataset for dataset, _ in planned)]

@@ -120,7 +120,7 @@ BREAKS = [
     Break(9, "units too short to overlap are counted as units that do not", "finetune", "return [found.overlapping, found.long_enough - found.overlapping]",
           "return [found.overlapping, found.rows - found.overlapping]",
           "test_privacy_paid_access.py::test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged"),
-    Break(7, "a training without noise passes the look back", "finetune", "    if not abs(session.realised_noise - 1) <= 6", "    if not abs(session.realised_noise - 1) <= 1e6",
+    Break(7, "a training without noise passes the look back", "finetune", "    if not abs(session.realised_noise - 1) <= NOISE_ERRORS", "    if not abs(session.realised_noise - 1) <= 1e6",
           "test_privacy_hard_stop.py::test_self_check_finds_missing_noise_missing_updates_and_an_idle_model"),
     Break(7, "an update too few passes the look back", "finetune", "    if session.step != mechanism.steps:\n        raise", "    if session.step > mechanism.steps:\n        raise",
           "test_privacy_hard_stop.py::test_self_check_finds_missing_noise_missing_updates_and_an_idle_model"),
