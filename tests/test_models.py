@@ -177,6 +177,18 @@ def test_an_embedder_folder_without_weights_is_found_without_loading(tmp_path):
         models.check_embedder_preset(str(folder))
 
 
+def test_a_preset_is_the_same_whatever_its_card_says_and_another_with_other_weights(tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(models.TINY, folder)
+    same = models.preset_hash("tiny")
+    (folder / "README.md").write_text("another card")
+    (folder / "pretraining.json").unlink()
+    assert models.preset_hash(str(folder)) == same and models.preset_hash("gemma3_instruct_1b") == ""
+    with (folder / "model.weights.h5").open("ab") as weights:
+        weights.write(b"0")
+    assert models.preset_hash(str(folder)) != same
+
+
 def test_computing_again_keeps_less_and_gives_the_same_gradient(micro, store, monkeypatch):
     indices = np.arange(8)
     plain = trainer(micro, store).gradient_sum(indices)

@@ -1,6 +1,6 @@
 """Compare settings on the built-in reviews, before any real data is touched: hyper-parameters looked up on private rows would cost ε.
 
-    python tools/tune.py --json FILE 'lora 8: {tuning: lora, lora_rank: 8}' 'all: {tuning: full, learning_rate: 0.001}' …
+    python tools/tune.py --json FILE 'lora8: {tuning: lora, lora_rank: 8}' 'all: {tuning: full, learning_rate: 0.001}' …
 
 Each argument is a name and the settings that differ from `COMMON`, in YAML. One after the other is trained, sampled and scored; a name that the file has
 already is not repeated. Prints a Markdown table of all that the file has.
