@@ -101,7 +101,7 @@ def test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_cha
 
     def record(counts, scale):
         ledger = Ledger(tmp_path / RUNS_LEDGER)
-        charged.append([r.title for r in ledger.charged(ledger.datasets()[0])])
+        charged.append([release.title for dataset in ledger.datasets() for release in ledger.charged(dataset)])
         drawn.append(([int(c) for c in counts], scale))
         return drawn[-1][0]
 
