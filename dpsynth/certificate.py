@@ -7,7 +7,7 @@ __all__ = ['DELTAS', 'BASE_MODELS', 'NOT_COVERED', 'privacy_curve', 'false_negat
            'base_model', 'make_certificate', 'Certificate', 'refutation', 'schema', 'write_certificate',
            'read_certificate', 'verify']
 
-# %% ../nbs/04a_certificate.ipynb #59abe9a2
+# %% ../nbs/04a_certificate.ipynb #179ed141
 import dataclasses
 import hashlib
 import html
@@ -25,7 +25,7 @@ from .ledger import LARGEST_EPSILON, accesses_event, compose, group_privacy
 from .privacy import code_hash, discretization_interval, grid_bits, versions
 from .runs import write_json, write_text
 from .settings import PrivacyError, SettingsError, result_settings
-from .verify import privacy_profile, verify as recompute
+from .verify import COUNT, privacy_profile, verify as recompute
 
 # %% ../nbs/04a_certificate.ipynb #29d61826
 DELTAS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10)
@@ -79,12 +79,13 @@ def base_model(name, model_hash, contamination):
     trained_on, own = next((facts for names, facts in BASE_MODELS.items() if known and re.fullmatch(names, name)), ("not known to dpsynth", None))
     return {"name": name, "hash": model_hash, "trained_on": trained_on, "own_guarantee": own, "contamination": contamination}
 
-# %% ../nbs/04a_certificate.ipynb #f9780446
+# %% ../nbs/04a_certificate.ipynb #39f75578
 NOT_COVERED = [
     "rows of the test split and every number computed from them (MAUVE, utility, held-out loss)",
     "the choice of hyper-parameters, if it was made by looking at these training rows",
     "side channels: running time, memory, power",
-    "releases kept in other ledgers than {ledger}, and releases of data under other names that share rows with this one",
+    "releases kept in other ledgers than {ledger}, releases of data under other names that share rows with this one, and "
+    "releases of this data that protect another unit: single rows here and persons there",
     "everything under private/, which must not leave the machine: also what an audit found on rows that were kept out, its verdict included",
     "rows the base model may have seen in its own pre-training",
 ]
@@ -95,11 +96,11 @@ def make_certificate(mechanism, settings, *, base, composed=None):
 
     Args:
         mechanism: the `Mechanism` that ran. base: the entry that `base_model` gives.
-        composed: `{"epsilon", "delta", "releases", "without_privacy", "ledger"}` with earlier runs on data of the same name; None: no ledger was
+        composed: `{"epsilon", "delta", "releases", "other_units", "without_privacy", "ledger"}` with earlier runs on data of the same name; None: no ledger was
             asked, and this run is the only one known.
     """
     epsilon, delta = mechanism.epsilon, mechanism.delta
-    composed = composed or {"epsilon": epsilon, "delta": delta, "releases": 1, "without_privacy": 0, "ledger": "a ledger of this run alone"}
+    composed = composed or {"epsilon": epsilon, "delta": delta, "releases": 1, "other_units": 0, "without_privacy": 0, "ledger": "a ledger of this run alone"}
     return Certificate({
         "format": 1, "name": settings.experiment, "private": True,
         "setting": "central: one curator holds the rows, trains and releases; what is under release/ may leave, nothing else",
@@ -153,6 +154,7 @@ def _of_any(mechanism):
     return ["the sum is divided by the expected batch size, never by the drawn one",
             "a unit's clipped gradient does not depend on the units of its microbatch: on one CPU each is computed alone, elsewhere up to rounding",
             "attackers are computationally bounded: the cipher that the noise is drawn with cannot be told from random",
+            "float64 rounding of the Gaussian draws, some 1e-9 of a grid point each, does not favour one unit over all coordinates and updates",
             "replacing one unit costs what dp_accounting's pair of distributions for replacement under Poisson sampling says",
             *(added if any(a.added for a in mechanism.others) else [])]
 
@@ -179,7 +181,7 @@ def _accesses(mechanism, settings):
     if settings.label_prior != "private":
         free.append(f"shares of the labels among the samples: {settings.label_prior}")
     if settings.unit_count == "public":
-        free.append("number of training units")
+        free.append(COUNT)
     return [*paid, *({"what": what, "epsilon": "public"} for what in free)]
 
 
@@ -199,7 +201,7 @@ def _implementation(settings):
             "versions": versions(), "code_hash": code_hash(),
             "settings_hash": hashlib.sha256(result_settings(settings).encode()).hexdigest()}
 
-# %% ../nbs/04a_certificate.ipynb #3a92db84
+# %% ../nbs/04a_certificate.ipynb #fdf502ec
 class Certificate(dict):
     """A certificate as a dict that shows itself as a card."""
 
@@ -249,7 +251,7 @@ def _facts(c):
 
 
 def _facts_of_units(c):
-    counted = "public" if any(x["what"] == "number of training units" and x["epsilon"] == "public" for x in c["accesses"]) else "estimated"
+    counted = "public" if any(x["what"] == COUNT and x["epsilon"] == "public" for x in c["accesses"]) else "estimated"
     canaries = f"; {c['canaries']} of them are canaries: invented rows, each trained on if a secret coin says so" if c["canaries"] else ""
     return [("unit", f"{c['unit']}: {c['unit_is']}"),
             ("units", f"{c['num_units']:,} ({counted}), at most {c['max_records_per_unit']} row(s) of each{canaries}"),
@@ -269,8 +271,9 @@ def _facts_of_model(base):
 
 
 def _composed(more):
+    others = f", and {more['other_units']} that protect other units: what those cost is not in it" if more.get("other_units") else ""
     without = f", and {more['without_privacy']} release(s) WITHOUT privacy: with those there is no guarantee" if more["without_privacy"] else ""
-    return f"ε = {more['epsilon']:.4g} at δ = {more['delta']:.3g} over {more['releases']} run(s){without}, by {more['ledger']} ({more['basis']})"
+    return f"ε = {more['epsilon']:.4g} at δ = {more['delta']:.3g} over {more['releases']} run(s){others}{without}, by {more['ledger']} ({more['basis']})"
 
 
 def _group(g):

@@ -232,7 +232,7 @@ def settings(args):
     """Print every setting with its default and meaning."""
     print(settings_table())
 
-# %% ../nbs/15_cli.ipynb #6cdb9dbc
+# %% ../nbs/15_cli.ipynb #2407fac6
 def complain(message):
     """The one line of a failure."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
@@ -249,6 +249,7 @@ class Parser(argparse.ArgumentParser):
 def _verb(verbs, function, *positional):
     verb = verbs.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
     verb.set_defaults(function=function)
+    verb.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of a failure")
     for name, options in positional:
         verb.add_argument(name, **options)
     return verb

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['READERS', 'DEMO_ROWS', 'Records', 'Splits', 'from_frame', 'load', 'other_texts', 'TokenStore']
 
-# %% ../nbs/01_data.ipynb #05af283c
+# %% ../nbs/01_data.ipynb #7e056bf7
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -122,7 +123,7 @@ class Splits:
     test: Records
     kept_out: Records
 
-# %% ../nbs/01_data.ipynb #25cd4f9e
+# %% ../nbs/01_data.ipynb #cbd2fe59
 def _as_text(value):
     """Bytes as text; what cannot be decoded survives as lone surrogates, which `_text_problem` then finds."""
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
@@ -142,26 +143,39 @@ def _unicode(text):
     return True
 
 
-def _text_problem(value):
+def _text_problem(value, expected="a text"):
     """Why a value cannot be the text of a row, without showing it; None if it can."""
     if not isinstance(value, str):
-        return "missing" if _missing(value) else f"expected a text, got {type(value).__name__}"
+        return "missing" if _missing(value) else f"expected {expected}, got {type(value).__name__}"
     if not value.strip():
         return "empty"
     return None if _unicode(value) else "not valid UTF-8"
 
-# %% ../nbs/01_data.ipynb #409f81ba
+
+def _whole(value):
+    """Whether a value is a whole number; `True` is none."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return whole or isinstance(value, float) and value.is_integer()
+
+
+def _as_unit(value):
+    """The name of a unit: a whole number as the text that a CSV file has for it, unless it is a float too large to be exact."""
+    exact = _whole(value) and not (isinstance(value, float) and abs(value) >= 2.0**53)
+    return str(int(value)) if exact else _as_text(value)
+
+# %% ../nbs/01_data.ipynb #bacdf79a
 def _positions(names):
     """The positions of the labels as texts; none if a name is a number itself, which a position could be mistaken for."""
     return () if any(re.fullmatch(r"[-+]?\d+(\.\d+)?", name) for name in names) else tuple(map(str, range(len(names))))
 
 
 def _label_index(value, names):
-    """Position of a label among `names`; -1 if the value is not a label."""
-    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    """Position of a label among `names`; -1 if the value is not a label. A whole number may be named with or without `.0`."""
+    texts = (str(int(value)), f"{int(value)}.0") if _whole(value) else () if _missing(value) else (str(value),)
     for choices in (names, _positions(names)):
-        if text in choices:
-            return choices.index(text)
+        for text in texts:
+            if text in choices:
+                return choices.index(text)
     return -1
 
 
@@ -172,7 +186,7 @@ def _label_problem(value, names):
     numeric = isinstance(value, (int, float)) and _positions(names)
     return "not one of " + (f"0 to {len(names) - 1} ({', '.join(names)})" if numeric else ", ".join(names))
 
-# %% ../nbs/01_data.ipynb #4da45a7b
+# %% ../nbs/01_data.ipynb #f0bc207a
 def _columns(settings):
     """The columns that a run reads."""
     return list(dict.fromkeys(name for name in _roles(settings).values() if name))
@@ -218,8 +232,9 @@ def _checked(raw, where, settings):
     if settings.label_column:
         columns["label"] = _checked_labels(raw, where, settings)
     if settings.unit != "row":
-        columns["unit"] = [_as_text(value) for value in raw[settings.unit].tolist()]
-        _refuse(where, raw.index, settings.unit, [_text_problem(value) for value in columns["unit"]])
+        columns["unit"] = [_as_unit(value) for value in raw[settings.unit].tolist()]
+        problems = [_text_problem(value, "a text or a whole number") for value in columns["unit"]]
+        _refuse(where, raw.index, settings.unit, problems)
     return pd.DataFrame(columns)
 
 
@@ -231,7 +246,7 @@ def _checked_labels(raw, where, settings):
     _refuse(where, raw.index, settings.label_column, problems)
     return np.array(labels, np.int64)
 
-# %% ../nbs/01_data.ipynb #c5ce46f9
+# %% ../nbs/01_data.ipynb #5bd1edea
 def _read_text(path):
     """Content of a UTF-8 file, with or without byte order mark."""
     data = path.read_bytes()
@@ -255,8 +270,57 @@ def _csv_rows(path, delimiter):
         raise DataError(f"{path}, line {line}: broken row ({error})") from None
 
 
+def _as_rows(fields, i, delimiter):
+    """The rows that the lines of field `i` would be if the quotes around it were not quotes but text; blank lines are none."""
+    rows = [line.split(delimiter) for line in re.split(r"[\r\n]+", fields[i])]
+    rows[0] = fields[:i] + rows[0]
+    rows[-1] = rows[-1] + fields[i + 1:]
+    return rows
+
+
+def _signs(values):
+    """Set of what texts are made of: `0` for digits, `A` and `a` for letters, other characters as they are, an empty text for an empty text."""
+    found = set().union(*values, [""] if "" in values else [])
+    return {"0" if c.isdigit() else "A" if c.isupper() else "a" if c.isalpha() else c for c in found}
+
+
+def _row_test(header, rows, settings, delimiter):
+    """Function `(i, pieces) -> bool`: do the pieces of field `i` have labels or, without a label column, the signs of all other columns?"""
+    if settings.label_column:
+        at = header.index(settings.label_column)
+        return lambda i, pieces: all(_label_index(piece[at], settings.labels) >= 0 for piece in pieces)
+    if any(delimiter in field and not re.search(r"[\r\n]", field) for _, fields in rows for field in fields):  # the writer does quote
+        return lambda i, pieces: False
+    seen = [_signs(column) for column in zip(*(fields for _, fields in rows))]
+    return lambda i, pieces: all(_signs([piece[j]]) <= seen[j] for piece in pieces for j in range(len(header)) if j != i)
+
+
+def _refuse_merged(path, header, rows, settings, delimiter):
+    """Raise if the lines of a quoted field look like rows of the file; a single column does not tell.
+
+    Raises:
+        DataError: naming the field's first and last line.
+    """
+    several = [(line, fields, i) for line, fields in rows for i, field in enumerate(fields) if "\n" in field or "\r" in field]
+    if not several or len(header) == 1:
+        return
+    look_like_rows = _row_test(header, rows, settings, delimiter)
+    for line, fields, i in several:
+        pieces = _as_rows(fields, i, delimiter)
+        if all(len(piece) == len(header) for piece in pieces) and look_like_rows(i, pieces):
+            first, last = (line + len(re.findall(r"\r\n?|\n", delimiter.join(fields[:n]))) for n in (i, i + 1))
+            raise DataError(f"{path}, line {first}: a quoted field goes on to line {last} and looks like {len(pieces)} rows; if the quote in "
+                            f"line {first} is part of the text, put that text in quotes and double the quotes in it (\"\"\"Hm\"\", he said\"); "
+                            "if all these lines are one text, save the rows as .jsonl or .parquet")
+
+
 def _read_delimited(path, settings, delimiter):
-    """Raw frame of a CSV or TSV file, indexed by line."""
+    """Raw frame of a CSV or TSV file, indexed by line.
+
+    Raises:
+        DataError: naming the line, if the file is empty, a column that is read is missing or there twice, a row has more or fewer fields
+            than the header, or a quoted field looks like several rows.
+    """
     limit = csv.field_size_limit(2**31 - 1)
     try:
         (_, header), *rows = list(_csv_rows(path, delimiter)) or [(1, [])]
@@ -269,6 +333,7 @@ def _read_delimited(path, settings, delimiter):
         if len(fields) != len(header):
             cure = f"; quote a text that contains {delimiter!r}" if len(fields) > len(header) else ""
             raise DataError(f"{path}, line {line}: expected {len(header)} fields, saw {len(fields)}{cure}")
+    _refuse_merged(path, header, rows, settings, delimiter)
     index = pd.Index([line for line, _ in rows], name="line", dtype=np.int64)
     columns = {name: [fields[header.index(name)] for _, fields in rows] for name in _columns(settings)}
     return pd.DataFrame(columns, index, dtype=object)
@@ -281,7 +346,7 @@ def _read_csv(path, settings):
 def _read_tsv(path, settings):
     return _read_delimited(path, settings, "\t")
 
-# %% ../nbs/01_data.ipynb #3146be5f
+# %% ../nbs/01_data.ipynb #6a4db717
 def _object_frame(objects, path, settings, index=None):
     """Raw frame of a list of dicts; a key that an object lacks is missing there."""
     names = dict.fromkeys(name for item in objects for name in item)
@@ -290,15 +355,47 @@ def _object_frame(objects, path, settings, index=None):
     return pd.DataFrame({name: [item.get(name) for item in objects] for name in _columns(settings)}, index, dtype=object)
 
 
+def _parsed(path, text, line=None):
+    """`(value, twice)` of a JSON text: what it says, and `{id: (object, key)}` of the objects in it that have a key more than once.
+
+    Raises:
+        DataError: naming the line, if it is not JSON, is nested too deep, or holds a number that is too long.
+    """
+    twice = {}
+
+    def collect(pairs):
+        item = dict(pairs)
+        if len(item) < len(pairs):
+            twice[id(item)] = item, collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
+        return item
+
+    where = f"{path}, line {line}" if line else path
+    try:
+        return json.loads(text, object_pairs_hook=collect), twice
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {line or error.lineno}: not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise DataError(f"{where}: lists or objects nested too deep; a row needs a text and a label, each plain") from None
+    except ValueError:  # of a whole number that Python refuses to read for its length
+        raise DataError(f"{where}: a number with too many digits; write it as a text") from None
+
+
+def _row_object(where, item, twice):
+    """The item, an object that has each key once; `twice` as from `_parsed`.
+
+    Raises:
+        DataError: naming `where`, and the key that occurs again.
+    """
+    if not isinstance(item, dict):
+        raise DataError(f"{where}: expected an object such as {{\"text\": …}}, got {type(item).__name__}")
+    if id(item) in twice:
+        raise DataError(f"{where}: key {twice[id(item)][1]!r} occurs more than once; rename or remove one")
+    return item
+
+
 def _json_line(path, line, text):
     """The object on one line."""
-    try:
-        item = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {line}: not JSON ({error.msg} at column {error.colno})") from None
-    if not isinstance(item, dict):
-        raise DataError(f"{path}, line {line}: expected an object such as {{\"text\": …}}, got {type(item).__name__}")
-    return item
+    return _row_object(f"{path}, line {line}", *_parsed(path, text, line))
 
 
 def _read_jsonl(path, settings):
@@ -310,16 +407,10 @@ def _read_jsonl(path, settings):
 
 def _read_json(path, settings):
     """Raw frame of a JSON file that is one list of objects."""
-    try:
-        objects = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno})") from None
+    objects, twice = _parsed(path, _read_text(path))
     if not isinstance(objects, list):
         raise DataError(f"{path}: expected a list of objects, got {type(objects).__name__}")
-    for i, item in enumerate(objects):
-        if not isinstance(item, dict):
-            raise DataError(f"{path}, row {i} (from 0): expected an object such as {{\"text\": …}}, got {type(item).__name__}")
-    return _object_frame(objects, path, settings)
+    return _object_frame([_row_object(f"{path}, row {i} (from 0)", item, twice) for i, item in enumerate(objects)], path, settings)
 
 
 def _read_parquet(path, settings):
@@ -461,7 +552,7 @@ def _thin(frame, size, seed, purpose):
     """At most `size` random units (0: all), in their order; a smaller size gives a subset of a larger one's rows."""
     return frame[_among(frame, size, seed, purpose)] if size else frame
 
-# %% ../nbs/01_data.ipynb #9d9d5204
+# %% ../nbs/01_data.ipynb #e8e6aebe
 def _with_test_file(train, test, source, settings):
     """`(train, test, source)` with the rows of `test_data`, where it is set, in place of any other test rows."""
     if not settings.test_data:
@@ -515,9 +606,9 @@ def from_frame(frame, settings, *, test=None, name="frame"):
 
 
 def _checked_frame(frame, where, settings):
-    """Checked rows of a DataFrame of the caller, whatever its index is."""
+    """Checked rows of a DataFrame of the caller, whatever its index is; a column named 0 is meant by the setting `0`."""
     _require(where, frame.columns, settings)
-    return _checked(frame.reset_index(drop=True), where, settings)
+    return _checked(frame.reset_index(drop=True).set_axis([str(name) for name in frame.columns], axis=1), where, settings)
 
 # %% ../nbs/01_data.ipynb #18611a64
 def _read(settings):

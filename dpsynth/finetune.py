@@ -413,7 +413,7 @@ def self_check(trainer, before):
     return {"updates": session.step, "realised_over_promised_noise": session.realised_noise, "clipped": trainer.notes[0] / drawn,
             "unusable": trainer.notes[1] / drawn}
 
-# %% ../nbs/07_finetune.ipynb #d11dcd75
+# %% ../nbs/07_finetune.ipynb #f26ba7ea
 def prepare_model(settings):
     """The base model with the trainable part set up as the settings say."""
     return prepare_with_hash(settings)[0]
@@ -544,7 +544,7 @@ class Account:
         self.ledger.check_writable()
         delta = settings.delta if settings.unit_count == "private" else None  # the ledger's own would tell the number of units
         with count_kept(settings):
-            self.dataset = Newcomer(records.name, records.ledger_names(), delta, records.public_units)
+            self.dataset = Newcomer(records.name, records.ledger_names(), delta, records.public_units, settings.unit)
 
     def register(self):
         """The `Dataset` of the rows, in a ledger that is made if need be; a cap can be set on it before anything is charged."""
@@ -571,13 +571,13 @@ class Account:
         return [part for what, event in parts.items() if not self.is_charged(what) for part in event]
 
     def composed(self, mechanism):
-        """The certificate's `composed` entry: all that was charged so far to data of this name, this run included.
+        """The certificate's `composed` entry: all that was charged so far to data of this name with this unit, this run included.
 
         What the ledger knows about which data sets share rows, or have the same, is left out: it is private.
         """
-        epsilon, runs, without = self.ledger.released_as(self.name, mechanism.delta)
-        return {"epsilon": max(epsilon, mechanism.epsilon), "delta": mechanism.delta, "releases": runs, "without_privacy": without,
-                "ledger": self.kept_in}
+        epsilon, runs, others, without = self.ledger.released_as(self.name, mechanism.delta, mechanism.unit)
+        return {"epsilon": max(epsilon, mechanism.epsilon), "delta": mechanism.delta, "releases": runs, "other_units": others,
+                "without_privacy": without, "ledger": self.kept_in}
 
     @contextlib.contextmanager
     def given_up_on(self, *errors):

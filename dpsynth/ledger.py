@@ -56,8 +56,8 @@ class Neighbours:
         """Additions and removals that lead from one data set to its neighbour; a replacement is two."""
         return 2 if self.relation == "replace_one" else self.group
 
-# %% ../nbs/05_ledger.ipynb #674446be
-LARGEST_GROUP, LARGEST_EPSILON = 32, 100.0  # beyond these, a bound would say nothing; it is given as infinite
+# %% ../nbs/05_ledger.ipynb #c067dc5a
+LARGEST_GROUP, LARGEST_EPSILON = 32, 100.0  # of a group; of one event as stated. Beyond these a bound is given as infinite
 
 
 def _events():
@@ -396,19 +396,19 @@ def _was_used(path):
     """Whether the key in a file has had a ledger: then it is read-only, and the ledger is not made anew when it is gone."""
     return not path.stat().st_mode & stat.S_IWUSR
 
-# %% ../nbs/05_ledger.ipynb #d1f2aac1
-SCHEMA_VERSION, APPLICATION = 2, 0x64707379  # "dpsy"
+# %% ../nbs/05_ledger.ipynb #e68ef5ca
+SCHEMA_VERSION, APPLICATION = 3, 0x64707379  # "dpsy"
 SCHEMA = """
 CREATE TABLE locks (key_check BLOB NOT NULL);
 CREATE TABLE datasets (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, digest BLOB NOT NULL UNIQUE, declared TEXT NOT NULL,
-  units INTEGER NOT NULL, hashes INTEGER NOT NULL, copies INTEGER NOT NULL, delta REAL NOT NULL, cap_epsilon REAL, cap_delta REAL);
+  unit TEXT NOT NULL, units INTEGER NOT NULL, hashes INTEGER NOT NULL, copies INTEGER NOT NULL, delta REAL NOT NULL, cap_epsilon REAL, cap_delta REAL);
 CREATE TABLE cells (id INTEGER PRIMARY KEY, hashes INTEGER NOT NULL);
 CREATE TABLE memberships (cell INTEGER NOT NULL REFERENCES cells, dataset INTEGER NOT NULL REFERENCES datasets,
   copies INTEGER NOT NULL, PRIMARY KEY (cell, dataset)) WITHOUT ROWID;
 CREATE INDEX cells_of_dataset ON memberships (dataset, cell);
 CREATE TABLE units (hash BLOB PRIMARY KEY, cell INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE releases (id INTEGER PRIMARY KEY, run_id TEXT NOT NULL UNIQUE, title TEXT NOT NULL,
-  dataset INTEGER NOT NULL REFERENCES datasets, declared TEXT NOT NULL, event TEXT NOT NULL,
+  dataset INTEGER NOT NULL REFERENCES datasets, declared TEXT NOT NULL, unit TEXT NOT NULL, event TEXT NOT NULL,
   state TEXT NOT NULL CHECK (state IN ('planned', 'started', 'finished', 'abandoned')),
   planned TEXT NOT NULL, started TEXT, ended TEXT, host TEXT NOT NULL, pid INTEGER NOT NULL, pid_started REAL NOT NULL);
 CREATE TABLE answers (question TEXT PRIMARY KEY, epsilon REAL NOT NULL) WITHOUT ROWID;
@@ -478,16 +478,18 @@ def _transaction(db, begin="BEGIN IMMEDIATE"):
             db.execute("ROLLBACK")
         raise
 
-# %% ../nbs/05_ledger.ipynb #8e7ed91f
+# %% ../nbs/05_ledger.ipynb #c69c5eda
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """Rows that the ledger knows: so many privacy `units`, with `hashes` different contents, the commonest of them `copies` times.
 
-    `declared` is the name that was given for them, which other rows may have too; `name` is theirs alone.
+    `declared` is the name that was given for them, which other rows may have too; `name` is theirs alone. `unit` says what one unit is: `row`, or
+    the column that groups the rows.
     """
     id: int
     name: str
     declared: str = dataclasses.field(compare=False)
+    unit: str = dataclasses.field(compare=False)
     units: int
     hashes: int
     copies: int
@@ -504,6 +506,7 @@ class Newcomer:
     units: list
     delta: float | None = None
     num_units: int | None = None
+    unit: str = "row"
 
     def __post_init__(self):
         _stated_delta(self.delta, len(self.units) if self.num_units is None else self.num_units)
@@ -521,13 +524,13 @@ def _count_units(key, units):
     return counts
 
 
-def _insert_dataset(db, name, digest, counts, num_units, delta):
+def _insert_dataset(db, name, unit, digest, counts, num_units, delta):
     """Store a data set that is not there yet; its units are in the table `incoming`."""
     taken = {row["name"] for row in db.execute("SELECT name FROM datasets")}
     names = (f"{name}~{n}" if n > 1 else name for n in range(1, len(taken) + 2))
-    values = [next(n for n in names if n not in taken), name, digest, num_units, len(counts), max(counts.values()), delta]
-    columns = "name, declared, digest, units, hashes, copies, delta"
-    _split_cells(db, db.execute(f"INSERT INTO datasets ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", values).lastrowid)
+    values = [next(n for n in names if n not in taken), name, unit, digest, num_units, len(counts), max(counts.values()), delta]
+    columns = "name, declared, unit, digest, units, hashes, copies, delta"
+    _split_cells(db, db.execute(f"INSERT INTO datasets ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values).lastrowid)
 
 
 def _split_cells(db, dataset):
@@ -548,7 +551,7 @@ def _split_cells(db, dataset):
     db.execute("DROP TABLE pieces")
 
 
-def _register(db, key, name, counts, num_units, delta):
+def _register(db, key, name, unit, counts, num_units, delta):
     """The data set with these contents, stored if it is new."""
     ordered = sorted(counts.items())
     digest = _digest(key, b"dpsynth dataset", b"".join(unit + count.to_bytes(8, "big") for unit, count in ordered), 32)
@@ -556,12 +559,12 @@ def _register(db, key, name, counts, num_units, delta):
     db.executemany("INSERT INTO incoming VALUES (?, ?)", ordered)
     with _transaction(db):
         if not db.execute("SELECT 1 FROM datasets WHERE digest = ?", [digest]).fetchone():
-            _insert_dataset(db, name, digest, counts, num_units, delta)
+            _insert_dataset(db, name, unit, digest, counts, num_units, delta)
     db.execute("DROP TABLE incoming")
     known = Dataset(*db.execute(f"SELECT {FIELDS} FROM datasets WHERE digest = ?", [digest]).fetchone())
-    return dataclasses.replace(known, declared=name)
+    return dataclasses.replace(known, declared=name, unit=unit)
 
-# %% ../nbs/05_ledger.ipynb #5611a4b7
+# %% ../nbs/05_ledger.ipynb #ec7a8e8e
 @dataclasses.dataclass(frozen=True)
 class Release:
     """One row of the ledger. It is `charged` once it has started, whatever became of it, and `held` also while it is planned."""
@@ -570,6 +573,7 @@ class Release:
     title: str
     dataset: int
     declared: str
+    unit: str
     event: str
     state: str
     planned: str
@@ -648,7 +652,7 @@ def _undominated(counters):
             kept.append(counter)
     return kept
 
-# %% ../nbs/05_ledger.ipynb #5aac3147
+# %% ../nbs/05_ledger.ipynb #ffa757d6
 class Unanswered(Exception):
     """A transaction needs an ε that has not been computed yet."""
 
@@ -689,12 +693,13 @@ def _count_runs(releases):
     return len({release.run for release in releases})
 
 
-def _released_as(db, name, delta):
-    """(ε and number of the private runs, number of those without privacy) of all that was charged to rows of this declared name."""
+def _released_as(db, name, unit, delta):
+    """(ε and number of the private runs for this unit, number for other units, number without privacy) of what was charged to rows of this name."""
     releases = [Release(**row) for row in db.execute("SELECT * FROM releases WHERE declared = ? AND started IS NOT NULL", [name])]
     private, exposed = _by_privacy(releases)
-    together = collections.Counter(part for release in private for part in release.parts)
-    return _epsilon(db, together, delta), _count_runs(private), _count_runs(exposed)
+    same = [release for release in private if release.unit == unit]
+    together = collections.Counter(part for release in same for part in release.parts)
+    return _epsilon(db, together, delta), _count_runs(same), _count_runs(private) - _count_runs(same), _count_runs(exposed)
 
 
 def _worst_group(db, dataset, delta):
@@ -804,7 +809,7 @@ def _total(db, dataset, plans, delta):
     return Total(dataset, _worst(db, histories, [*before, *private], delta), delta, len(private), _count_runs(before),
                  _count_runs(exposed_before) + len(exposed))
 
-# %% ../nbs/05_ledger.ipynb #6b27c3e8
+# %% ../nbs/05_ledger.ipynb #057302dc
 def release_id(run_id, secret):
     """Name of a release: of what is computed (`run_id`, a text) and of the secret that its noise comes from, which it does not show."""
     return hashlib.blake2b(run_id.encode(), digest_size=16, key=secret, person=b"dpsynth release").hexdigest()
@@ -815,6 +820,7 @@ class Plan:
     """What a run wants to release from a data set (by its number): `parts` are canonical texts of events."""
     dataset: int
     declared: str
+    unit: str
     parts: list
     run_id: str = ""
     title: str = ""
@@ -838,9 +844,9 @@ def _check_same(db, release, plan):
     if release.dataset != plan.dataset:
         raise PrivacyError(f"run {plan.run_id}: is in the ledger with data set {_dataset_name(db, release.dataset)!r}, "
                            f"not {_dataset_name(db, plan.dataset)!r}; use another output folder")
-    if release.declared != plan.declared:
-        raise PrivacyError(f"run {plan.run_id}: is in the ledger under the name {release.declared!r}, not {plan.declared!r}; "
-                           "use another output folder")
+    for what, was, given in (("under the name", release.declared, plan.declared), ("with the unit", release.unit, plan.unit)):
+        if was != given:
+            raise PrivacyError(f"run {plan.run_id}: is in the ledger {what} {was!r}, not {given!r}; use another output folder")
     if release.parts != plan.parts:
         raise PrivacyError(f"run {plan.run_id}: is in the ledger with {', '.join(release.parts)}, not {', '.join(plan.parts)}; "
                            "use another output folder")
@@ -853,10 +859,10 @@ def _owner():
 
 def _write_plan(db, plan):
     """Reserve: a new row, or an old one that was not charged and is held by this process from now on."""
-    db.execute("""INSERT INTO releases (run_id, title, dataset, declared, event, state, planned, host, pid, pid_started)
-      VALUES (?, ?, ?, ?, ?, 'planned', ?, ?, ?, ?) ON CONFLICT (run_id) DO UPDATE SET state = 'planned', ended = NULL,
+    db.execute("""INSERT INTO releases (run_id, title, dataset, declared, unit, event, state, planned, host, pid, pid_started)
+      VALUES (?, ?, ?, ?, ?, ?, 'planned', ?, ?, ?, ?) ON CONFLICT (run_id) DO UPDATE SET state = 'planned', ended = NULL,
       host = excluded.host, pid = excluded.pid, pid_started = excluded.pid_started WHERE started IS NULL""",
-               [plan.run_id, plan.title, plan.dataset, plan.declared, json.dumps(plan.parts), now(), *_owner()])
+               [plan.run_id, plan.title, plan.dataset, plan.declared, plan.unit, json.dumps(plan.parts), now(), *_owner()])
 
 
 def _reserve(db, plan):
@@ -905,13 +911,14 @@ def _abandon(db, run_id):
         _set_state(db, release, "abandoned", ended=now())
     return _find(db, run_id)
 
-# %% ../nbs/05_ledger.ipynb #07d4f545
+# %% ../nbs/05_ledger.ipynb #3a8d101d
 class Ledger:
     """The privacy budget of every data set on this machine, across runs. Private: the file and its key never leave the machine.
 
     Formal guarantee: at any time, and after a kill at any time, every release whose `start` has returned is in the file exactly once;
     and for every cap, the composed ε (add/remove, at the cap's δ) of the releases started or reserved on any unit under it is at most
-    the cap, unless it was so before the cap was set. Safe for concurrent processes and threads, and across fork.
+    the cap, unless it was so before the cap was set. A run that protects groups counts for a row of theirs as if the whole group came or
+    went; to hide one row among others of its group costs the replace-one ε of its certificate. Safe for concurrent processes and threads, and across fork.
 
     Args:
         path: its file; `default_path` by default.
@@ -986,7 +993,7 @@ class Ledger:
 
     # data sets
 
-    def register(self, name, units, delta=None, num_units=None):
+    def register(self, name, units, delta=None, num_units=None, unit="row"):
         """The `Dataset` of these rows, recognised by its units and stored if it is new.
 
         Args:
@@ -996,6 +1003,7 @@ class Ledger:
                 name of each group and the text of each row.
             delta: δ at which its spend is stated; n^-1.2 over the units by default.
             num_units: number n of privacy units; as many as there are `units` by default, so give it where units are groups.
+            unit: what one privacy unit is: `row`, or the name of the column that groups rows.
 
         Raises:
             DataError: no units, or one that is neither bytes nor str.
@@ -1007,12 +1015,12 @@ class Ledger:
         num_units = counts.total() if num_units is None else num_units
         delta = _stated_delta(delta, num_units)
         with self._connect() as db:
-            return _register(db, self._key, name, counts, num_units, delta)
+            return _register(db, self._key, name, unit, counts, num_units, delta)
 
     def registered(self, dataset):
         """The `Dataset` of a `Newcomer`, which is registered, or of a name."""
         if isinstance(dataset, Newcomer):
-            return self.register(dataset.name, dataset.units, dataset.delta, dataset.num_units)
+            return self.register(dataset.name, dataset.units, dataset.delta, dataset.num_units, dataset.unit)
         return self.dataset(dataset)
 
     def datasets(self):
@@ -1054,7 +1062,7 @@ class Ledger:
             PrivacyError: the run is known with another event, other rows or another name for them.
         """
         dataset = self.registered(dataset)
-        return self._write(_reserve, Plan(dataset.id, dataset.declared, _canonical(event), run_id, title))
+        return self._write(_reserve, Plan(dataset.id, dataset.declared, dataset.unit, _canonical(event), run_id, title))
 
     def start(self, run_id):
         """Charge the release, for good. When this returns it is on disk, and the first batch may be drawn. Harmless when resumed."""
@@ -1079,17 +1087,19 @@ class Ledger:
         dataset = self.dataset(dataset)
         return self._read(_spent, dataset.id, dataset.delta if delta is None else delta, relation)
 
-    def released_as(self, name, delta):
+    def released_as(self, name, delta, unit="row"):
         """What was charged to rows registered under this declared name, whichever rows they were.
 
-        Returns (ε at `delta` of the private runs together, number of them, number of runs without privacy: with those there is no ε).
+        Returns (ε at `delta` together of the private runs whose unit is `unit`, number of them, number of private runs with other units,
+        number of runs without privacy: with those there is no ε).
 
-        It is what a unit has lost that took part in every one of them, and the only statement here that may be published. Why the
+        It is what a unit has lost that took part in every one of them, those with other units aside: what a run that protects single rows
+        costs a person, or a run that protects persons a single row of theirs, is not in its ε. It is the only statement here that may be published. Why the
         name and not the content: whether two data sets have equal rows, or share one, is a fact about private rows. A certificate
         that counted the releases from *these* rows would say 1 instead of 2 because one person left and another came. Names, and what
         was done under them, are public. Rows that were also released under other names are not covered.
         """
-        return self._read(_released_as, name, delta)
+        return self._read(_released_as, name, unit, delta)
 
     def spent_by_copies(self, dataset):
         """(ε, k) for the contributor of all k exact copies of a row, the worst such row: its releases as seen by a group of k."""
@@ -1115,7 +1125,7 @@ class Ledger:
         with self._connect() as source, _in_memory(source) as db:
             copy = _Copy(self, db)
             planned = [(copy.registered(dataset), _canonical(event)) for dataset, event in planned]
-            plans = [Plan(dataset.id, dataset.declared, parts) for dataset, parts in planned]
+            plans = [Plan(dataset.id, dataset.declared, dataset.unit, parts) for dataset, parts in planned]
             return [copy._read(_total, dataset, plans, dataset.delta if delta is None else delta)
                     for dataset in dict.fromkeys(dataset for dataset, _ in planned)]
 

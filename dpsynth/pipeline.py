@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ERROR', 'ROWS_ERROR', 'BOUND_ERROR', 'DATA_SETTINGS', 'LIBRARIES', 'NOT_FUSED', 'device_name', 'load_stage',
            'guarantee', 'fit_stage', 'load_generator', 'rows_file', 'read_rows', 'real_rows', 'write_rows',
-           'sample_stage', 'sample_again', 'reference_rows', 'evaluate_stage', 'Findings', 'audit_stage',
+           'sample_stage', 'sample_again', 'reference_rows', 'evaluate_stage', 'Findings', 'audit_stage', 'enough_rows',
            'check_same_rows', 'promised_mechanism', 'replay_run', 'audit_hidden', 'check_same_canaries', 'audit_rows',
            'without_repeated', 'is_prepared', 'check_prompts', 'check_rows', 'remember', 'Survey', 'survey', 'spending',
            'bytes_kept', 'training_bytes', 'sampling_bytes', 'units_at_once', 'device_speed', 'token_lengths',
            'estimate_memory', 'estimate_operations', 'estimate']
 
-# %% ../nbs/13b_pipeline.ipynb #f25f4542
+# %% ../nbs/13b_pipeline.ipynb #edae2360
 import dataclasses
 import json
 import math
@@ -19,8 +19,9 @@ import os
 import pathlib
 import shutil
 import time
+import warnings
 
-from .audit import (CAVEAT, Check, audit_canaries, audit_canaries_in_rows, audit_files, replay_checks, sensitivity_check,
+from .audit import (CAVEAT, MIN_ROWS, Check, audit_canaries, audit_canaries_in_rows, audit_files, replay_checks, sensitivity_check,
                            training_checks)
 from .canaries import CanaryCoins, canary_records
 from .certificate import read_certificate, write_certificate
@@ -92,7 +93,7 @@ def load_generator(settings, folder):
     load_adapter(model, adapter)
     return model
 
-# %% ../nbs/13b_pipeline.ipynb #798bcbe9
+# %% ../nbs/13b_pipeline.ipynb #d5afbcc7
 def rows_file(settings, folder):
     """Where the rows of a run are: released, or private where they are real."""
     place = "private" if settings.generator.startswith("real") else "release"
@@ -134,7 +135,7 @@ def sample_stage(settings, folder, splits, model):
         mark_not_private(settings, path.parent)
     rejected = figures["rejected"]
     record(folder, num_samples=len(read_rows(path)[0]), rejected=sum(rejected.values()), rejected_reasons=rejected,
-           tokens=figures.get("tokens"))
+           tokens=figures.get("tokens"), unfinished=figures.get("unfinished"))
 
 # %% ../nbs/13b_pipeline.ipynb #5a7ff80b
 def sample_again(settings, folder, rows, seed):
@@ -173,7 +174,7 @@ def evaluate_stage(settings, folder, splits):
     forget_scores(folder)
     return record(folder, **numbers)
 
-# %% ../nbs/13b_pipeline.ipynb #eb785d41
+# %% ../nbs/13b_pipeline.ipynb #c8b627f7
 ERROR = 0.05  # chance that an honest run fails its audit, at most; the parts below and ten checks at `CHECK_P` add up to it
 ROWS_ERROR = 0.01  # of all attacks on rows together
 BOUND_ERROR = 0.013  # of each of three bounds on ε: two from canaries, one from rows kept out
@@ -258,19 +259,27 @@ def audit_stage(settings, folder, splits, model):
         SettingsError: nothing to look at: neither trained under privacy, nor canaries, nor rows that were kept out.
         PrivacyError: these are not the rows that the run was made with.
     """
-    folder, trained = pathlib.Path(folder), settings.generator == "finetune"
-    if not len(splits.kept_out) and not (trained and (settings.canaries or settings.private)):
-        raise SettingsError(f"{folder}: nothing to audit with; set audit_fraction (and canaries, to fine-tune) before the run")
+    folder, trained, enough = pathlib.Path(folder), settings.generator == "finetune", enough_rows(splits)
+    if not enough and not (trained and (settings.canaries or settings.private)):
+        raise SettingsError(f"{folder}: nothing to audit with; set audit_fraction (and canaries, to fine-tune) before the run, so that at least "
+                            f"{MIN_ROWS} units are kept out")
+    if len(splits.kept_out) and not enough:
+        warnings.warn(f"{folder}: the rows are not attacked: fewer than {MIN_ROWS} units were kept out, or trained on; use another audit_fraction")
     check_same_rows(settings, folder, splits)
     with timed(folder, "audit"):
         replay = replay_run(settings, folder, splits, model) if trained and settings.private else None
         canaries = audit_hidden(settings, folder, splits, model) if trained and settings.canaries else (None, None)
-        report = audit_rows(settings, folder, splits) if len(splits.kept_out) else None
+        report = audit_rows(settings, folder, splits) if enough else None
     found = Findings(guarantee(folder), replay, *canaries, report)
     write_private(folder / "private" / "findings.json", json.dumps({"verdict": found.verdict, "summary": str(found)}, indent=1) + "\n")
     if (folder / "release" / "certificate.json").exists():
         _certify(found, folder / "release")
     return found
+
+
+def enough_rows(splits):
+    """Whether there are enough units, trained on and kept out, for an audit of the rows."""
+    return min(splits.kept_out.num_units, splits.train.num_units) >= MIN_ROWS
 
 
 def check_same_rows(settings, folder, splits):

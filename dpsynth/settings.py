@@ -70,7 +70,7 @@ def _text(value):
     """A number as text; anything else, True and False too, unchanged."""
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
-# %% ../nbs/00_settings.ipynb #8d7aa408
+# %% ../nbs/00_settings.ipynb #76b65b04
 def _field(default, description, *, tutorial=None, affects="release", **limits):
     """A pydantic field; `affects` is `release`, `evaluation`, or `nothing` for memory, speed and bookkeeping."""
     extra = {"tutorial": tutorial, "affects": affects}
@@ -90,7 +90,7 @@ class Settings(pydantic.BaseModel):
         "finetune", "how rows are made: a fine-tuned model, a prompted model, real training rows, real test rows",
         tutorial="FINETUNE_MODEL")
     profile: Literal["full", "smoke"] = _field(
-        "full", "`smoke` cuts every size for a run of a minute or two that only shows that all works", tutorial="TEST_RUN")
+        "full", "`smoke` cuts every size and takes the bundled model, for a run of a minute or two that only shows that all works", tutorial="TEST_RUN")
     seed: int = _field(42, "seed of splits, initialisation and sampling; never of privacy randomness", tutorial="SEED", ge=0, lt=2**31)
 
     # data

@@ -5,9 +5,12 @@
 # %% auto #0
 __all__ = ['Synthesizer']
 
-# %% ../nbs/13c_synthesizer.ipynb #48899e15
+# %% ../nbs/13c_synthesizer.ipynb #2871e993
 import pathlib
+import re
 import tempfile
+import warnings
+from numbers import Integral
 
 from .certificate import read_certificate
 from .data import from_frame, load
@@ -16,13 +19,13 @@ from .finetune import finetune_run, with_prior
 from .formats import TextFormat
 from .pipeline import guarantee, load_generator, load_stage, survey
 from .privacy import write_private
-from .runs import locked, read_settings, record
+from .runs import locked, read_settings, record, timed
 from .sampling import sample_to_file
-from .settings import DataError, SettingsError, make_settings, resolve
+from .settings import EXPERIMENT, DataError, SettingsError, make_settings, resolve
 
 import pandas as pd
 
-# %% ../nbs/13c_synthesizer.ipynb #8fb41be7
+# %% ../nbs/13c_synthesizer.ipynb #4824381b
 class Synthesizer:
     """Synthetic rows with a differential-privacy guarantee, from a model that is fine-tuned on private ones.
 
@@ -38,7 +41,9 @@ class Synthesizer:
 
     def __init__(self, folder=None, **settings):
         prompt = "[{label}]:" if settings.get("label_column", "label") else "[text]:"
-        self.settings = resolve(make_settings({"experiment": "synthesizer", "prompt": prompt, **settings}))
+        name = pathlib.Path(folder).resolve().name if folder else ""
+        name = name if re.fullmatch(EXPERIMENT, name) else "synthesizer"
+        self.settings = resolve(make_settings({"experiment": name, "prompt": prompt, **settings}))
         self._chooses_batch = "batch_size" not in settings
         self._check()
         self.folder = pathlib.Path(folder or pathlib.Path(tempfile.mkdtemp(prefix="dpsynth-")) / self.settings.experiment)
@@ -72,7 +77,8 @@ class Synthesizer:
         with locked(self.folder):
             if not (self.folder / "private" / "identity.json").exists():  # no run has begun here
                 self._prepare(settings, splits, data)
-            model, figures = finetune_run(settings, splits, self.folder, progress)
+            with timed(self.folder, "fit"):
+                model, figures = finetune_run(settings, splits, self.folder, progress)
             record(self.folder, **figures, **guarantee(self.folder))
         self.settings, self._splits, self._model = settings, splits, model
         return self
@@ -90,15 +96,22 @@ class Synthesizer:
             label: name of a label that all rows shall have; by default the setting `label_prior` decides.
 
         Raises:
-            SettingsError: not fitted, less than one row, or no such label. DataError: too few samples make rows.
+            SettingsError: not fitted, no whole number of rows, no such label, or another process is at the same rows. DataError: too
+                few samples make rows.
+
+        Warns where many rows are cut at `sequence_length`.
         """
         model, seed = self._fitted(), self.settings.seed if seed is None else seed
-        if num_rows < 1:
-            raise SettingsError(f"sample: {num_rows} rows were asked for; at least 1 is needed")
+        if not isinstance(num_rows, Integral) or num_rows < 1:
+            raise SettingsError(f"sample: {num_rows!r} rows were asked for; give a whole number, at least 1")
         settings = with_prior(self._with(seed=seed), self.folder).model_copy(update={"num_samples": int(num_rows), **self._only(label)})
         name = f"sample-{seed}-{num_rows}" + ("" if label is None else f"-label{settings.labels.index(label)}")
         folder = self.folder / "release" / name
-        sample_to_file(model, settings, TextFormat(settings.prompt, settings.labels), folder, progress)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            cut = sample_to_file(model, settings, TextFormat(settings.prompt, settings.labels), folder, progress)["unfinished"]
+        if cut >= 0.05:
+            warnings.warn(f"sample: {cut:.0%} of the rows had not ended at sequence_length, {settings.sequence_length} tokens, and are cut there")
         made, names = pd.read_parquet(folder / "synthetic.parquet"), self._columns()
         return made[[name for name in names if name in made]].rename(columns=names)
 

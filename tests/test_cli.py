@@ -223,8 +223,9 @@ def test_certificates_that_are_none_are_refused(refused, tmp_path):
 
 
 def test_debug_shows_the_traceback(dpsynth):
-    code, _, err = dpsynth("--debug", "results", "no-such")
-    assert code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("error: ")
+    for arguments in (("--debug", "results", "no-such"), ("results", "no-such", "--debug")):
+        code, _, err = dpsynth(*arguments)
+        assert code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("error: ")
 
 
 def test_a_run_that_is_held_is_refused_to_the_stages(refused, tmp_path):
@@ -397,6 +398,7 @@ def test_results_have_the_numbers(sweep, dpsynth):
     )
     for row in rows.values():
         assert 0 < row["mauve_mean"] <= 1 and row["mauve_embedder"] == "tiny" and 0 < row["num_samples"] <= 24 and row["rejected"] >= 0
+        assert row["unfinished"] is None if row["generator"].startswith("real") else 0 <= row["unfinished"] <= 1
         assert row["seconds"] == pytest.approx(sum(row.get(f"seconds_{s}", 0) for s in ("load", "fit", "sample", "evaluate")), abs=0.1)
     for form in ("table", "markdown", "csv"):
         assert dpsynth("results", sweep[0], "--format", form).out.count("dp_ft") == 1
@@ -464,6 +466,7 @@ def test_executed_notebook_is_the_template_with_these_values(sweep):
     notebook = nbformat.read(sweep[0] / "dp_ft" / "notebook.ipynb", 4)
     injected = next(c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", ()))
     assert "epsilon = 2.0" in injected.source
+    assert not any(time in str(part.metadata) for part in (notebook, *notebook.cells) for time in ("duration", "start_time", "end_time"))
     assert "Privacy certificate" in str(notebook.cells) and not any(
         o.get("name") == "stderr" for c in notebook.cells for o in c.get("outputs", ())
     )

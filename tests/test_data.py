@@ -119,6 +119,14 @@ BROKEN = {
     "bad.json": ('[{"text": "a",\n "label": }]', "bad.json, line 2: not JSON (Expecting value at column 11)"),
     "row.json": ('[{"text": "a", "label": 1}, {"text": "b", "label": 9}]',
                  "row.json, row 1 (from 0), column label: not one of 0 to 1 (negative, positive)"),
+    "twice.jsonl": ('{"text": "a", "label": 1}\n{"text": "b", "label": 1, "text": "z"}\n',
+                    "twice.jsonl, line 2: key 'text' occurs more than once; rename or remove one"),
+    "twice.json": ('[{"text": "a", "label": 1},\n {"label": 1, "text": "b", "label": 0}]',
+                   "twice.json, row 1 (from 0): key 'label' occurs more than once; rename or remove one"),
+    "deep.jsonl": ('{"text": "a", "label": 1}\n{"text": ' + "[" * 100_000,
+                   "deep.jsonl, line 2: lists or objects nested too deep; a row needs a text and a label, each plain"),
+    "deep.json": ('[{"text":' * 100_000, "deep.json: lists or objects nested too deep; a row needs a text and a label, each plain"),
+    "long.jsonl": ('{"text": "a", "label": 1' + "0" * 5000 + "}\n", "long.jsonl, line 1: a number with too many digits; write it as a text"),
     "a.xlsx": ("text,label\n", "a.xlsx: unknown kind of file; expected .csv, .tsv, .json, .jsonl, .parquet"),
 }
 
@@ -151,6 +159,86 @@ def test_names_that_are_numbers_are_never_positions(tmp_path):
     assert load(Settings(data=path, test_data=path, label_names="1,2,3")).train.labels.tolist() == [0, 2]
     path = save(pd.DataFrame({"text": ["a", "b"], "label": [1, 0]}), tmp_path / "a.parquet")
     assert "not one of 1, 2, 3" in message(Settings(data=path, label_names="1,2,3"))
+
+
+def test_whole_numbers_are_labels_with_and_without_a_point():
+    frame = pd.DataFrame({"text": list("abcd"), "label": pd.Series([0.5, 1.0, 1, "1.0"], dtype=object)})
+    assert from_frame(frame, Settings(label_names="0.5,1.0"), test=frame).train.labels.tolist() == [0, 1, 1, 1]
+    assert "row 0 (from 0), column label: not one of 0.5, 1.0" in message(
+        None, lambda _: from_frame(frame.assign(label=0.0), Settings(label_names="0.5,1.0")))
+
+
+def test_a_missing_label_is_never_a_label_that_is_called_none(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": "a", "label": "None"}\n{"text": "b", "label": null}\n')
+    assert message(Settings(data=path, label_names="None,some")) == f"{path}, line 2, column label: missing"
+
+
+def test_a_key_twice_inside_a_value_that_is_not_read_is_no_matter(tmp_path):
+    path = write(tmp_path / "a.json", '[{"text": "a", "label": 1, "more": {"x": 1, "x": 2}}, {"text": "b", "label": 0}]')
+    assert load(Settings(data=path, test_data=path)).train.texts == ["a", "b"]
+
+
+# quotes that are no quotes
+
+UNQUOTED = [f"film number {i} was fine" for i in range(40)]
+UNQUOTED[5], UNQUOTED[10] = '"An opening quote that never closes', 'they said so and left"'
+
+MERGED = {
+    "text first": ("tsv", ["text", "label"], lambda i, text: [text, str(i % 2)]),
+    "text last, labels of one word": ("tsv", ["label", "text"], lambda i, text: [("negative", "positive")[i % 2], text]),
+    "text in the middle": ("tsv", ["id", "text", "label"], lambda i, text: [str(i), text, str(i % 2)]),
+    "commas": ("csv", ["text", "label"], lambda i, text: [text, str(i % 2)]),
+    "no labels, text last": ("tsv", ["user", "text"], lambda i, text: [f"u{i}", text]),
+    "no labels, an empty column": ("tsv", ["text", "stars", "city"], lambda i, text: [text, str(i % 5), "York" if i % 3 else ""]),
+}
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r", "\n\n"])
+@pytest.mark.parametrize("case", MERGED)
+def test_a_stray_quote_never_merges_rows(tmp_path, case, ending):
+    kind, header, row = MERGED[case]
+    mark = "\t" if kind == "tsv" else ","
+    lines = [mark.join(fields) for fields in (header, *(row(i, text) for i, text in enumerate(UNQUOTED)))]
+    path = write(tmp_path / f"a.{kind}", ending.join(lines) + ending)
+    first, last = (13, 23) if ending == "\n\n" else (7, 12)
+    settings = Settings(data=path, label_column="label" if "label" in header else "")
+    said = message(settings)
+    assert said.startswith(f"{path}, line {first}: a quoted field goes on to line {last} and looks like 6 rows; if the quote in line {first} is")
+    cured = [line.replace(t, '"' + t.replace('"', '""') + '"') for line, t in zip(lines, ["?", *UNQUOTED])]
+    write(tmp_path / f"a.{kind}", ending.join(cured) + ending)
+    splits = load(settings)
+    assert sorted(splits.train.texts + splits.test.texts) == sorted(UNQUOTED)
+
+
+def test_a_stray_quote_alone_and_one_behind_a_text_of_two_lines(tmp_path):
+    path = write(tmp_path / "a.tsv", 'label\ttext\n1\t"\n0\tfine\n1\t"\n')
+    assert "a.tsv, line 2: a quoted field goes on to line 4 and looks like 3 rows" in message(Settings(data=path))
+    path = write(tmp_path / "c.tsv", 'user\ttext\nu1\t"\nu2\tfine\nu3\t"\n')
+    assert "c.tsv, line 2: a quoted field goes on to line 4 and looks like 3 rows" in message(Settings(data=path, label_column=""))
+    path = write(tmp_path / "b.tsv", 'title\ttext\tlabel\n"two\nlines"\t"so\t1\na title\tfine"\t0\n')
+    assert "b.tsv, line 3: a quoted field goes on to line 4 and looks like 2 rows" in message(Settings(data=path))
+
+
+RIGHTLY_QUOTED = {
+    "one comma in each line": ("text,label", '"Good, but\nlong, slow\nsad",1'),
+    "a word before each comma": ("label,text", 'positive,"I saw it.\nHowever, it ended.\n\nSoon, too"'),
+    "commas and blank lines": ("text,label", '"Well,\n\nno,\n",1'),
+    "a single column": ("text", '"Good\nbut\nlong"'),
+    "no labels, numbers before the text": ("id,text", '17,"Roses are red\nviolets, blue"'),
+    "no labels, names before the text": ("user,text", 'anna-17,"Roses are red\nViolets, blue\nand I, too"'),
+    "no labels, names after the text, a comma elsewhere": ("text,user", '"Well,Anna\nnot,I\nsay",Ben\n"A, b",Zoe'),
+    "no labels, a comma at the end": ("text,stars", '"Well,\nno",3'),
+    "no tab": ("text\tlabel", '"Good, 1\nbut\nlong"\t1'),
+    "a tab in a line": ("text\tlabel", '"Good\t1\nbut\t long\nsad"\t1'),
+}
+
+
+@pytest.mark.parametrize("case", RIGHTLY_QUOTED)
+def test_a_text_of_several_lines_is_one_text(tmp_path, case):
+    header, row = RIGHTLY_QUOTED[case]
+    path = write(tmp_path / f"a.{'tsv' if 'tab' in case else 'csv'}", f"{header}\n{row}\n")
+    records = load(Settings(data=path, test_data=path, label_column="label" if "label" in header else "")).train
+    assert records.texts == row.split('"')[1::2]
 
 
 # splits
@@ -202,6 +290,32 @@ def test_a_unit_that_is_renamed_stays_where_it_was_and_moves_no_other(unit, name
     for side, size in (("train", 32), ("test", 15), ("kept_out", 8)):
         a, b = getattr(one, side), getattr(other, side)
         assert a.texts == b.texts and a.units.tolist() == b.units.tolist() and a.num_units == size
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet"])
+def test_a_number_is_the_same_unit_in_every_kind_of_file(tmp_path, kind):
+    frame = pd.DataFrame({"text": list("abcd"), "user": [7, 8, 7, 2**53 + 1]})
+    path = save(frame, tmp_path / f"a.{kind}")
+    units = load(Settings(data=path, test_data=path, unit="user", label_column="")).train.frame["unit"].tolist()
+    assert units == ["7", "8", "7", "9007199254740993"]
+
+
+def test_a_number_is_the_same_unit_however_a_frame_holds_it():
+    settings, names = Settings(unit="user", label_column=""), []
+    for users in ([7, 8], [7.0, 8.0], ["7", "8"], pd.array([7, 8], "Int64"), pd.Series([np.int64(7), b"8"], dtype=object)):
+        frame = pd.DataFrame({"text": ["a", "b"], "user": users})
+        names.append((train := from_frame(frame, settings, test=frame).train).ledger_names() + [train.fingerprint(KEY)])
+    assert names[0][:2] == [b"unit 7", b"unit 8"] and all(other == names[0] for other in names)
+
+
+@pytest.mark.parametrize("value, problem", [
+    (None, "missing"), (float("nan"), "missing"), (pd.NA, "missing"), ("", "empty"), (7.5, "float"), (2.0**53, "float"), (float("inf"), "float"),
+    (True, "bool"), (np.True_, "bool"), ([7], "list"), ({"id": 7}, "dict")])
+def test_what_is_no_unit(value, problem):
+    frame = pd.DataFrame({"text": ["a", "b"], "user": pd.Series([7, value], dtype=object)})
+    said = message(None, lambda _: from_frame(frame, Settings(unit="user", label_column="")))
+    assert said.startswith("frame, row 1 (from 0), column user: ")
+    assert problem in said and ("expected a text or a whole number, got" in said) == (problem not in ("missing", "empty"))
 
 
 def test_units_are_dealt_by_their_order_wherever_their_rows_stand():
@@ -289,6 +403,15 @@ def test_from_frame_ignores_the_index_and_names_the_row():
     frame = frame.assign(label=[0.0, 1.0, np.nan, 1.0])
     assert message(None, lambda _: from_frame(frame, Settings(), name="visits")) == "visits, row 2 (from 0), column label: missing"
     assert "no column 'text'; it has label, stars" in message(None, lambda _: from_frame(frame[["label", "stars"]], Settings()))
+
+
+def test_columns_of_a_frame_may_be_numbered():
+    frame, settings = pd.DataFrame({0: ["a", "b"], 1: [0, 1], 2: [7, 8]}), Settings(text_column="0", label_column="1", unit="2")
+    train = from_frame(frame, settings, test=frame).train
+    assert train.texts == ["a", "b"] and train.labels.tolist() == [0, 1] and train.frame["unit"].tolist() == ["7", "8"]
+    assert list(frame.columns) == [0, 1, 2]
+    twice = pd.concat([frame, frame[[0]].set_axis(["0"], axis=1)], axis=1)
+    assert message(None, lambda _: from_frame(twice, settings)) == "frame: column '0' occurs 2 times; rename one"
 
 
 def test_nullable_and_categorical_columns():

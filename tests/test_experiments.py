@@ -354,7 +354,7 @@ def test_a_full_disk_is_a_reason_like_any_other(template, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(experiments.papermill, "execute_notebook", full)
-    monkeypatch.setattr(experiments, "remove_progress", lambda path: nbformat.reads("", 4))
+    monkeypatch.setattr(experiments, "remove_times", lambda path: nbformat.reads("", 4))
     rows = run([config(tmp_path / "c", "a"), config(tmp_path / "c", "b")], tmp_path / "runs", say=lambda line: None)
     assert [(r["status"], r["reason"]) for r in rows] == [("failed", "OSError: [Errno 28] No space left on device")] * 2
     assert rows == collect(tmp_path / "runs")
@@ -416,11 +416,14 @@ def test_private_folder_is_closed_to_others(tmp_path):
 
 
 def test_seconds_add_up_over_attempts(tmp_path):
-    write_json(tmp_path / "metrics.json", {"seconds_fit": 100.0, "seconds": 120.0})
+    write_json(tmp_path / "metrics.json", {"seconds_load": 20.0, "seconds_fit": 100.0, "seconds_audit": 50.0, "seconds": 120.0})
     with pytest.raises(ZeroDivisionError), timed(tmp_path, "fit"):
         1 / 0
     numbers = read_json(tmp_path / "metrics.json")
     assert 100 <= numbers["seconds_fit"] < 101 and 120 <= numbers["seconds"] < 121
+    with timed(tmp_path, "audit"):
+        pass
+    assert read_json(tmp_path / "metrics.json")["seconds"] == numbers["seconds"]  # what an attack takes is no part of the run
 
 
 def test_a_score_that_is_no_number_is_named(tmp_path):
@@ -463,6 +466,7 @@ def sweep(tmp_path):
         "mauve_embedder": "tiny",
         "num_samples": 10000,
         "rejected": 3,
+        "unfinished": 0.456,
         "seconds": 12.0,
         "utility_accuracy": 0.8,
         "warnings": ["small"],
@@ -509,6 +513,7 @@ def test_tables_say_the_same_in_every_format(sweep):
     for form in ("table", "markdown"):
         text = results_table(rows, form)
         assert text.count("not private") == 4 and text.count("0.795 ± 0.010") == 5 and text.count("small") == 1 and "failed: a" in text
+        assert text.count("46%") == 5 and text.count("cut: share of the rows that had not ended at the limit of length") == 1
     assert "a \\| b" in results_table(rows, "markdown")
     with pytest.raises(SettingsError, match="pdf"):
         results_table(rows, "pdf")

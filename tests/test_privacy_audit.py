@@ -8,6 +8,8 @@ import types
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
@@ -16,7 +18,7 @@ from dpsynth import audit, canaries
 from dpsynth.data import Records, TokenStore, from_frame
 from dpsynth.demo import reviews
 from dpsynth.privacy import Mechanism, Randomness, Session
-from dpsynth.settings import DataError, PrivacyError, Settings
+from dpsynth.settings import DataError, PrivacyError, Settings, SettingsError
 
 
 def table(rows, seed):
@@ -401,11 +403,118 @@ def test_texts_and_columns_are_audited_together(texts):
     assert audit.audit_files(only_columns, train, holdout).verdict == "fails"
 
 
+def members(seed, rows=150):
+    """Rows with a number, a day and a town, as texts."""
+    rng = np.random.default_rng(seed)
+    days = pd.Timestamp("2020-01-01") + pd.to_timedelta(rng.integers(0, 1500, rows), "D")
+    return pd.DataFrame({"pay": [f"{pay}" for pay in rng.integers(1000, 100_000, rows)], "day": days.strftime("%Y-%m-%d"),
+                         "town": rng.choice(["Ulm", "Bonn"], rows)})
+
+
+def written_as(frame, path):
+    """The rows in a file of this kind; in Parquet days are times, in CSV and JSONL there is a byte order mark."""
+    if path.suffix == ".parquet":
+        frame.assign(day=pd.to_datetime(frame["day"]), pay=frame["pay"].astype(float)).to_parquet(path)
+    else:
+        plain = frame.assign(pay=frame["pay"].astype(int))
+        text = plain.to_csv(index=False) if path.suffix == ".csv" else plain.to_json(orient="records", lines=True)
+        path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    return path
+
+
+@pytest.mark.parametrize("kinds", [("parquet", "csv"), ("csv", "parquet"), ("jsonl", "parquet"), ("jsonl", "csv")])
+def test_a_copy_fails_however_the_files_are_written(tmp_path, kinds):
+    train, holdout = (written_as(members(seed), tmp_path / f"{seed}.{kinds[1]}") for seed in (1, 2))
+    report = audit.audit_files(written_as(members(1), tmp_path / f"copy.{kinds[0]}"), train, holdout)
+    assert attack(report, "verbatim").statistic == 1 and report.verdict == "fails"
+    assert report.columns == {"text": None, "numbers": ("pay", "day"), "categories": ("town",)}
+
+
+def test_times_with_zones_and_categories_with_numbers_have_one_form():
+    days = members(1)
+    utc = days.assign(day=pd.to_datetime(days["day"]).dt.tz_localize("UTC").dt.tz_convert("Asia/Tokyo"))
+    assert set(audit.make_pool(utc, days, days).synthetic["day"]) == set(audit.make_pool(days, days, days).real["day"])
+    code = lambda *values: pd.DataFrame({"code": list(values) * 10})
+    pool = audit.make_pool(code(5.0, 7.0), code("5", "07", "unknown", "9"), code("5", "", "x", None))
+    assert set(pool.synthetic["code"]) == {"5", "7"} and set(pool.real["code"]) == {"5", "7", "9", "unknown", "x", ""}
+
+
+@pytest.mark.parametrize("side", [0, 2])
+@pytest.mark.parametrize("column, change, message", [
+    ("pay", lambda rows: [f"{int(pay):,}" for pay in rows["pay"]], "column pay: 150 of 150 values in {} are no numbers, as all in train are"),
+    ("pay", lambda rows: ["x" if i in (3, 9) else pay for i, pay in enumerate(rows["pay"])], "pay: 2 of 150 values in {} .* in row 3 "),
+    ("pay", lambda rows: pd.to_datetime(rows["day"]), "column pay: 150 of 150 values in {} are no numbers"),
+    ("day", lambda rows: pd.to_datetime(rows["day"]).dt.strftime("%d/%m/%Y"), "day: 150 of 150 values in {} are no dates such as 2024-01-31"),
+    ("day", lambda rows: range(150), "column day: 150 of 150 values in {} are no dates"),
+    ("town", lambda rows: range(150), "column town: 150 of 150 values in train are no numbers, as all in {} are"),
+    ("town", lambda rows: pd.to_datetime(rows["day"]), "column town: 150 of 150 values in train are no dates such as 2024-01-31, as all in {} are")])
+def test_values_that_cannot_be_compared_are_refused(side, column, change, message):
+    rows = [members(1), members(1), members(2)]
+    rows[side][column] = change(rows[side])
+    with pytest.raises(DataError, match=message.format(("synthetic", "", "holdout")[side])):
+        audit.audit_files(*rows)
+
+
+def test_gaps_and_whole_numbers_as_floats_are_no_reason_to_refuse():
+    rows = [members(seed) for seed in (1, 1, 2)]
+    rows[0].loc[:4, ["pay", "day"]] = [["", "NA"]] * 5
+    rows[2]["pay"] = rows[2]["pay"].astype(float)
+    pool = audit.make_pool(*rows)
+    assert pool.synthetic[["pay", "day"]].isna().sum().tolist() == [5, 5] and not pool.real.isna().any(axis=None)
+
+
+# a single column beside the text
+
+def signed(texts, seed, sign):
+    """Training, held-out and fresh texts, each with a column made by `sign(rng, rows)`."""
+    rng, rows = np.random.default_rng(seed), 150
+    return [pd.DataFrame({"text": part[:rows], "by": sign(rng, rows)}) for part in texts]
+
+
+@pytest.mark.parametrize("sign", [lambda rng, rows: [f"user{i}@example.org" for i in rng.integers(10**9, size=rows)],
+                                  lambda rng, rows: rng.integers(10**8, 10**9, rows)])
+def test_a_single_column_beside_the_text_is_attacked(texts, sign):
+    train, holdout, fresh = signed(texts, 0, sign)
+    report = audit.audit_files(fresh.assign(by=train["by"]), train, holdout)
+    assert report.verdict == "fails" and attack(report, "verbatim rows").statistic == 1
+    assert report.columns["numbers"] + report.columns["categories"] == ("by",)
+    assert attack(report, "verbatim copies").adjusted_p > report.level
+    assert not any("not attacked" in warning for warning in report.warnings)
+
+
+def test_a_label_beside_the_text_is_left_out_and_this_is_said(texts):
+    train, holdout, fresh = signed(texts, 0, lambda rng, rows: rng.integers(0, 10, rows))
+    report = audit.audit_files(fresh, train, holdout)
+    assert report.columns == {"text": "text", "numbers": (), "categories": ()} and set(report.details) == {"text"}
+    assert any("column by was not attacked" in warning for warning in report.warnings)
+    assert report.attacks == audit.audit_files(*(rows["text"].tolist() for rows in (fresh, train, holdout))).attacks
+    assert audit.audit_files(fresh, train, holdout, columns=["by"]).columns["numbers"] == ("by",)
+
+
+def test_the_level_is_that_of_text_and_column_together(texts):
+    draws = [signed([part[i * 150:] for part in texts], i, lambda rng, rows: rng.integers(10**8, 10**9, rows)) for i in range(6)]
+    reports = [audit.audit_files(fresh, train, holdout, level=0.05) for train, holdout, fresh in draws]
+    assert sum(report.passed for report in reports) >= 5
+    for report in reports:
+        assert {"verbatim copies", "verbatim rows"} <= {found.name for found in report.attacks}
+        assert report.worst.adjusted_p == min(1, len(report.attacks) * report.worst.p_value)
+
+
+def write_twice(path):
+    pq.write_table(pa.Table.from_arrays([pa.array(range(30))] * 2, names=["a", "a"]), path)
+
+
 @pytest.mark.parametrize("write, message", [
     (lambda p: p.with_suffix(".xlsx"), "unknown kind of file"), (lambda p: p.with_suffix(".csv"), "no such file"),
-    (lambda p: [p.with_suffix(".csv").write_bytes(b"a\n\xff\xfe"), p.with_suffix(".csv")][1], "cannot be read"),
+    (lambda p: [p.with_suffix(".csv").write_bytes(b"a\n\xff\xfe"), p.with_suffix(".csv")][1], "line 2: not valid UTF-8"),
+    (lambda p: [p.with_suffix(".csv").write_text("a,b\n1,2\n1\n"), p.with_suffix(".csv")][1], "line 3: expected 2 fields, saw 1"),
+    (lambda p: [p.with_suffix(".tsv").write_text("a\tb\n1\t2\t\n"), p.with_suffix(".tsv")][1], "line 2: expected 2 fields, saw 3"),
+    (lambda p: [p.with_suffix(".csv").write_text("a,b,a\n1,2,3\n"), p.with_suffix(".csv")][1], "line 1: column 'a' occurs 2 times"),
+    (lambda p: [write_twice(p.with_suffix(".parquet")), p.with_suffix(".parquet")][1], "parquet: column 'a' occurs 2 times"),
+    (lambda p: table(30, 0).rename(columns={"b": "a"}), "synthetic: column 'a' occurs 2 times"),
+    (lambda p: [p.with_suffix(".json").write_text("[" * 100_000), p.with_suffix(".json")][1], "cannot be read"),
     (lambda p: [p.with_suffix(".parquet").write_bytes(b"nothing"), p.with_suffix(".parquet")][1], "cannot be read"),
-    (lambda p: [p.with_suffix(".jsonl").write_text("{"), p.with_suffix(".jsonl")][1], "cannot be read"),
+    (lambda p: [p.with_suffix(".jsonl").write_text("{"), p.with_suffix(".jsonl")][1], "line 1: not JSON"),
     (lambda p: pd.DataFrame({"a": range(5)}), "needs at least 20"), (lambda p: pd.DataFrame({"z": range(30)}), "no column in common")])
 def test_bad_input_is_one_line(tmp_path, tables, write, message):
     with pytest.raises(DataError, match=message) as error:
@@ -438,6 +547,13 @@ def test_the_command_prints_writes_and_returns_the_verdict(tmp_path, tables, cap
     assert audit.audit_command(train, train, holdout, json_path=tmp_path / "a.json") is False
     assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o600 and json.loads((tmp_path / "a.json").read_text())["verdict"] == "fails"
     assert "FAIL verbatim rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place, why", [("none/a.json", "no folder there"), ("", "is a folder")])
+def test_where_the_report_cannot_be_written_no_attack_is_made(tmp_path, tables, monkeypatch, place, why):
+    monkeypatch.setattr(audit, "audit_files", None)
+    with pytest.raises(DataError, match=why):
+        audit.audit_command(*tables, json_path=tmp_path / place)
 
 
 def test_pictures(tables):
@@ -801,6 +917,17 @@ def test_a_run_whose_training_recorded_something_else_fails(finished, sensitive,
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     found = audit_stage(RUN, finished, splits(), None)
     assert found.verdict == "fails" and says in str(found) and certified(finished)["audit"]["refuted"]
+
+
+def test_too_few_rows_kept_out_are_told_and_the_rest_is_audited(finished, sensitive):
+    from dpsynth.pipeline import audit_stage
+
+    few = dataclasses.replace(splits(), kept_out=splits().test.take(range(5)))
+    with pytest.warns(UserWarning, match="the rows are not attacked: fewer than 20 units were kept out"):
+        found = audit_stage(RUN, finished, few, None)
+    assert found.report is None and found.replay.passed and (finished / "private" / "findings.json").exists()
+    with pytest.raises(SettingsError, match="at least 20 units are kept out"):
+        audit_stage(RUN.model_copy(update={"epsilon": math.inf}), finished, few, None)
 
 
 @pytest.mark.parametrize("missing", ["private/checks.json", "release/certificate.json"])

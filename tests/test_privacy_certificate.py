@@ -25,17 +25,17 @@ def test_certificate_verifies_and_a_false_one_does_not(tmp_path):
     assert checked["epsilon"] == pytest.approx(certificate["epsilon"], abs=1e-3) and checked["epsilon"] <= 10
     assert checked["epsilon_replace_one"] == pytest.approx(certificate["epsilon_replace_one"], abs=1e-3)
     assert checked["epsilon_replace_one"] > checked["epsilon"]
-    training = certificate["accesses"][0]
+    training, *others = certificate["accesses"]
     cheaper, banded = {**training, "noise_multiplier": 0.4}, {**training, "bands": 73}
     audit = {"summary": "found", "epsilon_bound": 50.0, "delta": certificate["delta"]}
     for lie, words in (({"epsilon": 5.0}, "claims epsilon "), ({"delta": 1e-7}, "claims"), ({"delta": 1e-3}, "not below 1/n"),
                        ({"mechanism": {**certificate["mechanism"], "steps": 20}}, "not among"), ({"epsilon_replace_one": 10.0}, "replace_one"),
                        ({"num_units": 40000}, "not q times the number of units"), ({"composed": {**certificate["composed"], "epsilon": 9.0}}, "claims"),
                        ({"curve": [{"epsilon": 1.0, "delta": 1e-2}]}, "claims"), ({"groups": [{"units": 2, "epsilon": 1.0, "delta": 1e-2}]}, "2 units"),
-                       ({"accesses": [cheaper], "mechanism": {**certificate["mechanism"], "noise_multiplier": 0.4}}, "claims"),
-                       ({"accesses": [{**training, "epsilon": 0.5}]}, "claims epsilon 0.5 at delta 1.5e-05 for fine-tuning, but spends 9.99"),
-                       ({"accesses": [{**training, "added": True}]}, "not among"),
-                       ({"accesses": [banded], "mechanism": {**certificate["mechanism"], "bands": 73}}, "73 bands are too many"),
+                       ({"accesses": [cheaper, *others], "mechanism": {**certificate["mechanism"], "noise_multiplier": 0.4}}, "claims"),
+                       ({"accesses": [{**training, "epsilon": 0.5}, *others]}, "claims epsilon 0.5 at delta 1.5e-05 for fine-tuning, but spends 9.99"),
+                       ({"accesses": [{**training, "added": True}, *others]}, "not among"),
+                       ({"accesses": [banded, *others], "mechanism": {**certificate["mechanism"], "bands": 73}}, "73 bands are too many"),
                        ({"audit": audit}, "its own audit refutes it: epsilon is at least 50"), ({"audit": {"summary": "", "refuted": True}}, "refutes it")):
         with pytest.raises(PrivacyError, match=words):
             verify({**certificate, **lie})
@@ -46,8 +46,9 @@ def test_certificate_verifies_and_a_false_one_does_not(tmp_path):
 def test_more_bands_than_updates_do_not_verify():
     certificate = certificate_of(IMDB.model_copy(update={"epochs": 0.1, "bands": "1"}))
     verify(certificate)
+    training, *others = certificate["accesses"]
     with pytest.raises(PrivacyError, match="4 bands are too many"):
-        verify({**certificate, "accesses": [{**certificate["accesses"][0], "bands": 4}], "mechanism": {**certificate["mechanism"], "bands": 4}})
+        verify({**certificate, "accesses": [{**training, "bands": 4}, *others], "mechanism": {**certificate["mechanism"], "bands": 4}})
 
 
 def test_a_count_that_is_said_to_be_cheaper_than_it_was_does_not_verify():
@@ -59,6 +60,14 @@ def test_a_count_that_is_said_to_be_cheaper_than_it_was_does_not_verify():
         others = [a for a in certificate["accesses"] if a is not access]
         with pytest.raises(PrivacyError, match=f"claims epsilon 0.001 at delta 0.0001 for {access['what']}, but spends 0.1"):
             verify({**certificate, "accesses": [*others, {**access, "epsilon": 0.001}]})
+
+
+def test_a_number_of_units_that_nobody_paid_for_does_not_verify():
+    certificate = full_certificate()
+    count, others = next(a for a in certificate["accesses"] if a.get("added")), [a for a in certificate["accesses"] if not a.get("added")]
+    for accesses in (others, [*others, {**count, "added": False}], [*others, count, count]):
+        with pytest.raises(PrivacyError, match="the number of training units is not paid for"):
+            verify({**certificate, "accesses": accesses})
 
 
 def test_certificates_that_were_kept_still_verify(repo):
@@ -90,7 +99,7 @@ EVERYTHING = Settings(epsilon=8, delta=1e-4, batch_size=64, epochs=2, experiment
 
 def full_certificate():
     """A certificate in which every part says something."""
-    composed = {"epsilon": 11.5, "delta": 1e-4, "releases": 3, "without_privacy": 2, "ledger": "the owner's ledger"}
+    composed = {"epsilon": 11.5, "delta": 1e-4, "releases": 3, "other_units": 4, "without_privacy": 2, "ledger": "the owner's ledger"}
     certificate = make_certificate(make_mechanism(EVERYTHING, 1000), EVERYTHING, base=base_model("vault_gemma_1b_en", "0123abcd", "nothing found"),
                                    composed=composed)
     certificate["audit"] = {"summary": "no attack succeeded"}
@@ -119,7 +128,7 @@ def test_page_and_card_say_all_that_the_json_says(form):
 def test_releases_without_privacy_are_said_beside_the_composition(tmp_path):
     certificate = full_certificate()
     write_certificate(certificate, tmp_path)
-    assert "over 3 run(s), and 2 release(s) WITHOUT privacy: with those there is no guarantee, by the owner's ledger" in certificate.markdown()
+    assert "over 3 run(s), and 4 that protect other units: what those cost is not in it, and 2 release(s) WITHOUT privacy: with those there is no guarantee, by the owner's ledger" in certificate.markdown()
     assert "cannot be recomputed from this certificate alone" in certificate["composed"]["basis"]
     assert any("other ledgers than the owner's ledger" in item for item in certificate["not_covered"])
     assert verify(tmp_path / "certificate.json")["epsilon"] <= certificate["epsilon"] == read_certificate(tmp_path / "certificate.json")["epsilon"]
@@ -170,7 +179,7 @@ def test_certificate_without_a_part_is_refused(tmp_path):
 
 def test_verification_is_a_short_script_on_dp_accounting_alone(tmp_path, repo):
     source = (repo / "dpsynth" / "verify.py").read_text(encoding="utf-8")
-    code = [line for line in source.splitlines() if line.strip() and not line.startswith("#")]
+    code = [line for line in source.splitlines() if line.strip() and not line.startswith(("#", "__all__"))]  # the last is the exporter's
     assert len(code) < 40 and "dpsynth" not in "".join(line for line in code if "import" in line)
     (tmp_path / "verify.py").write_text(source)
     write_certificate(certificate_of(), tmp_path)

@@ -1,6 +1,7 @@
 """What the ledger promises: composition per unit, caps, states, and that no kill and no race loses, doubles or overdraws a charge."""
 
 import collections
+import dataclasses
 import itertools
 import math
 import os
@@ -320,24 +321,24 @@ def released_after(folder, april, may):
 
 @pytest.mark.parametrize("may", [range(100), range(1, 101), range(99), range(200, 300), range(50, 150)])
 def test_what_may_be_published_depends_on_no_row(tmp_path, may):
-    epsilon, runs, without = released_after(tmp_path, rows(range(300, 400)), rows(may))
-    assert (epsilon, runs, without) == (pytest.approx(3.0, abs=5e-3), 2, 0)
+    epsilon, *counts = released_after(tmp_path, rows(range(300, 400)), rows(may))
+    assert (epsilon, *counts) == (pytest.approx(3.0, abs=5e-3), 2, 0, 0)
     for name, april in {"same": rows(may), "one more": [*rows(may), "one"], "other": rows(range(100))}.items():
-        assert released_after(tmp_path / name, april, rows(may)) == (epsilon, runs, without)
+        assert released_after(tmp_path / name, april, rows(may)) == (epsilon, *counts)
 
 
 def test_what_may_be_published_is_what_was_charged_under_the_name(ledger, film):
-    assert ledger.released_as("film", DELTA) == (0.0, 0, 0)
+    assert ledger.released_as("film", DELTA) == (0.0, 0, 0, 0)
     ledger.plan("a training", film, pure(1.0))
-    assert ledger.released_as("film", DELTA) == (0.0, 0, 0)
+    assert ledger.released_as("film", DELTA) == (0.0, 0, 0, 0)
     ledger.start("a training")
     ledger.abandon("a training")
     other = ledger.register("film", rows(range(50, 150)), DELTA)
     spend_in_parts(ledger, other, "b")
-    epsilon, runs, without = ledger.released_as(other.declared, DELTA)
-    assert (other.name, other.declared, runs, without) == ("film~2", "film", 2, 0)
+    epsilon, *counts = ledger.released_as(other.declared, DELTA)
+    assert (other.name, other.declared, *counts) == ("film~2", "film", 2, 0, 0)
     assert epsilon == pytest.approx(2.5, abs=5e-3) and epsilon == ledger.spent(other)
-    assert ledger.released_as("film~2", DELTA) == (0.0, 0, 0) and ledger.dataset("film~2").declared == "film"
+    assert ledger.released_as("film~2", DELTA) == (0.0, 0, 0, 0) and ledger.dataset("film~2").declared == "film"
 
 
 def test_caps_and_what_may_be_published_add_what_others_were_chosen_by(ledger, film):
@@ -355,7 +356,7 @@ def test_caps_and_what_may_be_published_add_what_others_were_chosen_by(ledger, f
     spend_in_parts(ledger, film, "b")
     spend(ledger, film, count, "c counts")
     rest = compose([training, pure(0.5), pure(1.0)], DELTA)
-    assert ledger.released_as("film", DELTA) == (pytest.approx(1.0 + rest), 3, 0)
+    assert ledger.released_as("film", DELTA) == (pytest.approx(1.0 + rest), 3, 0, 0)
     assert ledger.spent(film) == pytest.approx(1.0 + rest)
     assert ledger.spent(film, relation="replace_one") == pytest.approx(2.0 + compose([training, pure(0.5), pure(1.0)], DELTA, "replace_one"))
 
@@ -363,8 +364,8 @@ def test_caps_and_what_may_be_published_add_what_others_were_chosen_by(ledger, f
 def test_what_was_released_without_privacy_is_counted_apart(ledger, film):
     spend_in_parts(ledger, film, "a")
     spend(ledger, film, {"kind": "not_private"}, "b training")
-    epsilon, runs, without = ledger.released_as("film", DELTA)
-    assert (epsilon, runs, without) == (pytest.approx(1.5, abs=5e-3), 1, 1) and ledger.spent(film) == math.inf
+    epsilon, *counts = ledger.released_as("film", DELTA)
+    assert (epsilon, *counts) == (pytest.approx(1.5, abs=5e-3), 1, 0, 1) and ledger.spent(film) == math.inf
     (total,) = ledger.totals_after([(film, pure(1.0)), (film, {"kind": "not_private"})])
     assert (total.epsilon, total.runs, total.earlier, total.without_privacy) == (pytest.approx(2.5, abs=5e-3), 1, 1, 2)
 
@@ -404,6 +405,20 @@ def test_rows_and_groups_of_them_share_a_budget(ledger, rows_first):
     one_more = ledger.register("one more", by_person(range(101), 11), DELTA, num_units=11)
     with pytest.raises(BudgetError, match="over the cap 10"):
         ledger.plan("c", one_more, pure(6.0))
+
+
+def test_runs_that_protect_rows_and_runs_that_protect_persons_are_not_composed_in_what_is_said_outside(ledger):
+    single = ledger.register("visits", rows(range(100)), DELTA)
+    grouped = ledger.register("visits", by_person(range(100)), DELTA, num_units=10, unit="person")
+    assert (single.unit, grouped.unit, grouped.declared) == ("row", "person", "visits")
+    spend_in_parts(ledger, single, "a")
+    spend(ledger, grouped, pure(2.0), "b training")
+    spend(ledger, single, {"kind": "not_private"}, "c training")
+    assert ledger.released_as("visits", DELTA) == (pytest.approx(1.5, abs=5e-3), 1, 1, 1)
+    assert ledger.released_as("visits", DELTA, "person") == (pytest.approx(2.0, abs=5e-3), 1, 1, 1)
+    assert ledger.spent(ledger.register("a part", rows(range(10)), DELTA)) == math.inf
+    with pytest.raises(PrivacyError, match="with the unit 'row', not 'person'"):
+        ledger.plan("a training", dataclasses.replace(single, unit="person"), pure(1.0))
 
 
 @pytest.mark.parametrize("settings", [{"unit": "user"}, {"unit": "user", "label_column": ""}, {"label_column": ""}, {"train_size": 30}])
@@ -670,7 +685,7 @@ def test_asking_registers_nothing_and_makes_no_ledger(tmp_path):
     ledger, film = Ledger(path, make=False), Newcomer("film", rows(range(100)), DELTA)
     (total,) = ledger.totals_after(2 * [(film, pure(0.5))])
     assert (total.runs, total.earlier, total.dataset.name) == (2, 0, "film") and total.epsilon == pytest.approx(1.0, abs=5e-3)
-    assert ledger.datasets() == [] and ledger.release("r") is None and ledger.released_as("film", DELTA) == (0.0, 0, 0)
+    assert ledger.datasets() == [] and ledger.release("r") is None and ledger.released_as("film", DELTA) == (0.0, 0, 0, 0)
     assert list(tmp_path.iterdir()) == []
     ledger.plan("r", film, pure(0.5))
     assert [dataset.name for dataset in Ledger(path, make=False).datasets()] == ["film"] and ledger.release("r").held
@@ -792,7 +807,7 @@ def replace_key(path, content):
         (spoil_pages, "cannot be used"),
         (lambda path: path.write_bytes(b""), "not a ledger"),
         (set_pragma("application_id", 1), "not a ledger"),
-        (set_pragma("user_version", 7), "version 7, this dpsynth knows 2"),
+        (set_pragma("user_version", 7), "version 7, this dpsynth knows 3"),
         (lambda path: path.with_name("ledger.sqlite.key").unlink(), "key of the ledger is missing"),
         (lambda path: replace_key(path, bytes(32)), "does not belong"),
         (lambda path: replace_key(path, b"short"), "32 bytes"),

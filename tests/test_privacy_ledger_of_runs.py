@@ -7,8 +7,9 @@ import pytest
 
 import dpsynth.finetune
 import dpsynth.privacy
-from parts import RUN, splits
+from parts import RUN, groups_of_rows, splits
 from dpsynth.certificate import read_certificate, verify
+from dpsynth.data import from_frame
 from dpsynth.finetune import Trainer, finetune_run
 from dpsynth.ledger import RUNS_LEDGER, Ledger
 from dpsynth.pipeline import Survey, spending
@@ -23,7 +24,7 @@ def test_a_run_is_charged_once_and_stays_charged(run, tmp_path):
     assert [r.state for r in ledger.charged(dataset)] == ["finished"] and dataset.units == 40
     certificate = json.loads((run / "release" / "certificate.json").read_text())
     assert certificate["composed"] == {"epsilon": pytest.approx(certificate["epsilon"], rel=1e-3), "delta": certificate["delta"], "releases": 1,
-                                       "without_privacy": 0, "ledger": "the ledger of this folder of runs",
+                                       "other_units": 0, "without_privacy": 0, "ledger": "the ledger of this folder of runs",
                                        "basis": "what the ledger holds; it cannot be recomputed from this certificate alone"}
     finetune_run(RUN, splits(), run, progress=False)
     assert len(ledger.charged(dataset)) == 1
@@ -67,6 +68,20 @@ def test_a_run_without_privacy_is_charged_and_certificates_of_the_same_data_say_
     assert (certificate["composed"]["releases"], certificate["composed"]["without_privacy"]) == (1, 1)
     assert "and 1 release(s) WITHOUT privacy: with those there is no guarantee" in (tmp_path / "dp_ft" / "release" / "certificate.md").read_text()
     verify(certificate)
+
+
+def test_a_certificate_composes_runs_of_its_own_unit_and_counts_the_others(tmp_path):
+    by_user = RUN.model_copy(update={"experiment": "by_user", "unit": "user", "batch_size": 5, "epochs": 2.0, "max_records_per_unit": 3})
+    rows = groups_of_rows(["a", "b", "c"])
+    said = []
+    for settings in (RUN, by_user):
+        finetune_run(settings, from_frame(rows, settings, test=rows[:3].assign(user="x")), tmp_path / settings.experiment, progress=False)
+        certificate = read_certificate(tmp_path / settings.experiment / "release" / "certificate.json")
+        composed = certificate["composed"]
+        assert composed["epsilon"] == pytest.approx(certificate["epsilon"], rel=1e-3)
+        said.append((certificate["unit"], composed["releases"], composed["other_units"]))
+    assert said == [("row", 1, 0), ("user", 1, 1)]
+    assert "and 1 that protect other units: what those cost is not in it" in certificate.markdown()
 
 
 def test_asking_what_a_sweep_spends_leaves_no_trace(tmp_path):

@@ -117,6 +117,36 @@ def test_overlaps_with_a_corpus_are_counted(fitted):
     assert "share a run of 50 with books.csv" in fitted.certificate["base_model"]["contamination"]
 
 
+def test_two_processes_do_not_sample_the_same_rows(fitted):
+    folder = fitted.folder / "release" / "sample-77-3"
+    folder.mkdir()
+    with locked(folder), pytest.raises(SettingsError, match="another process"):
+        fitted.sample(3, seed=77, progress=False)
+    assert len(fitted.sample(3, seed=77, progress=False)) == 3
+
+
+@pytest.mark.parametrize("rows", [0, -1, 3.7, "5", None])
+def test_rows_come_in_whole_numbers(fitted, rows):
+    with pytest.raises(SettingsError, match="give a whole number, at least 1"):
+        fitted.sample(rows)
+
+
+def test_rows_that_are_cut_are_told(fitted, monkeypatch):
+    monkeypatch.setattr(module, "sample_to_file", lambda *a: (_cut(a[3]), {"unfinished": 0.25})[1])
+    with pytest.warns(UserWarning, match="25% of the rows had not ended at sequence_length, 32 tokens"):
+        fitted.sample(4, seed=78)
+
+
+def _cut(folder):
+    pd.DataFrame({"text": ["a"], "label": ["good"]}).to_parquet(folder / "synthetic.parquet")
+
+
+def test_a_run_is_called_after_its_folder_and_takes_time(fitted):
+    assert (fitted.settings.experiment, Synthesizer("a folder").settings.experiment) == ("small", "synthesizer")
+    numbers = json.loads((fitted.folder / "metrics.json").read_text())
+    assert numbers["seconds"] == numbers["seconds_fit"] > 0
+
+
 def test_two_processes_do_not_fit_in_one_folder(caught, tmp_path):
     with locked(tmp_path), pytest.raises(SettingsError, match="another process"):
         Synthesizer(tmp_path).fit(table())
@@ -191,6 +221,7 @@ def named(caught, monkeypatch, tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         made = pd.DataFrame({"index": rows["id"], "label": rows["stars"], "text": rows["review"]})
         made.drop(columns=[] if settings.label_column else "label").to_parquet(folder / "synthetic.parquet", index=False)
+        return {"unfinished": 0.0}
 
     monkeypatch.setattr(module, "sample_to_file", pretend)
     monkeypatch.setattr(module, "evaluate", lambda *found: caught.__dict__.update(evaluated=found[:3]))
