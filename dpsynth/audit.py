@@ -16,9 +16,8 @@ __all__ = ['POWER', 'Z_POWER', 'DRAWS', 'READERS', 'MIN_ROWS', 'TEXT_WORDS', 'CA
            'check_noise', 'check_inclusion', 'check_batches', 'check_independence', 'Replay', 'training_checks',
            'replay_checks', 'sensitivity_check', 'Contamination', 'contamination', 'loss_membership']
 
-# %% ../nbs/12_audit.ipynb #e173a3ec
+# %% ../nbs/12_audit.ipynb #742be8ea
 import bisect
-import csv
 import dataclasses
 import functools
 import html
@@ -37,7 +36,7 @@ import pyarrow.parquet as pq
 from scipy import special, stats
 
 from .certificate import false_negatives
-from .data import Records, TokenStore, _csv_rows, _json_line, _read_text
+from .data import Records, TokenStore, _check_width, _csv_rows, _json_lines, _json_rows
 from .privacy import Randomness, Session, default_delta, realised_noise_error, strategy, write_private
 from .settings import DataError, PrivacyError
 
@@ -301,7 +300,7 @@ def pairs_bound(train_scores, holdout_scores, delta, *, confidence=0.95, seed=0)
     best = max(candidates[candidates > 0], key=lambda t: bound(choose, t), default=None)
     return 0.0 if best is None else max(0.0, bound(count, best))
 
-# %% ../nbs/12_audit.ipynb #44c5c994
+# %% ../nbs/12_audit.ipynb #f33e8d46
 def _check_names(names, where):
     """Raise DataError if a column is there twice."""
     names = list(map(str, names))
@@ -312,22 +311,15 @@ def _check_names(names, where):
 
 def _read_delimited(path, delimiter=","):
     """Frame of texts. Raises DataError: a name occurs twice, or a row has more or fewer fields than the header."""
-    limit = csv.field_size_limit(2**31 - 1)
-    try:
-        (first, header), *rows = list(_csv_rows(path, delimiter)) or [(1, [])]
-    finally:
-        csv.field_size_limit(limit)
+    (first, header), *rows = _csv_rows(path, delimiter) or [(1, [])]
     _check_names(header, f"{path}, line {first}")
-    for line, fields in rows:
-        if len(fields) != len(header):
-            raise DataError(f"{path}, line {line}: expected {len(header)} fields, saw {len(fields)}")
+    _check_width(path, header, rows, delimiter)
     return pd.DataFrame([fields for _, fields in rows], columns=header, dtype=object)
 
 
 def _read_jsonl(path):
     """Frame of one object a line."""
-    lines = enumerate(_read_text(path).split("\n"), 1)
-    return pd.DataFrame([_json_line(path, i, text) for i, text in lines if text.strip()])
+    return pd.DataFrame([item for _, item in _json_lines(path)])
 
 
 def _read_parquet(path):
@@ -337,7 +329,7 @@ def _read_parquet(path):
 
 
 READERS = {".csv": _read_delimited, ".tsv": functools.partial(_read_delimited, delimiter="\t"), ".parquet": _read_parquet,
-           ".json": lambda path: pd.DataFrame(json.loads(_read_text(path))), ".jsonl": _read_jsonl}
+           ".json": lambda path: pd.DataFrame(_json_rows(path)), ".jsonl": _read_jsonl}
 MIN_ROWS = 20
 
 

@@ -246,7 +246,7 @@ def _checked_labels(raw, where, settings):
     _refuse(where, raw.index, settings.label_column, problems)
     return np.array(labels, np.int64)
 
-# %% ../nbs/01_data.ipynb #5bd1edea
+# %% ../nbs/01_data.ipynb #407960ef
 def _read_text(path):
     """Content of a UTF-8 file, with or without byte order mark."""
     data = path.read_bytes()
@@ -258,16 +258,27 @@ def _read_text(path):
 
 
 def _csv_rows(path, delimiter):
-    """`(line, fields)` of each row that is not blank; a row over several lines counts where it begins."""
+    """List of `(line, fields)` of each row that is not blank; a row over several lines counts where it begins."""
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
-    line = 1
+    rows, line, limit = [], 1, csv.field_size_limit(2**31 - 1)
     try:
         for fields in reader:
             if fields:
-                yield line, fields
+                rows.append((line, fields))
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}, line {line}: broken row ({error})") from None
+    finally:
+        csv.field_size_limit(limit)
+    return rows
+
+
+def _check_width(path, header, rows, delimiter):
+    """Raise for the first row with more or fewer fields than the header."""
+    for line, fields in rows:
+        if len(fields) != len(header):
+            cure = f"; quote a text that contains {delimiter!r}" if len(fields) > len(header) else ""
+            raise DataError(f"{path}, line {line}: expected {len(header)} fields, saw {len(fields)}{cure}")
 
 
 def _as_rows(fields, i, delimiter):
@@ -321,18 +332,11 @@ def _read_delimited(path, settings, delimiter):
         DataError: naming the line, if the file is empty, a column that is read is missing or there twice, a row has more or fewer fields
             than the header, or a quoted field looks like several rows.
     """
-    limit = csv.field_size_limit(2**31 - 1)
-    try:
-        (_, header), *rows = list(_csv_rows(path, delimiter)) or [(1, [])]
-    finally:
-        csv.field_size_limit(limit)
+    (_, header), *rows = _csv_rows(path, delimiter) or [(1, [])]
     if not header:
         raise DataError(f"{path}: empty file")
     _require(path, header, settings)
-    for line, fields in rows:
-        if len(fields) != len(header):
-            cure = f"; quote a text that contains {delimiter!r}" if len(fields) > len(header) else ""
-            raise DataError(f"{path}, line {line}: expected {len(header)} fields, saw {len(fields)}{cure}")
+    _check_width(path, header, rows, delimiter)
     _refuse_merged(path, header, rows, settings, delimiter)
     index = pd.Index([line for line, _ in rows], name="line", dtype=np.int64)
     columns = {name: [fields[header.index(name)] for _, fields in rows] for name in _columns(settings)}
@@ -346,7 +350,7 @@ def _read_csv(path, settings):
 def _read_tsv(path, settings):
     return _read_delimited(path, settings, "\t")
 
-# %% ../nbs/01_data.ipynb #6a4db717
+# %% ../nbs/01_data.ipynb #bd7c5e09
 def _object_frame(objects, path, settings, index=None):
     """Raw frame of a list of dicts; a key that an object lacks is missing there."""
     names = dict.fromkeys(name for item in objects for name in item)
@@ -398,19 +402,28 @@ def _json_line(path, line, text):
     return _row_object(f"{path}, line {line}", *_parsed(path, text, line))
 
 
+def _json_lines(path):
+    """List of `(line, object)` of each line that is not blank."""
+    return [(i, _json_line(path, i, text)) for i, text in enumerate(_read_text(path).split("\n"), 1) if text.strip()]
+
+
 def _read_jsonl(path, settings):
     """Raw frame of a JSON Lines file, indexed by line."""
-    lines = [(i, text) for i, text in enumerate(_read_text(path).split("\n"), 1) if text.strip()]
-    objects = [_json_line(path, i, text) for i, text in lines]
-    return _object_frame(objects, path, settings, pd.Index([i for i, _ in lines], name="line", dtype=np.int64))
+    rows = _json_lines(path)
+    return _object_frame([item for _, item in rows], path, settings, pd.Index([line for line, _ in rows], name="line", dtype=np.int64))
 
 
-def _read_json(path, settings):
-    """Raw frame of a JSON file that is one list of objects."""
+def _json_rows(path):
+    """The objects of a JSON file that is one list of them."""
     objects, twice = _parsed(path, _read_text(path))
     if not isinstance(objects, list):
         raise DataError(f"{path}: expected a list of objects, got {type(objects).__name__}")
-    return _object_frame([_row_object(f"{path}, row {i} (from 0)", item, twice) for i, item in enumerate(objects)], path, settings)
+    return [_row_object(f"{path}, row {i} (from 0)", item, twice) for i, item in enumerate(objects)]
+
+
+def _read_json(path, settings):
+    """Raw frame of a JSON file."""
+    return _object_frame(_json_rows(path), path, settings)
 
 
 def _read_parquet(path, settings):
