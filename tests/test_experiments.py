@@ -12,6 +12,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 
 import nbformat
 import papermill
@@ -424,6 +425,23 @@ def test_seconds_add_up_over_attempts(tmp_path):
     with timed(tmp_path, "audit"):
         pass
     assert read_json(tmp_path / "metrics.json")["seconds"] == numbers["seconds"]  # what an attack takes is no part of the run
+
+
+def test_seconds_of_a_killed_process_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("dpsynth.runs.BEAT", 0.01)
+    clock = tmp_path / ".clock.json"
+    with timed(tmp_path, "fit"):
+        while not clock.exists():
+            time.sleep(0.01)
+        left = read_json(clock)
+    assert left["fit"] > 0 and not clock.exists()
+    monkeypatch.setattr("dpsynth.runs.BEAT", 60)
+    write_json(clock, {"fit": 40.0})  # what a killed process leaves
+    with timed(tmp_path, "sample"):
+        assert not clock.exists()
+    numbers = read_json(tmp_path / "metrics.json")
+    assert 40 < numbers["seconds_fit"] < 45 and numbers["seconds_sample"] < 5 and not clock.exists()
+    assert numbers["seconds"] == pytest.approx(numbers["seconds_fit"] + numbers["seconds_sample"])
 
 
 def test_a_score_that_is_no_number_is_named(tmp_path):
