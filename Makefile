@@ -32,7 +32,7 @@ export: $(VENV)/.installed-dev
 	mkdir -p dpsynth/assets/configs/demo && cp configs/demo/*.yaml dpsynth/assets/configs/demo/
 	$(BIN)/python tools/make_readme.py
 
-bench: $(VENV)/.installed-dev
+bench: $(VENV)/.installed-dev  # more than an hour on two cores, most of it for bands.py, which resumes
 	mkdir -p build/bench
 	for file in benchmarks/*.py; do $(BIN)/python $$file --json build/bench/$$(basename $$file .py).json || exit 1; done
 

@@ -78,6 +78,11 @@ def show(line):
           f"{line['worst_p']:9.2g} {line['epsilon_bound']:7.2f} {line['averaged_score']:8.1f} {line['seconds']:6.1f}  {line['worst']}")
 
 
+def named(lines):
+    """The lines by a name of their own: what was copied, or the number of the fresh sample."""
+    return {f"{line['kind']}, {line['copies']:.0%} copied" + (f", {i}" if line["copies"] == 0 else ""): line for i, line in enumerate(lines)}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=pathlib.Path)
@@ -100,8 +105,8 @@ def main():
         print(f"{kind}: {count} of {args.draws} fresh samples pass")
     print("as it should be" if correct else "WRONG: a copy passed, or too many fresh samples failed")
     if args.json:
-        report = {"name": "copies", "machine": f"{platform.machine()}, {os.cpu_count()} cores", "rows": lines,
-                  "fresh_passed": passed, "fresh_draws": args.draws, "correct": bool(correct)}
+        report = {"name": "copies", "machine": f"{platform.machine()}, {os.cpu_count()} cores", "contenders": named(lines),
+                  "ratios": {f"fresh_{kind}_passed": count / args.draws for kind, count in passed.items()}, "correct": bool(correct)}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0 if correct else 1
 

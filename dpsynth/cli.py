@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FAILED', 'WRONG', 'AUDIT_OPTIONS', 'slow_import', 'demo', 'run', 'results', 'check', 'findings', 'describe_units',
-           'describe_lengths', 'describe_mechanism', 'held', 'fit', 'sample', 'new_seed', 'evaluate', 'audit', 'verify',
-           'ledger', 'settings', 'complain', 'Parser', 'positive', 'seconds', 'count', 'make_parser', 'names',
-           'probability', 'natural', 'exit_code', 'describe_error', 'main']
+           'describe_lengths', 'describe_mechanism', 'held', 'by_hand', 'fit', 'sample', 'new_seed', 'evaluate',
+           'audit', 'verify', 'ledger', 'settings', 'complain', 'Parser', 'positive', 'seconds', 'count', 'make_parser',
+           'names', 'probability', 'natural', 'exit_code', 'describe_error', 'main']
 
 # %% ../nbs/15_cli.ipynb #0cf004e6
 import argparse
@@ -122,7 +122,7 @@ def describe_mechanism(mechanism, units="rows"):
         return f"{updates}, no noise: not private"
     return f"{updates}, noise multiplier {mechanism.noise_multiplier:.4g}, epsilon {mechanism.epsilon:.4g}, delta {mechanism.delta:.3g}"
 
-# %% ../nbs/15_cli.ipynb #500d06ae
+# %% ../nbs/15_cli.ipynb #13032b71
 @contextlib.contextmanager
 def held(folder):
     """The settings of a run folder, held for the length of the block. Raises SettingsError where it is none or another process is at it."""
@@ -132,9 +132,19 @@ def held(folder):
         yield settings
 
 
+@contextlib.contextmanager
+def by_hand(folder):
+    """`held`, for a stage: what status.json says of an earlier end is no longer true once the block has ended well."""
+    from dpsynth import runs
+    with held(folder) as settings:
+        yield settings
+        if runs.read_status(folder)["state"] != "done":
+            (pathlib.Path(folder) / "status.json").unlink(missing_ok=True)
+
+
 def fit(args):
     """Fine-tune, or resume."""
-    with held(args.run) as settings:
+    with by_hand(args.run) as settings:
         pipeline = slow_import("pipeline")
         splits = pipeline.survey(settings).splits
         pipeline.load_stage(settings, args.run, splits)
@@ -144,12 +154,13 @@ def fit(args):
 
 def sample(args):
     """Make the rows of a run, or more rows from its adapter."""
-    with held(args.run) as settings:
-        if args.rows or args.seed is not None:
+    if args.rows or args.seed is not None:
+        with held(args.run) as settings:
             seed = new_seed(settings, args.seed)
             print(slow_import("pipeline").sample_again(settings, args.run, args.rows or settings.num_samples, seed))
-        else:
-            print(_sample_run(settings, args.run))
+            return
+    with by_hand(args.run) as settings:
+        print(_sample_run(settings, args.run))
 
 
 def new_seed(settings, seed=None):
@@ -170,7 +181,7 @@ def _sample_run(settings, folder):
 def evaluate(args):
     """Compare the rows of a run with real test rows."""
     from dpsynth.experiments import collect, results_table
-    with held(args.run) as settings:
+    with by_hand(args.run) as settings:
         pipeline = slow_import("pipeline")
         pipeline.read_rows(pipeline.rows_file(settings, args.run))
         pipeline.evaluate_stage(settings, args.run, pipeline.load_stage(settings, args.run))

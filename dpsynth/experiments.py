@@ -127,8 +127,8 @@ def one_line(name, message):
     message = (message.strip().splitlines() or [""])[0]
     return message if name in OWN_ERRORS and message else f"{name}: {message}".removesuffix(": ")
 
-# %% ../nbs/14_experiments.ipynb #dbae0474
-COLUMNS = ("experiment", "status", "reason", "generator", "private", "epsilon", "delta", "num_samples", "mauve_mean", "mauve_std",
+# %% ../nbs/14_experiments.ipynb #ee0d7d11
+COLUMNS = ("experiment", "status", "reason", "generator", "private", "guarantee", "epsilon", "delta", "num_samples", "mauve_mean", "mauve_std",
            "mauve_embedder", "mauve2_mean", "mauve2_std", "mauve2_embedder", "utility_accuracy", "rejected", "unfinished", "seconds")
 
 
@@ -146,8 +146,15 @@ def _facts(folder):
     settings, status = read_settings(folder), read_status(folder)
     certificate = read_json(folder / "release" / "certificate.json") if settings.private else {}
     return {**read_json(folder / "metrics.json"), "experiment": settings.experiment, "status": status["state"], "reason": status["reason"],
-            "generator": settings.generator, "private": settings.private,
+            "generator": settings.generator, **_guarantee(settings, certificate),
             **{name: certificate.get(name) for name in ("epsilon", "epsilon_replace_one", "delta")}}
+
+
+def _guarantee(settings, certificate):
+    """`private`, true only where a certificate covers the run and its own audit does not contradict it, and the same in words."""
+    refuted = (certificate.get("audit") or {}).get("refuted", False)
+    words = f"ε = {certificate['epsilon']:.4g}" + (", REFUTED" if refuted else "") if certificate else "no guarantee yet"
+    return {"private": bool(certificate) and not refuted, "guarantee": words if settings.private else "not private"}
 
 
 def collect(runs):
@@ -177,7 +184,7 @@ def _read_rows(path):
         raise SettingsError(f"{path}: not a table of runs; give a folder of runs, or what `dpsynth results --format json` wrote")
     return rows
 
-# %% ../nbs/14_experiments.ipynb #decf31e3
+# %% ../nbs/14_experiments.ipynb #664b7a76
 def results_table(rows, format="table"):
     """Rows of `collect` as text: `table`, `markdown`, `csv` or `json`. Raises SettingsError for another format."""
     writers = {"table": _text_table, "markdown": _markdown_table, "csv": _csv_table, "json": _json_table}
@@ -207,20 +214,13 @@ def embedder_name(embedder):
     return kind + colon + (named or ["model"])[-1]
 
 
-def _privacy(row):
-    """What a row has of a guarantee: nothing is known of a run that cannot be read."""
-    if row["private"] and row["epsilon"] is None:
-        return "no guarantee yet"
-    return {True: f"ε = {_number(row['epsilon'], '.4g')}", False: "not private", None: ""}[row["private"]]
-
-
 CUT = "cut"
 
 
 def _cells(row):
     """What people see of a row: dict of header and text."""
     ending = row["status"] + (f": {row['reason']}" if row["reason"] else "")
-    return {"experiment": row["experiment"], "privacy": _privacy(row),
+    return {"experiment": row["experiment"], "privacy": row["guarantee"] or "",
             **{header: _spread(row, score) for header, score in SCORES.items()},
             "utility": _number(row["utility_accuracy"], ".3f"), "rows": _number(row["num_samples"], ","),
             "rejected": _number(row["rejected"], ","), CUT: _number(row["unfinished"], ".0%"), "seconds": _number(row["seconds"], ",.0f"), "status": ending}
@@ -346,7 +346,7 @@ def outcome(error, timeout):
         return "failed", one_line(error.ename, error.evalue)
     return "failed", one_line(type(error).__name__, str(error))
 
-# %% ../nbs/14_experiments.ipynb #9d4e71e1
+# %% ../nbs/14_experiments.ipynb #7f388ca7
 def execute(settings, folder, timeout=None):
     """Run the template with these settings into a run folder; returns `(state, reason)`. Never raises but on interrupt.
 
@@ -363,13 +363,15 @@ def execute(settings, folder, timeout=None):
 def _execute_locked(settings, folder, timeout, lock):
     started = now()
     write_status(folder, "running", started=started)  # before the settings, which may be new: the run as it was is not done with them
+    clean = lambda: remove_times(folder / "notebook.ipynb")
     try:
-        ends = [ending(work, timeout) for work in (lambda: run_template(settings, folder, timeout, lock),
-                                                   lambda: remove_times(folder / "notebook.ipynb"))]
+        end = ending(lambda: run_template(settings, folder, timeout, lock), timeout)
     except KeyboardInterrupt:
         write_status(folder, "killed", "interrupted; run again to resume", started)
+        clean()
         raise
-    state, reason = next((end for end in ends if end[0] != "done"), ends[0])
+    cleaned = ending(clean, timeout)
+    state, reason = end if end[0] != "done" else cleaned
     write_status(folder, state, reason, started)
     return state, reason
 
@@ -403,10 +405,11 @@ def note_old_scores(settings, folder):
 
 
 def remove_times(path):
-    """Take out of an executed notebook, if there is one, what cells wrote to stderr, and papermill's times."""
+    """Take out of an executed notebook, if there is one, what cells wrote to stderr, and the times that were noted of them."""
     if path.exists():
         notebook = nbformat.read(path, 4)
         for part in (notebook, *notebook.cells):
+            part.metadata.pop("execution", None)
             for time in ("start_time", "end_time", "duration"):
                 part.metadata.get("papermill", {}).pop(time, None)
         for cell in notebook.cells:

@@ -8,10 +8,11 @@ __all__ = ['CHUNK_SCORES', 'SAFETY', 'SMALLEST', 'NOT_PRIVATE', 'token_losses', 
            'bucket_lengths', 'microbatches', 'learning_rate', 'flatten', 'unflatten', 'Trainer', 'tokenize', 'train',
            'describe_progress', 'row_losses', 'some_rows', 'held_out_loss', 'self_check', 'prepare_model',
            'prepare_with_hash', 'base_hash', 'processor', 'computation', 'finetune_run', 'mechanism_of', 'count_kept',
-           'training_event', 'begun_release', 'Account', 'estimate_counts', 'overlapping_units', 'likelier_units',
-           'LossLog', 'mark_not_private', 'rehearse_certificate', 'contamination_note', 'label_shares', 'with_prior']
+           'training_event', 'begun_release', 'Account', 'check_counts', 'estimate_counts', 'overlapping_units',
+           'likelier_units', 'LossLog', 'mark_not_private', 'rehearse_certificate', 'contamination_note',
+           'label_shares', 'with_prior']
 
-# %% ../nbs/07_finetune.ipynb #d14e2c03
+# %% ../nbs/07_finetune.ipynb #0a661051
 import contextlib
 import hashlib
 import json
@@ -24,7 +25,7 @@ import time
 
 from .audit import NOISE_ERRORS, contamination
 from .canaries import CanaryCoins, with_canaries
-from .certificate import base_model, make_certificate, write_certificate
+from .certificate import NOT_CHECKED, base_model, make_certificate, write_certificate
 from .data import Records, TokenStore, other_texts
 from .formats import TextFormat
 from .ledger import EXPOSED, RUNS_LEDGER, Ledger, Newcomer, accesses_event, release_id
@@ -413,7 +414,7 @@ def self_check(trainer, before):
     return {"updates": session.step, "realised_over_promised_noise": session.realised_noise, "clipped": trainer.notes[0] / drawn,
             "unusable": trainer.notes[1] / drawn}
 
-# %% ../nbs/07_finetune.ipynb #f26ba7ea
+# %% ../nbs/07_finetune.ipynb #ef24c953
 def prepare_model(settings):
     """The base model with the trainable part set up as the settings say."""
     return prepare_with_hash(settings)[0]
@@ -460,7 +461,8 @@ def finetune_run(settings, splits, folder, progress=True):
     Resumes where it stopped.
 
     Raises:
-        PrivacyError: the folder was started with other settings, data or code, or is not finished and was started on another device.
+        PrivacyError: the folder was started with other settings, data or code, or is not finished and was started on another device, or has lost
+            its counts.
         BudgetError: the run would cross a cap of the ledger.
         SettingsError: the settings do not fit the rows or do not fine-tune, or training diverged.
     """
@@ -480,6 +482,7 @@ def finetune_run(settings, splits, folder, progress=True):
     fmt = TextFormat(settings.prompt, settings.labels)
     if not adapter.exists():
         account.charge("counts", accesses_event(count_accesses(settings).values()))
+    check_counts(settings, private / "counts.json", begun=adapter.exists() or account.is_charged("training"))
     counts = estimate_counts(settings, records, units, private / "counts.json", model)
     mechanism = mechanism_of(settings, splits.train, counts)
     if not adapter.exists():
@@ -598,6 +601,12 @@ class Account:
             self.ledger.finish(f"{self.run_id} {what}")
 
 
+def check_counts(settings, path, begun):
+    """Raise PrivacyError where a training that has begun has lost its counts: drawing them again would be a second release."""
+    if begun and count_accesses(settings) and not path.exists():
+        raise PrivacyError(f"{path}: the counts that this run was charged for are missing; restore the file, or begin in another folder")
+
+
 def estimate_counts(settings, records, units, path, model):
     """The counts that are estimated out of ε, those that the settings ask for, by name; each a list of int.
 
@@ -707,7 +716,7 @@ def contamination_note(settings, counts):
     """What the certificate says about rows that the base model may have read before."""
     notes = {"overlaps": _overlap_note, "likelier": _likelier_note}
     return "; ".join(note(settings, counts[name], count_accesses(settings)[name].noise_multiplier)
-                     for name, note in notes.items() if name in counts) or "not checked"
+                     for name, note in notes.items() if name in counts) or NOT_CHECKED
 
 
 def _overlap_note(settings, counts, scale):

@@ -363,7 +363,7 @@ class LanguageModel:
             return self.causal_lm._build_cache(token_ids=tokens, **mask, **extra)[-1]
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(build, tokens))
 
-# %% ../nbs/06_models.ipynb #5e291f0e
+# %% ../nbs/06_models.ipynb #549b5db8
 def tuning_mode(settings):
     """`lora` or `full`."""
     if settings.tuning != "auto":
@@ -399,7 +399,8 @@ def setup_tuning(model, settings):
 def refuse_cross_example_layers(keras_model):
     """Raise ModelError if a layer lets one example influence another (batch statistics break per-example clipping)."""
     for layer in keras_model._flatten_layers():
-        if isinstance(layer, (keras.layers.BatchNormalization, keras.layers.SpectralNormalization)):
+        mixes = isinstance(layer, (keras.layers.BatchNormalization, keras.layers.SpectralNormalization))
+        if mixes or any(name.startswith("router_aux_loss") for name in vars(layer)):  # mixtures of experts balance them over a batch
             raise ModelError(f"layer {layer.name!r} mixes the examples of a batch, so no per-example guarantee is possible")
 
 # %% ../nbs/06_models.ipynb #0b512c2d

@@ -11,7 +11,7 @@ __all__ = ['ERROR', 'ROWS_ERROR', 'BOUND_ERROR', 'DATA_SETTINGS', 'LIBRARIES', '
            'bytes_kept', 'training_bytes', 'sampling_bytes', 'units_at_once', 'device_speed', 'token_lengths',
            'estimate_memory', 'estimate_operations', 'estimate']
 
-# %% ../nbs/13b_pipeline.ipynb #edae2360
+# %% ../nbs/13b_pipeline.ipynb #0b461507
 import dataclasses
 import json
 import math
@@ -34,13 +34,13 @@ from .formats import TextFormat
 from .models import Unreachable, by_shapes, count_parameters, load_adapter, load_model, load_tokenizer
 from .privacy import Mechanism, Randomness, bind_run, default_delta, load_secret, make_mechanism, write_private
 from .runs import forget_scores, prepare_folder, read_json, record, timed
-from .sampling import sample_to_file
+from .sampling import position_axes, sample_to_file
 from .settings import DataError, DpsynthError, PrivacyError, SettingsError, quiet_libraries
 
 import jax
 import numpy as np
 
-# %% ../nbs/13b_pipeline.ipynb #79736223
+# %% ../nbs/13b_pipeline.ipynb #308359f0
 def device_name():
     """Kind and number of the devices that compute, such as `cpu × 1`."""
     devices = jax.devices()
@@ -49,7 +49,7 @@ def device_name():
 
 def load_stage(settings, folder, splits=None):
     """`Splits` of a run (`splits` where they are known already); makes its folder. Raises DataError."""
-    prepare_folder(settings, folder)
+    prepare_folder(settings, folder, device_name())
     with timed(folder, "load"):
         splits = splits or load(settings)
     units = {"train_units": splits.train.public_units} if settings.unit_count == "public" else {}
@@ -420,7 +420,7 @@ def remember():
         return last[key]
     return look
 
-# %% ../nbs/13b_pipeline.ipynb #be7417e6
+# %% ../nbs/13b_pipeline.ipynb #2aa14b3a
 class Survey:
     """Findings of a preflight. `lenient` notes in `unknown` what is remote and cannot be reached, instead of raising.
 
@@ -435,6 +435,8 @@ class Survey:
         self.tokenizer = self._try(lambda: load_tokenizer(settings.model)) if uses_model else None
         self.prompt_length = check_prompts(settings, self.tokenizer) if self.tokenizer else None
         self.parameters = count_parameters(settings) if self.tokenizer else None
+        if self.tokenizer:  # a model that cannot be sampled from is refused before it is trained and paid for
+            by_shapes(settings, lambda model: jax.tree.leaves(position_axes(model)))
         for name in filter(None, (settings.embedder, settings.second_embedder)):
             self._try(open_embedder(name).check)
         for name in filter(lambda name: getattr(settings, name), ("contamination_corpus", "contamination_reference", "canary_texts")):
@@ -509,7 +511,7 @@ def _total_line(t):
                f"{t.earlier} earlier run(s) included")
     return "privacy: " + "; and ".join(([private] if t.runs + t.earlier else []) + ([without] if t.without_privacy else []))
 
-# %% ../nbs/13b_pipeline.ipynb #2de79f1f
+# %% ../nbs/13b_pipeline.ipynb #67a8e23b
 LIBRARIES = 2 ** 30
 NOT_FUSED = 2 / 3
 
@@ -539,7 +541,7 @@ def training_bytes(model, settings):
 
 
 def sampling_bytes(model, settings):
-    """Bytes that one row of full length needs while it is sampled: its cache, and its scores, which are sorted."""
+    """Bytes that one row of full length needs while it is sampled: its cache, and its scores, which are there three times at most."""
     cache = model.empty_cache(1, settings.sequence_length)
     return sum(map(_bytes, jax.tree.leaves(cache))) + 3 * 4 * model.vocabulary_size
 

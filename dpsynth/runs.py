@@ -50,7 +50,7 @@ def read_json(path):
     except ValueError:
         raise DataError(f"{path}: not valid JSON; remove it and run again") from None
 
-# %% ../nbs/13a_runs.ipynb #d314c77f
+# %% ../nbs/13a_runs.ipynb #4f54bd19
 PACKAGES = ("jax", "jax-privacy", "dp-accounting", "keras", "keras-hub", "mauve-text", "numpy")
 
 
@@ -73,8 +73,8 @@ def run_folder(settings):
     return pathlib.Path(os.environ.get("DPSYNTH_OUT", "runs")) / settings.experiment
 
 
-def prepare_folder(settings, folder):
-    """Make a run folder and write its settings; harmless where both exist."""
+def prepare_folder(settings, folder, device=""):
+    """Make a run folder and write its settings, with the device where it is known; harmless where both exist."""
     folder = pathlib.Path(folder)
     (folder / "release").mkdir(parents=True, exist_ok=True)
     (folder / "private").mkdir(mode=0o700, exist_ok=True)
@@ -82,7 +82,7 @@ def prepare_folder(settings, folder):
     dump_settings(settings, folder / ".settings.tmp")
     text = (folder / ".settings.tmp").read_text(encoding="utf-8")
     (folder / ".settings.tmp").unlink()
-    write_text(folder / "settings.yaml", f"# {version_line()}\n{text}")
+    write_text(folder / "settings.yaml", f"# {version_line()}{device and f', {device}'}\n{text}")
     return folder
 
 

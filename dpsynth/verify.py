@@ -33,15 +33,19 @@ def privacy_profile(accesses, claim, interval):
     events = dp_event.ComposedDpEvent([event(a, claim) for a in accesses if not a.get("added")])
     return lambda delta, rest=pld.PLDAccountant(RELATIONS[claim], interval).compose(events): added + rest.get_epsilon(delta)
 
-# %% ../nbs/03a_verify.ipynb #ab9f5b13
+# %% ../nbs/03a_verify.ipynb #967f50eb
 def verify(certificate, tolerance=1e-3):
     """The recomputed claims of a certificate (dict). Raises ValueError where its mechanisms spend more, or where there can be no such."""
     c, delta, n, interval = certificate, certificate["delta"], certificate["num_units"], certificate["accountant"]["interval"]
-    m, paid = {**c["mechanism"], "mechanism": "dp_sgd", "added": False}, [a for a in c["accesses"] if a["epsilon"] != "public"]
+    m, paid = {**c["mechanism"], "mechanism": "dp_sgd"}, [a for a in c["accesses"] if a["epsilon"] != "public"]
     spent = {claim: privacy_profile(paid, claim, interval) for claim in RELATIONS}
     stated = [(claim, spent[claim], c) for claim in RELATIONS] + [("epsilon", spent["epsilon"], p) for p in (*c["curve"], c["composed"])]
     stated += [("epsilon", privacy_profile([a], "epsilon", interval), {**a, "delta": delta}) for a in paid]
-    checks = [(any({**m, **a} == {**a, **m} for a in paid), "the mechanism it describes is not among the accesses it charges for"),
+    checks = [(not any(a.get("added") and a["mechanism"] != "discrete_laplace" for a in paid), "only a count may be `added`"),
+              ((m["sampler"] == "poisson") == (m["bands"] == 1), f"{m['bands']} band(s) do not go with {m['sampler']} batches"),
+              (("zero-out" in c["adjacency"]) == (COUNT in {a["what"] for a in c["accesses"] if a["epsilon"] == "public"}),
+               f"its neighbours do not go with whether the {COUNT} is public"),
+              (any({**m, **a} == {**a, **m} for a in paid), "the mechanism it describes is not among the accesses it charges for"),
               (math.isclose(m["sampling_probability"] * n, m["expected_batch_size"]), "its batch is not q times the number of units"),
               ([a["epsilon"] == "public" or a.get("added") for a in c["accesses"] if a["what"] == COUNT] == [True], f"the {COUNT} is not paid for"),
               (0 < delta < 1 / n, f"delta {delta:g} is not below 1/n; a whole unit could be published with that probability"),

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -363,6 +364,20 @@ def test_a_full_disk_is_a_reason_like_any_other(template, tmp_path, monkeypatch)
     assert execute(Settings(experiment="c"), tmp_path / "c")[0] == "failed"
 
 
+def test_an_interrupted_run_leaves_no_time_of_an_update(tmp_path, monkeypatch):
+    def interrupted(template, path, *arguments, **options):
+        cell = nbformat.v4.new_code_cell("fit", outputs=[nbformat.v4.new_output("stream", name="stderr", text="1/9 [00:02<00:16]")],
+                                         metadata={"execution": {"iopub.status.busy": "2026-01-01T10:14:04.418429Z"}})
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiments.papermill, "execute_notebook", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        execute(Settings(experiment="c"), tmp_path / "c")
+    text = (tmp_path / "c" / "notebook.ipynb").read_text()
+    assert "fit" in text and not re.search(r"\d\d:\d\d", text) and read_status(tmp_path / "c")["state"] == "killed"
+
+
 MEASURED = "from dpsynth.runs import forget_scores, record\nforget_scores(folder)\nrecord(folder, mauve_mean=0.7)"  # as evaluation does
 
 
@@ -518,9 +533,16 @@ def test_rows_have_the_schema_and_the_order(sweep):
         "non_dp_ft": (False, None, None),
         "use_train": (False, None, None),
         "aaa": (False, None, None),
-        "dp_ft_eps1": (True, None, None),
+        "dp_ft_eps1": (False, None, None),
     }
+    assert {r["guarantee"] for r in rows} == {"not private", "ε = 9.99", "no guarantee yet"}
     assert "no guarantee yet" in next(line for line in results_table(rows).splitlines() if line.startswith("dp_ft_eps1"))
+
+
+def test_a_run_that_its_audit_contradicts_is_not_private(sweep):
+    write_json(sweep / "dp_ft" / "release" / "certificate.json", {"epsilon": 9.99, "delta": 1e-5, "audit": {"refuted": True}})
+    row = next(r for r in collect(sweep) if r["experiment"] == "dp_ft")
+    assert not row["private"] and row["epsilon"] == 9.99 and "ε = 9.99, REFUTED" in results_table([row])
 
 
 def test_tables_say_the_same_in_every_format(sweep):

@@ -5,17 +5,24 @@ import pytest
 from parts import RUN, splits
 from dpsynth import finetune, models, pipeline
 from dpsynth.finetune import make_plain_sum, make_private_sum
-from dpsynth.models import Unreachable, by_shapes, load_model, setup_tuning
+from dpsynth.models import LanguageModel, Unreachable, by_shapes, load_model, setup_tuning
 from dpsynth.privacy import Mechanism, Randomness, Session
 from dpsynth.settings import ModelError, Settings
 
 import jax
-
-# ---- embedders
-
+import jax.numpy as jnp
 
 def survey(lenient=False, **changes):
     return pipeline.survey(RUN.model_copy(update={"experiment": "x", **changes}), lenient=lenient, load=lambda settings: splits(settings=settings))
+
+
+def test_a_model_that_cannot_be_sampled_is_refused_before_it_is_paid_for(monkeypatch):
+    monkeypatch.setattr(LanguageModel, "empty_cache", lambda self, batch, length: jnp.zeros((batch, 4)))  # as of a recurrent model
+    with pytest.raises(ModelError, match="x: model 'tiny': its cache is not a list of positions"):
+        survey()
+
+
+# ---- embedders
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -34,8 +35,16 @@ def test_certificate_verifies_and_a_false_one_does_not(tmp_path):
                        ({"curve": [{"epsilon": 1.0, "delta": 1e-2}]}, "claims"), ({"groups": [{"units": 2, "epsilon": 1.0, "delta": 1e-2}]}, "2 units"),
                        ({"accesses": [cheaper, *others], "mechanism": {**certificate["mechanism"], "noise_multiplier": 0.4}}, "claims"),
                        ({"accesses": [{**training, "epsilon": 0.5}, *others]}, "claims epsilon 0.5 at delta 1.5e-05 for fine-tuning, but spends 9.99"),
-                       ({"accesses": [{**training, "added": True}, *others]}, "not among"),
-                       ({"accesses": [banded, *others], "mechanism": {**certificate["mechanism"], "bands": 73}}, "73 bands are too many"),
+                       ({"accesses": [{**training, "added": True}, *others]}, "only a count may be `added`"),
+                       ({"accesses": [training, {**training, "noise_multiplier": 100.0, "steps": 10**6, "added": True, "epsilon": 0.01}, *others]}, "only a count"),
+                       ({"adjacency": "adding or removing one unit"}, "do not go with whether the number of training units is public"),
+                       ({"mechanism": {**certificate["mechanism"], "sampler": "cyclic poisson"}}, "1 band.s. do not go with cyclic poisson"),
+                       ({"released": [*certificate["released"], "label_prior.json"]}, "shares of the labels are released, and not paid for"),
+                       ({"base_model": {**certificate["base_model"], "contamination": "about 7 (noise of scale 1)"}}, "counted, and not paid for"),
+                       ({"canaries": 10**6}, "more canaries than units"), ({"max_records_per_unit": 50}, "a unit of one row has several"),
+                       ({"accesses": [banded, *others], "mechanism": {**certificate["mechanism"], "bands": 73}}, "do not go with poisson"),
+                       ({"accesses": [banded, *others], "mechanism": {**certificate["mechanism"], "bands": 73, "sampler": "cyclic poisson"}},
+                        "73 bands are too many"),
                        ({"audit": audit}, "its own audit refutes it: epsilon is at least 50"), ({"audit": {"summary": "", "refuted": True}}, "refutes it")):
         with pytest.raises(PrivacyError, match=words):
             verify({**certificate, **lie})
@@ -48,7 +57,8 @@ def test_more_bands_than_updates_do_not_verify():
     verify(certificate)
     training, *others = certificate["accesses"]
     with pytest.raises(PrivacyError, match="4 bands are too many"):
-        verify({**certificate, "accesses": [{**training, "bands": 4}, *others], "mechanism": {**certificate["mechanism"], "bands": 4}})
+        verify({**certificate, "accesses": [{**training, "bands": 4}, *others],
+                "mechanism": {**certificate["mechanism"], "bands": 4, "sampler": "cyclic poisson"}})
 
 
 def test_a_count_that_is_said_to_be_cheaper_than_it_was_does_not_verify():
@@ -68,6 +78,24 @@ def test_a_number_of_units_that_nobody_paid_for_does_not_verify():
     for accesses in (others, [*others, {**count, "added": False}], [*others, count, count]):
         with pytest.raises(PrivacyError, match="the number of training units is not paid for"):
             verify({**certificate, "accesses": accesses})
+
+
+def test_an_added_training_is_refused_by_the_schema(tmp_path):
+    certificate = certificate_of()
+    training, *others = certificate["accesses"]
+    with pytest.raises(jsonschema.ValidationError):
+        write_certificate(Certificate({**certificate, "accesses": [{**training, "added": True}, *others]}), tmp_path)
+
+
+def test_the_number_that_is_stated_is_that_before_or_after_copies_are_dropped():
+    for unit_count, which in (("public", "before"), ("private", "after")):
+        settings = IMDB.model_copy(update={"duplicates": "drop", "unit_count": unit_count})
+        assert certificate_of(settings)["duplicates"].endswith(f"the number of units is that {which}")
+
+
+def test_what_composition_assumes_of_earlier_runs_is_said_where_there_are_any():
+    said = [any("earlier ones" in line for line in c["accountant"]["assumptions"]) for c in (certificate_of(), full_certificate())]
+    assert said == [False, True]
 
 
 def test_certificates_that_were_kept_still_verify(repo):
@@ -167,7 +195,6 @@ def test_groups_are_bounded_by_their_own_accounting():
 
 
 def test_certificate_without_a_part_is_refused(tmp_path):
-    import jsonschema
     whole = certificate_of()
     for part in whole:
         broken = Certificate(whole)
@@ -180,7 +207,7 @@ def test_certificate_without_a_part_is_refused(tmp_path):
 def test_verification_is_a_short_script_on_dp_accounting_alone(tmp_path, repo):
     source = (repo / "dpsynth" / "verify.py").read_text(encoding="utf-8")
     code = [line for line in source.splitlines() if line.strip() and not line.startswith(("#", "__all__"))]  # the last is the exporter's
-    assert len(code) < 40 and "dpsynth" not in "".join(line for line in code if "import" in line)
+    assert len(code) < 45 and "dpsynth" not in "".join(line for line in code if "import" in line)
     (tmp_path / "verify.py").write_text(source)
     write_certificate(certificate_of(), tmp_path)
     done = subprocess.run([sys.executable, "-I", "verify.py", "certificate.json"], cwd=tmp_path, capture_output=True, text=True)

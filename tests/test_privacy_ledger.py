@@ -807,7 +807,7 @@ def replace_key(path, content):
         (spoil_pages, "cannot be used"),
         (lambda path: path.write_bytes(b""), "not a ledger"),
         (set_pragma("application_id", 1), "not a ledger"),
-        (set_pragma("user_version", 7), "version 7, this dpsynth knows 3"),
+        (set_pragma("user_version", 7), "version 7, this dpsynth knows 3; use the dpsynth that wrote it$"),
         (lambda path: path.with_name("ledger.sqlite.key").unlink(), "key of the ledger is missing"),
         (lambda path: replace_key(path, bytes(32)), "does not belong"),
         (lambda path: replace_key(path, b"short"), "32 bytes"),
@@ -821,6 +821,27 @@ def test_a_damaged_or_foreign_file_is_one_clear_error(ledger, film, spoil, words
         with pytest.raises(PrivacyError, match=words) as caught:
             Ledger(ledger.path, make=make).spent("film")
         assert "\n" not in str(caught.value) and str(ledger.path) in str(caught.value)
+
+
+def test_a_ledger_that_knew_no_units_keeps_its_runs_and_caps(ledger, film):
+    ledger.set_cap(film, 9.0, 1e-5)
+    spend(ledger, film, GAUSSIAN, "old")
+    before = ledger.spent(film)
+    with sqlite3.connect(ledger.path) as db:
+        for table in ("datasets", "releases"):
+            db.execute(f"ALTER TABLE {table} DROP COLUMN unit")
+        db.execute("PRAGMA user_version = 2")
+    db.close()
+    later = Ledger(ledger.path)
+    spend(later, film, GAUSSIAN, "new")
+    assert later.spent(film) > before > 0
+    again = later.plan("old", film, GAUSSIAN)  # the run of then is known again
+    assert again.charged
+    for unit, runs in (("row", 2), ("user", 1)):
+        assert later.released_as("film", 1e-5, unit)[1] == runs
+    with pytest.raises(BudgetError, match="over the cap 9"):
+        spend(later, film, pure(9.0), "too much")
+    Ledger(ledger.path)
 
 
 def test_a_ledger_that_disappears_is_not_replaced_by_an_empty_one(ledger, film):

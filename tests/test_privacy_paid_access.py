@@ -17,7 +17,7 @@ from dpsynth.finetune import Account, finetune_run, label_shares
 from dpsynth.ledger import RUNS_LEDGER, Ledger, accesses_event, compose as compose_events
 from dpsynth.pipeline import Survey, fit_stage, load_stage, spending
 from dpsynth.privacy import Access, calibrate_noise, compose, count_accesses, make_mechanism, noisy_counts
-from dpsynth.settings import BudgetError, Settings, SettingsError, make_settings
+from dpsynth.settings import BudgetError, PrivacyError, Settings, SettingsError, make_settings
 
 
 def test_counts_and_training_together_meet_the_target():
@@ -156,6 +156,9 @@ def test_an_exact_number_of_units_that_was_paid_to_be_hidden_is_in_no_file(tmp_p
     fit_stage(settings, tmp_path / "dp", load_stage(settings, tmp_path / "dp", splits(settings=settings)))
     metrics = json.loads((tmp_path / "dp" / "metrics.json").read_text())
     assert "train_units" not in metrics and 40 not in metrics.values()
+    (tmp_path / "dp" / "private" / "counts.json").unlink()
+    with pytest.raises(PrivacyError, match="counts.json: the counts that this run was charged for are missing"):
+        fit_stage(settings, tmp_path / "dp", splits(settings=settings))
 
 
 def test_counts_are_estimated_once_and_used(tmp_path):

@@ -43,3 +43,13 @@ def test_layers_that_mix_examples_are_refused():
     from dpsynth.models import refuse_cross_example_layers
     with pytest.raises(ModelError, match="mixes the examples"):
         refuse_cross_example_layers(keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()]))
+
+
+def test_a_mixture_of_experts_is_refused():
+    from keras_hub.models import MixtralBackbone
+
+    from dpsynth.models import refuse_cross_example_layers
+    backbone = MixtralBackbone(vocabulary_size=64, num_layers=1, num_query_heads=2, hidden_dim=8, intermediate_dim=8,
+                               num_key_value_heads=1, num_experts=2, top_k=1)
+    with pytest.raises(ModelError, match="mixes the examples"):
+        refuse_cross_example_layers(backbone)

@@ -112,6 +112,22 @@ def test_readme_is_the_front_page(repo):
     call(sys.executable, "tools/make_readme.py", "--check", cwd=repo)
 
 
+def test_table_of_what_the_privacy_tests_notice_is_todays(repo):
+    """Also: each text that is to be broken is there once."""
+    tool = runpy.run_path(str(repo / "tools" / "break_lines.py"))
+    assert all(entry.broken(repo) for entry in tool["BREAKS"])
+    table = subprocess.run([sys.executable, "tools/break_lines.py", "--table"], cwd=repo, capture_output=True, text=True, check=True).stdout
+    assert table.strip() and (repo / "tests" / "README.md").read_text(encoding="utf-8").endswith(table)
+
+
+@pytest.mark.parametrize("name", ["bands", "copies", "dp_overhead", "sampling"])
+def test_records_of_measurements_have_their_form(repo, name):
+    record = json.loads((repo / "benchmarks" / "records" / f"{name}.json").read_text())
+    assert record["name"] == name and {"machine", "contenders", "ratios"} <= set(record)
+    assert record["contenders"] and isinstance(record["contenders"], dict) and all(isinstance(r, float) for r in record["ratios"].values())
+    assert record["ratios"].get("ours_over_keras_hub", 4) >= 4 and record["ratios"].get("dp_over_non_dp", 1) <= 1.10
+
+
 @pytest.mark.parametrize("source, packaged", [("nbs/templates/experiment.ipynb", "experiment.ipynb")])
 def test_packaged_copies_are_copies(repo, source, packaged):
     assert (repo / source).read_bytes() == (repo / "dpsynth" / "assets" / packaged).read_bytes()

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from dpsynth.settings import (
+    ELSEWHERE,
     Settings,
     SettingsError,
     affects_result,
@@ -319,6 +320,21 @@ def test_a_name_of_the_tutorial_leads_to_its_settings(name):
     for spelling in {name, name.lower()} - set(Settings.model_fields):
         assert {n for n in Settings.model_fields if repr(n) in message(spelling)} == MEANT[name]
         assert MEANT[name] or "`dpsynth run --out`" in message(spelling)
+
+
+@pytest.mark.parametrize("name, ours", sorted(ELSEWHERE.items()))
+def test_a_name_of_another_tool_leads_to_its_setting(name, ours):
+    assert name not in Settings.model_fields and f"did you mean {ours!r}" in message(name)
+
+
+@pytest.mark.parametrize("bound", [1e-40, 1e30])
+def test_a_clipping_norm_that_float32_cannot_scale_is_refused(bound):
+    with pytest.raises(SettingsError, match="l2_clip_norm"):
+        make_settings({"l2_clip_norm": bound})
+
+
+def test_the_order_of_rows_is_no_setting():
+    assert "each row is learnt by itself" in message("order_training_examples_by")
 
 
 def test_the_case_of_a_name_does_not_hide_it():
