@@ -253,3 +253,8 @@ def test_two_devices_do_what_one_does(tmp_path):
         for name in (*arrays, vectors):
             ours, theirs = (found[name][same] if name == vectors else found[name].astype(float) for found in (one, two))
             assert np.abs(ours - theirs).max() <= 1e-3 * max(1e-6, np.abs(ours).max()), name
+
+
+@pytest.mark.parametrize("model, tuning, mode", [("tiny", "auto", "full"), ("gemma3_1b", "auto", "lora"), ("tiny", "lora", "lora"), ("gemma3_1b", "full", "full")])
+def test_what_is_trained_unless_told_otherwise(model, tuning, mode):
+    assert models.tuning_mode(Settings(model=model, tuning=tuning)) == mode
