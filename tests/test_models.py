@@ -18,7 +18,7 @@ from parts import SETTINGS, trainer
 from dpsynth import models
 from dpsynth.data import TokenStore
 from dpsynth.models import LanguageModel, load_model, setup_tuning
-from dpsynth.settings import ModelError
+from dpsynth.settings import ModelError, Settings
 
 import jax.numpy as jnp
 import keras
