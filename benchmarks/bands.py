@@ -50,12 +50,6 @@ def summary(runs, epsilon):
             "gain": float(gain.mean()), "gain_standard_error": float(gain.std(ddof=1) / len(gain) ** 0.5) if len(gain) > 1 else None}
 
 
-def loss_ratio(runs, epsilon):
-    """Mean loss with `auto` over that with `plain`."""
-    line = summary(runs, epsilon)
-    return line["auto"]["mean"] / line["plain"]["mean"]
-
-
 def measure(args, splits, store, runs):
     """Train what is missing, seeds and contenders in turn; the record is written after each."""
     for epsilon, seed, (name, setting) in itertools.product(args.epsilons, range(args.seeds), (("plain", "1"), ("auto", "auto"))):
@@ -70,8 +64,9 @@ def measure(args, splits, store, runs):
 def write(args, runs):
     """The record, whatever is in it so far."""
     both = [e for e in args.epsilons if {r["contender"] for r in runs if r["epsilon"] == e} == {"plain", "auto"}]
-    record = {"name": "bands", "machine": f"{platform.machine()}, {os.cpu_count()} cores", "contenders": {f"epsilon {e:g}": summary(runs, e) for e in both},
-              "ratios": {f"auto_over_plain_epsilon_{e:g}": loss_ratio(runs, e) for e in both}, "settings": {**vars(args), "json": None}, "runs": runs}
+    lines = {e: summary(runs, e) for e in both}
+    record = {"name": "bands", "machine": f"{platform.machine()}, {os.cpu_count()} cores", "contenders": {f"epsilon {e:g}": line for e, line in lines.items()},
+              "ratios": {f"auto_over_plain_epsilon_{e:g}": line["auto"]["mean"] / line["plain"]["mean"] for e, line in lines.items()}, "settings": {**vars(args), "json": None}, "runs": runs}
     if args.json:
         args.json.write_text(json.dumps(record, indent=1, default=str) + "\n")
     return record

@@ -396,7 +396,7 @@ def _was_used(path):
     """Whether the key in a file has had a ledger: then it is read-only, and the ledger is not made anew when it is gone."""
     return not path.stat().st_mode & stat.S_IWUSR
 
-# %% ../nbs/05_ledger.ipynb #fba02355
+# %% ../nbs/05_ledger.ipynb #cf045082
 SCHEMA_VERSION, WITHOUT_UNITS, APPLICATION = 3, 2, 0x64707379  # "dpsy"
 UNKNOWN_UNIT = ""
 SCHEMA = """
@@ -444,12 +444,14 @@ def _check_file(db, path, key):
 
 def _upgrade(db):
     """Bring a ledger of version 2, which did not know what its units were, to this one; harmless where another process has just done so."""
-    db.execute("BEGIN IMMEDIATE")
-    if db.execute("PRAGMA user_version").fetchone()[0] == WITHOUT_UNITS:
-        for table in ("datasets", "releases"):
-            db.execute(f"ALTER TABLE {table} ADD COLUMN unit TEXT NOT NULL DEFAULT '{UNKNOWN_UNIT}'")
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    db.execute("COMMIT")
+    is_old = lambda: db.execute("PRAGMA user_version").fetchone()[0] == WITHOUT_UNITS
+    if not is_old():  # asked without keeping writers out
+        return
+    with _transaction(db):
+        if is_old():
+            for table in ("datasets", "releases"):
+                db.execute(f"ALTER TABLE {table} ADD COLUMN unit TEXT NOT NULL DEFAULT '{UNKNOWN_UNIT}'")
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
 @contextlib.contextmanager
