@@ -12,7 +12,7 @@ __all__ = ['CHUNK_SCORES', 'SAFETY', 'SMALLEST', 'NOT_PRIVATE', 'token_losses', 
            'likelier_units', 'LossLog', 'mark_not_private', 'rehearse_certificate', 'contamination_note',
            'label_shares', 'with_prior']
 
-# %% ../nbs/07_finetune.ipynb #0a661051
+# %% ../nbs/07_finetune.ipynb #d14e2c03
 import contextlib
 import hashlib
 import json
@@ -25,7 +25,7 @@ import time
 
 from .audit import NOISE_ERRORS, contamination
 from .canaries import CanaryCoins, with_canaries
-from .certificate import NOT_CHECKED, base_model, make_certificate, write_certificate
+from .certificate import base_model, make_certificate, write_certificate
 from .data import Records, TokenStore, other_texts
 from .formats import TextFormat
 from .ledger import EXPOSED, RUNS_LEDGER, Ledger, Newcomer, accesses_event, release_id
@@ -414,7 +414,7 @@ def self_check(trainer, before):
     return {"updates": session.step, "realised_over_promised_noise": session.realised_noise, "clipped": trainer.notes[0] / drawn,
             "unusable": trainer.notes[1] / drawn}
 
-# %% ../nbs/07_finetune.ipynb #ef24c953
+# %% ../nbs/07_finetune.ipynb #ee72c930
 def prepare_model(settings):
     """The base model with the trainable part set up as the settings say."""
     return prepare_with_hash(settings)[0]
@@ -716,7 +716,7 @@ def contamination_note(settings, counts):
     """What the certificate says about rows that the base model may have read before."""
     notes = {"overlaps": _overlap_note, "likelier": _likelier_note}
     return "; ".join(note(settings, counts[name], count_accesses(settings)[name].noise_multiplier)
-                     for name, note in notes.items() if name in counts) or NOT_CHECKED
+                     for name, note in notes.items() if name in counts) or "not checked"
 
 
 def _overlap_note(settings, counts, scale):
