@@ -6,9 +6,9 @@
 __all__ = ['TINY', 'CARD', 'PROBE_SECONDS', 'WEIGHTS', 'NETWORK_WORDS', 'REFUSAL_WORDS', 'preset_path', 'preset_hash',
            'Unreachable', 'has_weights', 'in_hub_cache', 'check_hub', 'first_line', 'is_remote', 'load_model',
            'is_embedding_preset', 'load_embedder', 'check_embedder_preset', 'spread', 'everywhere', 'divisible',
-           'recomputed', 'LanguageModel', 'tuning_mode', 'lora_layers', 'enable_lora', 'setup_tuning',
-           'refuse_cross_example_layers', 'load_tokenizer', 'count_parameters', 'by_shapes', 'save_adapter',
-           'load_adapter']
+           'recomputed', 'adapted_layers', 'takes_adapter_apart', 'call_apart', 'adapters_apart', 'LanguageModel',
+           'tuning_mode', 'lora_layers', 'enable_lora', 'setup_tuning', 'refuse_cross_example_layers', 'load_tokenizer',
+           'count_parameters', 'by_shapes', 'save_adapter', 'load_adapter']
 
 # %% ../nbs/06_models.ipynb #e13cde47
 import contextlib
@@ -262,6 +262,47 @@ def recomputed(blocks):
         for block in blocks:
             vars(block).pop("call", None)
 
+
+def adapted_layers(causal_lm):
+    """Layers that carry an adapter."""
+    return [layer for layer in causal_lm._flatten_layers() if getattr(layer, "lora_enabled", False) and hasattr(layer, "_kernel")]
+
+
+def takes_adapter_apart(layer):
+    """Whether what `call_apart` gives is what the layer computes: a plain projection whose kernel ends in the outputs' last axis."""
+    if type(layer) not in (keras.layers.Dense, keras.layers.EinsumDense) or layer.quantization_mode:
+        return False
+    kernel, outputs = getattr(layer, "equation", "i,io->o").split(",")[1].split("->")
+    return kernel[-1] == outputs[-1]
+
+
+def call_apart(layer):
+    """`layer.call` with the adapter's two thin products beside the kernel's own, and not a sum of kernel and adapter.
+
+    The gradient of such a sum is as large as the kernel, for each example; a thin product needs none of that size.
+    """
+    product = functools.partial(keras.ops.einsum, layer.equation) if hasattr(layer, "equation") else keras.ops.matmul
+
+    def call(inputs, training=None):
+        thin = keras.ops.matmul(product(inputs, layer.lora_kernel_a), layer.lora_kernel_b)
+        outputs = product(inputs, layer._kernel) + layer.lora_alpha / layer.lora_rank * thin
+        outputs = outputs if layer.bias is None else outputs + layer.bias
+        return outputs if layer.activation is None else layer.activation(outputs)
+    return call
+
+
+@contextlib.contextmanager
+def adapters_apart(causal_lm):
+    """Inside, layers compute their adapters as `call_apart` does, where it gives what they give."""
+    layers = [layer for layer in adapted_layers(causal_lm) if takes_adapter_apart(layer)]
+    try:
+        for layer in layers:
+            layer.call = call_apart(layer)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("call", None)
+
 # %% ../nbs/06_models.ipynb #4f44b3ce
 class LanguageModel:
     """A keras_hub `CausalLM` as pure functions of its weights, with its tokenizer.
@@ -338,7 +379,7 @@ class LanguageModel:
     def hidden(self, trainable, frozen, tokens, mask):
         """Final states [batch, length, hidden_dim] of tokens [batch, length]; `mask` is 1 on real tokens."""
         blocks = getattr(self.causal_lm.backbone, "transformer_layers", ()) if self.rematerialize else ()
-        with self._scope(trainable, frozen), recomputed(blocks):
+        with self._scope(trainable, frozen), recomputed(blocks), adapters_apart(self.causal_lm):
             return self.causal_lm.backbone(self._inputs(tokens, mask))
 
     def logits(self, trainable, frozen, hidden):

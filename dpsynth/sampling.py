@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['DRAW_BLOCK', 'OF_SLOTS', 'STEPS', 'ROUNDS', 'BLOCK', 'SPARE_BLOCK', 'MANY_ROWS', 'DECIDING', 'assign_prompts',
            'Choice', 'penalize', 'keep_top_k', 'outranking', 'in_nucleus', 'draw', 'sample_nucleus', 'samplable',
-           'choose', 'kept', 'Prompts', 'position_axes', 'pad_prompts', 'build_prefill', 'prefill', 'adapted_layers',
-           'merged_weights', 'adapters_off', 'product', 'evaluate', 'reorder_products', 'Slots', 'Block', 'refill',
-           'record', 'token_key', 'decode_step', 'cut_cache', 'paste_cache', 'build_look', 'shrink', 'among_devices',
-           'empty_slots', 'boundaries', 'Sample', 'Decoder', 'progress_bar', 'sample_stream', 'to_row', 'whole_lines',
-           'cut', 'append_lines', 'replace_file', 'Files', 'files_in', 'save_state', 'weights_hash', 'open_state',
-           'resume', 'block_record', 'decode_block', 'count_rows', 'sample_blocks', 'finish', 'summary', 'sample_rows',
+           'choose', 'kept', 'Prompts', 'position_axes', 'pad_prompts', 'build_prefill', 'prefill', 'merged_weights',
+           'adapters_off', 'product', 'evaluate', 'reorder_products', 'Slots', 'Block', 'refill', 'record', 'token_key',
+           'decode_step', 'cut_cache', 'paste_cache', 'build_look', 'shrink', 'among_devices', 'empty_slots',
+           'boundaries', 'Sample', 'Decoder', 'progress_bar', 'sample_stream', 'to_row', 'whole_lines', 'cut',
+           'append_lines', 'replace_file', 'Files', 'files_in', 'save_state', 'weights_hash', 'open_state', 'resume',
+           'block_record', 'decode_block', 'count_rows', 'sample_blocks', 'finish', 'summary', 'sample_rows',
            'sample_to_file']
 
 # %% ../nbs/08_sampling.ipynb #2010983d
@@ -32,7 +32,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from tqdm import tqdm
 
 from .formats import CONTROL_TOKENS, Rejected
-from .models import everywhere, spread
+from .models import adapted_layers, everywhere, spread
 from .settings import DataError, ModelError, SettingsError, result_settings
 
 # %% ../nbs/08_sampling.ipynb #abe72471
@@ -183,14 +183,9 @@ def prefill(model, weights, prompts, max_length):
     return Prompts(jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches), jnp.asarray(last), jnp.asarray(length), jnp.asarray(seen))
 
 # %% ../nbs/08_sampling.ipynb #310f82ad
-def adapted_layers(model):
-    """Layers that carry an adapter."""
-    return [layer for layer in model.causal_lm._flatten_layers() if getattr(layer, "lora_enabled", False) and hasattr(layer, "_kernel")]
-
-
 def merged_weights(model):
     """(trainable, frozen) as `LanguageModel.step` takes them, with adapters added to their kernels; use inside `adapters_off`."""
-    merged = {id(layer._kernel): layer.kernel for layer in adapted_layers(model)}
+    merged = {id(layer._kernel): layer.kernel for layer in adapted_layers(model.causal_lm)}
     return tuple([merged.get(id(v), v.value) for v in variables]
                  for variables in (model.causal_lm.trainable_variables, model.causal_lm.non_trainable_variables))
 
@@ -198,7 +193,7 @@ def merged_weights(model):
 @contextlib.contextmanager
 def adapters_off(model):
     """Inside, the model's layers ignore their adapters."""
-    layers = adapted_layers(model)
+    layers = adapted_layers(model.causal_lm)
     try:
         for layer in layers:
             layer.lora_enabled = False
