@@ -262,7 +262,7 @@ def recomputed(blocks):
         for block in blocks:
             vars(block).pop("call", None)
 
-
+# %% ../nbs/06_models.ipynb #388ee8ca
 def adapted_layers(causal_lm):
     """Layers that carry an adapter."""
     return [layer for layer in causal_lm._flatten_layers() if getattr(layer, "lora_enabled", False) and hasattr(layer, "_kernel")]

@@ -2,7 +2,9 @@
 
 import functools
 import http.server
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,11 +17,12 @@ import numpy as np
 import pytest
 
 from parts import SETTINGS, trainer
-from dpsynth import models
+from dpsynth import finetune, models
 from dpsynth.data import TokenStore
 from dpsynth.models import LanguageModel, load_model, setup_tuning
 from dpsynth.settings import ModelError, Settings
 
+import jax
 import jax.numpy as jnp
 import keras
 import keras_hub
@@ -253,6 +256,43 @@ def test_two_devices_do_what_one_does(tmp_path):
         for name in (*arrays, vectors):
             ours, theirs = (found[name][same] if name == vectors else found[name].astype(float) for found in (one, two))
             assert np.abs(ours - theirs).max() <= 1e-3 * max(1e-6, np.abs(ours).max()), name
+
+
+LAYERS = {
+    "dense": (lambda: keras.layers.Dense(6, activation="gelu"), (4, 5), True),
+    "without bias": (lambda: keras.layers.EinsumDense("btd,ndh->btnh", (None, 3, 6)), (2, 4, 5), True),
+    "two axes summed": (lambda: keras.layers.EinsumDense("btnh,nhd->btd", (None, 6), bias_axes="d", activation="relu"), (2, 4, 3, 5), True),
+    "kernel's last axis summed": (lambda: keras.layers.EinsumDense("btd,fd->btf", (None, 6)), (2, 4, 5), False),
+    "another class": (lambda: type("Mine", (keras.layers.Dense,), {})(6), (4, 5), False),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_adapter_apart_gives_what_the_layer_gives(name):
+    make, shape, apart = LAYERS[name]
+    layer, rng = make(), np.random.default_rng(3)
+    inputs = jnp.array(rng.normal(size=shape), "float32")
+    layer(inputs)
+    layer.enable_lora(2, lora_alpha=3)
+    layer.lora_kernel_b.assign(rng.normal(size=layer.lora_kernel_b.shape))
+    assert models.takes_adapter_apart(layer) == apart
+    if apart:
+        assert np.allclose(models.call_apart(layer)(inputs), layer(inputs), atol=1e-5)
+    holder = keras.Sequential([keras.Input(shape[1:]), layer])
+    with models.adapters_apart(holder):
+        assert ("call" in vars(layer)) == apart
+    assert "call" not in vars(layer)
+
+
+def test_no_example_has_a_gradient_of_a_kernels_size():
+    model = load_model("tiny")
+    setup_tuning(model, SETTINGS.model_copy(update={"tuning": "lora", "lora_rank": 2, "lora_targets": "all"}))
+    rows = {"tokens": jnp.ones((3, 1, 16), "int32"), "prompt_length": jnp.ones((3, 1), "int32"), "total_length": jnp.full((3, 1), 16)}
+    loss = lambda trainable, *row: finetune.unit_loss(model, trainable, model.frozen, *row)
+    one_each = lambda trainable: jax.vmap(jax.grad(loss), (None, 0, 0, 0))(trainable, *rows.values())
+    kernels = {math.prod(layer._kernel.shape) for layer in models.adapted_layers(model.causal_lm)}
+    made = {math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[(3,[\d,]+)\] = dot_general", str(jax.make_jaxpr(one_each)(model.trainable)))}
+    assert made and not made & {3 * kernel for kernel in kernels}
 
 
 @pytest.mark.parametrize("model, tuning, mode", [("tiny", "auto", "full"), ("gemma3_1b", "auto", "lora"), ("tiny", "lora", "lora"), ("gemma3_1b", "full", "full")])

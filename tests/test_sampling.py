@@ -9,7 +9,7 @@ import pytest
 
 from dpsynth import sampling
 from dpsynth.formats import Rejected, TextFormat
-from dpsynth.models import TINY, LanguageModel, load_model, setup_tuning
+from dpsynth.models import TINY, LanguageModel, adapted_layers, load_model, setup_tuning
 from dpsynth.settings import DataError, ModelError, Settings, SettingsError
 
 import jax
