@@ -649,6 +649,10 @@ def test_the_record_of_a_sweep_reads_like_the_sweep(sweep, tmp_path, repo):
     shutil.rmtree(sweep / "aaa")
     with pytest.raises(SystemExit, match="missing: aaa"):
         tool["keep_all"](sweep, tmp_path / "records" / "imdb")
+    before = collect(tmp_path / "records" / "imdb")
+    write_status(sweep / "dp_ft_eps1", "running")
+    assert tool["keep_all"](sweep, tmp_path / "records" / "imdb", add=True) == sorted(row["experiment"] for row in before)
+    assert collect(tmp_path / "records" / "imdb") == before
 
 
 @pytest.mark.parametrize("content", ["{}", '{"mauve_mean": 0.8}', "[3]", '[{"experiment": "a"}]'])

@@ -4,7 +4,8 @@
 
 Copies of every run in a folder of runs its settings, status, numbers, its certificate or the note that it is not private, and the first 50 rows
 where they are synthetic. Nothing is copied from `private/`, where the rows are real. `dpsynth results` reads such a record like the runs
-themselves. A run that is not done, or an experiment that the record would lose, is an error, and then nothing is changed.
+themselves. A run that is not done, or an experiment that the record would lose, is an error, and then nothing is changed. With `--add`, for a sweep
+that takes days or several machines, runs that are not done are left out and experiments that only the record has stay in it.
 """
 import argparse
 import itertools
@@ -35,29 +36,34 @@ def keep(run, target):
         (target / "release").rmdir()
 
 
-def keep_all(runs, target):
-    """Replace the record `target` by that of the runs in a folder; returns the names of the experiments."""
+def keep_all(runs, target, add=False):
+    """Replace the record `target` by that of the runs in a folder, or add those that are done to it; returns the names of the experiments."""
     found = sorted(path.parent for path in runs.glob("*/settings.yaml"))
     undone = [run.name for run in found if read_json(run / "status.json").get("state") != "done"]
+    if add:
+        found, undone = [run for run in found if run.name not in undone], []
     lost = {path.parent.name for path in target.glob("*/settings.yaml")} - {run.name for run in found}
-    if not found or undone or lost:
+    if not found or undone or (lost and not add):
         sys.exit(f"error: {runs}: " + (f"not done: {', '.join(undone)}" if undone else f"missing: {', '.join(sorted(lost))}" if lost else "no runs"))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         for run in found:
             keep(run, pathlib.Path(scratch) / "new" / run.name)
+        for name in lost:
+            shutil.copytree(target / name, pathlib.Path(scratch) / "new" / name)
         if target.exists():
             target.rename(pathlib.Path(scratch) / "old")
         (pathlib.Path(scratch) / "new").rename(target)
-    return [run.name for run in found]
+    return sorted({run.name for run in found} | lost)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=pathlib.Path)
     parser.add_argument("target", type=pathlib.Path)
+    parser.add_argument("--add", action="store_true")
     args = parser.parse_args()
-    print(*keep_all(args.runs, args.target), sep="\n")
+    print(*keep_all(args.runs, args.target, args.add), sep="\n")
 
 
 if __name__ == "__main__":
