@@ -6,9 +6,9 @@
 __all__ = ['TINY', 'CARD', 'PROBE_SECONDS', 'WEIGHTS', 'NETWORK_WORDS', 'REFUSAL_WORDS', 'preset_path', 'preset_hash',
            'Unreachable', 'has_weights', 'in_hub_cache', 'check_hub', 'first_line', 'is_remote', 'load_model',
            'is_embedding_preset', 'load_embedder', 'check_embedder_preset', 'spread', 'everywhere', 'divisible',
-           'recomputed', 'adapted_layers', 'takes_adapter_apart', 'call_apart', 'adapters_apart', 'LanguageModel',
-           'tuning_mode', 'lora_layers', 'enable_lora', 'setup_tuning', 'refuse_cross_example_layers', 'load_tokenizer',
-           'count_parameters', 'by_shapes', 'save_adapter', 'load_adapter']
+           'called_as', 'recomputed', 'adapted_layers', 'takes_adapter_apart', 'call_apart', 'adapters_apart',
+           'LanguageModel', 'tuning_mode', 'lora_layers', 'enable_lora', 'setup_tuning', 'refuse_cross_example_layers',
+           'load_tokenizer', 'count_parameters', 'by_shapes', 'save_adapter', 'load_adapter']
 
 # %% ../nbs/06_models.ipynb #e13cde47
 import contextlib
@@ -252,20 +252,25 @@ def divisible(count):
 
 # %% ../nbs/06_models.ipynb #3596bf7a
 @contextlib.contextmanager
-def recomputed(blocks):
-    """Inside, what these layers compute is not kept for the backward pass."""
+def called_as(layers, make_call):
+    """Inside, each of these layers computes what `make_call(layer)` does in the place of its own `call`."""
     try:
-        for block in blocks:
-            block.call = jax.checkpoint(block.call)
+        for layer in layers:
+            layer.call = make_call(layer)
         yield
     finally:
-        for block in blocks:
-            vars(block).pop("call", None)
+        for layer in layers:
+            vars(layer).pop("call", None)
+
+
+def recomputed(blocks):
+    """Inside, what these layers compute is not kept for the backward pass."""
+    return called_as(blocks, lambda block: jax.checkpoint(block.call))
 
 # %% ../nbs/06_models.ipynb #388ee8ca
-def adapted_layers(causal_lm):
+def adapted_layers(model):
     """Layers that carry an adapter."""
-    return [layer for layer in causal_lm._flatten_layers() if getattr(layer, "lora_enabled", False) and hasattr(layer, "_kernel")]
+    return [layer for layer in model.causal_lm._flatten_layers() if getattr(layer, "lora_enabled", False) and hasattr(layer, "_kernel")]
 
 
 def takes_adapter_apart(layer):
@@ -291,17 +296,9 @@ def call_apart(layer):
     return call
 
 
-@contextlib.contextmanager
-def adapters_apart(causal_lm):
+def adapters_apart(model):
     """Inside, layers compute their adapters as `call_apart` does, where it gives what they give."""
-    layers = [layer for layer in adapted_layers(causal_lm) if takes_adapter_apart(layer)]
-    try:
-        for layer in layers:
-            layer.call = call_apart(layer)
-        yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("call", None)
+    return called_as(list(filter(takes_adapter_apart, adapted_layers(model))), call_apart)
 
 # %% ../nbs/06_models.ipynb #4f44b3ce
 class LanguageModel:
@@ -379,7 +376,7 @@ class LanguageModel:
     def hidden(self, trainable, frozen, tokens, mask):
         """Final states [batch, length, hidden_dim] of tokens [batch, length]; `mask` is 1 on real tokens."""
         blocks = getattr(self.causal_lm.backbone, "transformer_layers", ()) if self.rematerialize else ()
-        with self._scope(trainable, frozen), recomputed(blocks), adapters_apart(self.causal_lm):
+        with self._scope(trainable, frozen), recomputed(blocks), adapters_apart(self):
             return self.causal_lm.backbone(self._inputs(tokens, mask))
 
     def logits(self, trainable, frozen, hidden):

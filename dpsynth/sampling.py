@@ -185,7 +185,7 @@ def prefill(model, weights, prompts, max_length):
 # %% ../nbs/08_sampling.ipynb #310f82ad
 def merged_weights(model):
     """(trainable, frozen) as `LanguageModel.step` takes them, with adapters added to their kernels; use inside `adapters_off`."""
-    merged = {id(layer._kernel): layer.kernel for layer in adapted_layers(model.causal_lm)}
+    merged = {id(layer._kernel): layer.kernel for layer in adapted_layers(model)}
     return tuple([merged.get(id(v), v.value) for v in variables]
                  for variables in (model.causal_lm.trainable_variables, model.causal_lm.non_trainable_variables))
 
@@ -193,7 +193,7 @@ def merged_weights(model):
 @contextlib.contextmanager
 def adapters_off(model):
     """Inside, the model's layers ignore their adapters."""
-    layers = adapted_layers(model.causal_lm)
+    layers = adapted_layers(model)
     try:
         for layer in layers:
             layer.lora_enabled = False

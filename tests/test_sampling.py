@@ -223,7 +223,7 @@ def test_adapters_are_merged_and_left_in_place():
     rows = decode(model, top_k=1)
     text = model.decode([i for i in expected if i not in model.stop_ids])
     assert {sample.text for sample in rows.values() if sample.prompt == 0} == {text}
-    assert all(layer.lora_enabled for layer in adapted_layers(model.causal_lm))
+    assert all(layer.lora_enabled for layer in adapted_layers(model))
 
 
 def test_another_family_with_another_cache():
