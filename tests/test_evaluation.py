@@ -93,7 +93,7 @@ def test_a_model_made_for_embedding_pools_by_itself(tiny, monkeypatch, tmp_path)
         vocabulary_size=tiny.model.vocabulary_size, image_size=16, num_layers=1, num_query_heads=2, num_key_value_heads=1, hidden_dim=16,
         intermediate_dim=32, head_dim=8, vision_encoder=None, is_embedding_model=True, pooling_intermediate_dim=32, embedding_dim=12)
     parts = types.SimpleNamespace(preprocessor=types.SimpleNamespace(tokenizer=tiny.model.tokenizer), backbone=backbone,
-                                  trainable_variables=backbone.trainable_variables,
+                                  _flatten_layers=backbone._flatten_layers, trainable_variables=backbone.trainable_variables,
                                   non_trainable_variables=backbone.non_trainable_variables)
     monkeypatch.setattr(evaluation, "load_embedder", lambda name: LanguageModel(parts, name))
     for _ in range(2):  # computed, then from the cache
