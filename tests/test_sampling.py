@@ -275,7 +275,8 @@ def make(model, folder, settings=SETTINGS, fmt=Picky(FORMAT.prompt, FORMAT.label
 def test_boundaries_cover_every_index_once():
     for n in (1, 5, 64, 512, 513, 10000, 300000):
         edges = sampling.boundaries(n)
-        assert edges[0] == 0 and n in edges and edges[-1] == 2 * n and max(np.diff(edges)) <= sampling.BLOCK and min(np.diff(edges)) > 0
+        assert edges[0] == 0 and n in edges and edges[-1] == max(2 * n, n + 100)
+        assert max(np.diff(edges)) <= sampling.BLOCK and min(np.diff(edges)) > 0
 
 
 def test_files_hold_the_rows_and_the_rejections(model, small_blocks, tmp_path):
@@ -400,8 +401,18 @@ def test_too_many_rejections_say_why(model, small_blocks, tmp_path, monkeypatch)
             return Rejected("never")
     monkeypatch.setattr(sampling, "Decoder", FakeDecoder)
     small = SETTINGS.model_copy(update={"num_samples": 5})
-    with pytest.raises(DataError, match=r"only 0 of 10 samples made rows, 5 were wanted; rejected: \{'never': 10\}"):
+    with pytest.raises(DataError, match=r"only 0 of 105 samples made rows, 5 were wanted; rejected: \{'never': 105\}"):
         make(model, tmp_path, small, Never(FORMAT.prompt, FORMAT.labels))
+
+
+def test_one_row_does_not_hang_on_the_first_two_samples(model, tmp_path, monkeypatch):
+    class Seldom(TextFormat):
+        def decode(self, text):
+            return super().decode(text) if text == "text 40" else Rejected("seldom")
+    monkeypatch.setattr(sampling, "Decoder", FakeDecoder)
+    made = make(model, tmp_path, SETTINGS.model_copy(update={"num_samples": 1}), Seldom(FORMAT.prompt, FORMAT.labels))
+    assert made["rows"] == 1 and made["rejected"] == {"seldom": 40}
+    assert [json.loads(line)["index"] for line in (tmp_path / "synthetic.jsonl").read_bytes().splitlines()] == [40]
 
 
 def test_no_label_column_no_label(model, tmp_path, monkeypatch):
