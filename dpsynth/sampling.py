@@ -8,10 +8,10 @@ __all__ = ['DRAW_BLOCK', 'OF_SLOTS', 'STEPS', 'ROUNDS', 'BLOCK', 'SPARE_BLOCK', 
            'samplable', 'choose', 'kept', 'Prompts', 'position_axes', 'pad_prompts', 'build_prefill', 'prefill',
            'merged_weights', 'adapters_off', 'product', 'evaluate', 'reorder_products', 'Slots', 'Block', 'refill',
            'record', 'token_key', 'decode_step', 'cut_cache', 'paste_cache', 'build_look', 'shrink', 'among_devices',
-           'empty_slots', 'most_samples', 'boundaries', 'Sample', 'Decoder', 'progress_bar', 'sample_stream', 'to_row',
-           'whole_lines', 'cut', 'append_lines', 'replace_file', 'Files', 'files_in', 'save_state', 'weights_hash',
-           'open_state', 'resume', 'block_record', 'decode_block', 'count_rows', 'sample_blocks', 'finish', 'summary',
-           'sample_rows', 'sample_to_file']
+           'empty_slots', 'boundaries', 'Sample', 'Decoder', 'progress_bar', 'sample_stream', 'to_row', 'whole_lines',
+           'cut', 'append_lines', 'replace_file', 'Files', 'files_in', 'save_state', 'weights_hash', 'open_state',
+           'resume', 'block_record', 'decode_block', 'count_rows', 'sample_blocks', 'finish', 'summary', 'sample_rows',
+           'sample_to_file']
 
 # %% ../nbs/08_sampling.ipynb #2010983d
 import contextlib
@@ -365,18 +365,12 @@ def empty_slots(row_cache, slots, rows, max_length, vocabulary):
                  jnp.zeros((rows, max_length), "int32"), length, jnp.zeros(rows, bool), jnp.int32(0))
 
 # %% ../nbs/08_sampling.ipynb #6df3fafa
-BLOCK, SPARE_BLOCK = 512, 64
-SPARE_SAMPLES = 100
-
-
-def most_samples(num_samples):
-    """Samples that are made at most for `num_samples` rows: twice as many, and at least `SPARE_SAMPLES` more."""
-    return num_samples + max(num_samples, SPARE_SAMPLES)
+BLOCK, SPARE_BLOCK, SPARE_SAMPLES = 512, 64, 100
 
 
 def boundaries(num_samples):
-    """Sample indices at which blocks begin, from 0 to `num_samples`, and on to `most_samples` for replacements."""
-    most = most_samples(num_samples)
+    """Sample indices at which blocks begin, from 0 to `num_samples`, and on to twice as many, at least `SPARE_SAMPLES` more, for replacements."""
+    most = num_samples + max(num_samples, SPARE_SAMPLES)
     size = -(-num_samples // -(-num_samples // BLOCK))
     return sorted({*range(0, num_samples, size), *range(num_samples, most, min(SPARE_BLOCK, num_samples)), most})
 
@@ -642,18 +636,18 @@ def sample_rows(model, settings, fmt, files, state, progress):
     """Bring the files of a begun run to `num_samples` rows.
 
     Raises:
-        DataError: if `most_samples` are not enough.
+        DataError: if as many samples as `boundaries` allows are not enough.
     """
-    n, most, edges = settings.num_samples, most_samples(settings.num_samples), boundaries(settings.num_samples)
+    n, edges = settings.num_samples, boundaries(settings.num_samples)
     resume(files, state, edges)
     choice = Choice(settings.temperature, settings.top_p, settings.top_k, settings.repetition_penalty)
     largest = int(max(np.diff(edges)))
     decoder = Decoder(model, fmt.prompts, choice, seed=settings.seed, max_length=settings.sequence_length,
                       slots=min(settings.sample_batch_size, largest), rows=largest)
     with progress_bar(n, count_rows(state), progress) as bar:
-        sample_blocks(decoder, fmt, n, assign_prompts(most, settings.prior(), settings.seed), files, state, bar)
+        sample_blocks(decoder, fmt, n, assign_prompts(edges[-1], settings.prior(), settings.seed), files, state, bar)
     if count_rows(state) < n:
-        raise DataError(f"{files.rows}: only {count_rows(state)} of {most} samples made rows, {n} were wanted; rejected: "
+        raise DataError(f"{files.rows}: only {count_rows(state)} of {edges[-1]} samples made rows, {n} were wanted; rejected: "
                         f"{summary(state)['rejected']}; train longer, or change temperature or top_p")
 
 
