@@ -22,10 +22,10 @@ import jsonschema
 import numpy as np
 
 from .ledger import LARGEST_EPSILON, accesses_event, compose, group_privacy
-from .privacy import LABELS, LIKELIER, OVERLAPS, code_hash, discretization_interval, grid_bits, versions
+from .privacy import LABELS, LIKELIER, OVERLAPS, code_hash, discretization_interval, grid_bits, profile, versions
 from .runs import write_json, write_text
 from .settings import PrivacyError, SettingsError, result_settings
-from .verify import COUNT, privacy_profile, verify as recompute
+from .verify import COUNT, verify as recompute
 
 # %% ../nbs/04a_certificate.ipynb #29d61826
 DELTAS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10)
@@ -33,7 +33,7 @@ DELTAS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10)
 
 def privacy_curve(accesses):
     """List of `{"delta", "epsilon"}` of a tuple of `Access` under add/remove, for δ from 1e-2 to 1e-10 where ε is finite."""
-    epsilon_at = privacy_profile([dataclasses.asdict(a) for a in accesses], "epsilon", discretization_interval(accesses))
+    epsilon_at = profile(accesses, "epsilon", discretization_interval(accesses))
     points = [{"delta": delta, "epsilon": float(epsilon_at(delta))} for delta in DELTAS]
     return [point for point in points if math.isfinite(point["epsilon"])]
 
@@ -179,8 +179,8 @@ def _banded(bands):
 
 def _accesses(mechanism, settings):
     """Every reading of private rows: with its mechanism and cost, or the word public."""
-    interval, accesses = discretization_interval(mechanism.accesses), map(dataclasses.asdict, mechanism.accesses)
-    paid = [{**a, "epsilon": float(privacy_profile([a], "epsilon", interval)(mechanism.delta))} for a in accesses]
+    interval = discretization_interval(mechanism.accesses)
+    paid = [{**dataclasses.asdict(a), "epsilon": float(profile((a,), "epsilon", interval)(mechanism.delta))} for a in mechanism.accesses]
     free = ["names of the labels", "the prompt", "limits on length and number of rows"]
     if settings.label_prior != "private":
         free.append(f"shares of the labels among the samples: {settings.label_prior}")

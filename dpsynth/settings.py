@@ -206,6 +206,8 @@ class Settings(pydantic.BaseModel):
                              "where rows have no label, set label_column to an empty text")
         if self.label_prior not in ("uniform", "private"):
             self.prior()
+        if 1e6 < self.epsilon < math.inf:
+            raise ValueError("epsilon: expected at most 1e6, or `inf`, which trains without differential privacy")
         if self.epsilon == math.inf and self.noise_multiplier:
             raise ValueError("noise_multiplier: noise needs a target epsilon; `epsilon: inf` trains without differential privacy")
         for name in ("contamination_corpus", "contamination_reference"):

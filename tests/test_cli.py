@@ -79,6 +79,7 @@ REFUSED = {
     "mistyped number": ({"batch_size": "many"}, "batch_size"),
     "epsilon 0": ({"epsilon": 0}, "epsilon"),
     "epsilon below 0": ({"epsilon": -3}, "epsilon"),
+    "epsilon too large": ({"epsilon": 1e8}, "at most 1e6"),
     "delta too large": ({"delta": 0.1}, "delta"),
     "batch larger than the data": ({"batch_size": 1000}, "batch_size"),
     "prompt without placeholder": ({"prompt": "review:"}, "{label}"),

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from parts import mechanism
-from dpsynth.privacy import calibrate_noise, compute_epsilon, make_mechanism
+from dpsynth.privacy import NOISE_STEP, calibrate_noise, compose, compute_epsilon, make_mechanism
 from dpsynth.settings import PrivacyError, Settings, SettingsError
 
 
@@ -17,7 +17,18 @@ def test_noise_multiplier_of_the_tutorials_setting(epsilon, sigma):
 def test_calibrated_noise_never_exceeds_the_target():
     for epsilon in (0.5, 3.0, 9.0):
         sigma = calibrate_noise(0.05, 100, epsilon, 1e-5)
-        assert compute_epsilon(0.05, sigma, 100, 1e-5) <= epsilon < compute_epsilon(0.05, sigma - 2e-4, 100, 1e-5)
+        assert compute_epsilon(0.05, sigma, 100, 1e-5) <= epsilon < compute_epsilon(0.05, sigma - NOISE_STEP, 100, 1e-5)
+
+
+@pytest.mark.parametrize("probability, steps, epsilon, delta, most", [
+    (0.04096, 73, 10, 1.5e-5, 6), (0.2, 2, 8, 1e-3, 6), (1.0, 1, 1, 1e-5, 8), (0.2, 1, 1000, 1e-3, 10), (0.001, 5000, 0.1, 1e-6, 10),
+    (0.5, 200, 0.01, 1e-7, 24), (0.2, 1, 1e6, 1e-3, 40)])
+def test_the_least_noise_is_found_with_few_compositions(probability, steps, epsilon, delta, most):
+    compose.cache_clear()
+    sigma = calibrate_noise(probability, steps, epsilon, delta)
+    assert compose.cache_info().misses <= most
+    assert sigma % NOISE_STEP == 0
+    assert compute_epsilon(probability, sigma, steps, delta) <= epsilon < compute_epsilon(probability, sigma - NOISE_STEP, steps, delta)
 
 
 def test_given_noise_multiplier_is_checked_without_tolerance():
