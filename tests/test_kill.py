@@ -29,7 +29,7 @@ SETTINGS = {
     "batch_size": 8,
     "microbatch_size": 8,
     "epochs": 2.0,
-    "epsilon": 8.0,
+    "epsilon": 2.0,
     "validation_size": 0,
     "num_samples": 160,
     "sample_batch_size": 16,
@@ -220,7 +220,7 @@ def test_killed_at_five_random_moments(make, refused):
     wait(1.0)
     kill_the_runner_alone(run)
     assert run.stage() == "training"
-    assert "was made with epsilon=8, not 3" in refused("run", run.config, "--out", run.out, "--set", "epsilon=3")
+    assert "was made with epsilon=2, not 3" in refused("run", run.config, "--out", run.out, "--set", "epsilon=3")
 
     before, changed = run.step(), run.checkpoint.stat().st_mtime_ns
     run.start()

@@ -44,9 +44,11 @@ def seeing():
 
 def test_a_model_that_sees_reads_text_alone(seeing):
     tokens = jnp.array([seeing.prompt_ids("The play was better than I had feared")], "int32")
-    whole = seeing.logits(seeing.trainable, seeing.frozen, seeing.hidden(seeing.trainable, seeing.frozen, tokens, jnp.ones_like(tokens)))
-    first, cache = seeing.step(seeing.trainable, seeing.frozen, tokens[:, :4], seeing.empty_cache(1, tokens.shape[1]), 0)
-    second, _ = seeing.step(seeing.trainable, seeing.frozen, tokens[:, 4:], cache, 4)
+    weights = seeing.trainable, seeing.frozen
+    whole = jax.jit(lambda *of: seeing.logits(*of, seeing.hidden(*of, tokens, jnp.ones_like(tokens))))(*weights)
+    step = jax.jit(seeing.step)
+    first, cache = step(*weights, tokens[:, :4], seeing.empty_cache(1, tokens.shape[1]), 0)
+    second, _ = step(*weights, tokens[:, 4:], cache, 4)
     assert float(jnp.abs(jnp.concatenate([first, second], 1) - whole).max()) < 1e-3
 
 

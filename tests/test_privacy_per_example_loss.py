@@ -12,22 +12,29 @@ import jax.numpy as jnp
 import keras
 
 
+def loss_of(model):
+    """The compiled loss of one row, of its tokens, the length of its prompt and its own."""
+    loss = jax.jit(lambda *of: example_loss(model, *of))
+    return lambda *row: float(loss(model.trainable, model.frozen, *row))
+
+
 def test_loss_is_normalised_by_the_rows_own_length(micro):
     row = micro.prompt_ids("[x]:") + micro.response_ids(["some words here"])[0]
     start = len(micro.prompt_ids("[x]:"))
-    values = [float(example_loss(micro, micro.trainable, micro.frozen, jnp.array(row + [0] * (n - len(row))), start, len(row))) for n in (len(row), 40, 90)]
+    values = [loss_of(micro)(jnp.array(row + [0] * (n - len(row))), start, len(row)) for n in (len(row), 40, 90)]
     assert values == pytest.approx([values[0]] * 3, abs=1e-5)
-    hidden = micro.hidden(micro.trainable, micro.frozen, jnp.array([row[:-1]]), jnp.ones((1, len(row) - 1), "int32"))
-    logp = jax.nn.log_softmax(micro.logits(micro.trainable, micro.frozen, hidden)[0])
+    weights, tokens = (micro.trainable, micro.frozen), jnp.array([row[:-1]])
+    forward = jax.jit(lambda tokens: micro.logits(*weights, micro.hidden(*weights, tokens, jnp.ones_like(tokens)))[0])
+    logp = np.asarray(jax.nn.log_softmax(forward(tokens)))
     expected = -np.mean([logp[i, row[i + 1]] for i in range(start - 1, len(row) - 1)])
     assert values[0] == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_large_vocabularies_are_scored_in_chunks_with_the_same_loss(micro, monkeypatch):
     row = jnp.array(micro.prompt_ids("[x]:") + micro.response_ids(["some words here, quite a few of them"])[0])
-    whole = float(example_loss(micro, micro.trainable, micro.frozen, row, 4, len(row)))
+    whole = loss_of(micro)(row, 4, len(row))
     monkeypatch.setattr("dpsynth.finetune.CHUNK_SCORES", 3 * micro.vocabulary_size)
-    assert float(example_loss(micro, micro.trainable, micro.frozen, row, 4, len(row))) == pytest.approx(whole, abs=1e-5)
+    assert loss_of(micro)(row, 4, len(row)) == pytest.approx(whole, abs=1e-5)
 
 
 def test_gradient_of_a_unit_is_unchanged_by_its_batch_mates(micro, store):
