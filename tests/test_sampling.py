@@ -143,12 +143,12 @@ def greedy_by_full_forward(model, prompt, max_length):
     """Reference: the whole text through the model at every token, no cache."""
     ids, allowed = model.prompt_ids(prompt), sampling.samplable(model, model.vocabulary_size)
     weights = model.trainable, model.frozen
-    forward = jax.jit(lambda tokens, mask: model.logits(*weights, model.hidden(*weights, tokens, mask)))
+    forward = jax.jit(lambda weights, tokens, mask: model.logits(*weights, model.hidden(*weights, tokens, mask)))
     new = []
     while len(ids) + len(new) < max_length and (not new or new[-1] not in model.stop_ids):
         row = ids + new
         tokens = np.array([row + [0] * (max_length - len(row))], "int32")
-        logits = np.asarray(forward(tokens, (np.arange(max_length) < len(row))[None].astype("int32")))[0, len(row) - 1]
+        logits = np.asarray(forward(weights, tokens, (np.arange(max_length) < len(row))[None].astype("int32")))[0, len(row) - 1]
         new.append(int(np.argmax(np.where(allowed, logits, -np.inf))))
     return new
 
