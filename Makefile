@@ -49,13 +49,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed: $(BIN)/python $(LISTS)
-	$(BIN)/python -m pip install -q --no-compile -e .
+	$(BIN)/python -m pip install -q -e .
 	touch $@
 
 $(VENV)/.installed-dev: $(BIN)/python $(LISTS)
-	$(BIN)/python -m pip install -q --no-compile -e '.[dev]'
+	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-lab: $(VENV)/.installed-dev
-	$(BIN)/python -m pip install -q --no-compile -e '.[dev,lab]'
+	$(BIN)/python -m pip install -q -e '.[dev,lab]'
 	touch $@
