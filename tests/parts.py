@@ -41,7 +41,7 @@ def grouped(micro, store, units, settings=SETTINGS, **changes):
 
 
 RUN = Settings(model="tiny", tuning="lora", lora_rank=1, lora_targets="value", sequence_length=32, batch_size=8, microbatch_size=8, epochs=0.4,
-               epsilon=2, validation_size=4, prompt="[{label}]:", ledger="runs")
+               epsilon=8, validation_size=4, prompt="[{label}]:", ledger="runs")
 
 
 def splits(changed=None, settings=RUN):

@@ -18,7 +18,7 @@ from dpsynth.settings import DataError, PrivacyError, SettingsError
 from dpsynth.synthesizer import Synthesizer
 
 SMALL = {
-    "tuning": "lora", "lora_rank": 1, "lora_targets": "value", "sequence_length": 32, "microbatch_size": 8, "epochs": 0.4, "epsilon": 2,
+    "tuning": "lora", "lora_rank": 1, "lora_targets": "value", "sequence_length": 32, "microbatch_size": 8, "epochs": 0.4, "epsilon": 8,
     "validation_size": 4, "num_mauve_trials": 1, "embed_length": 32, "ledger": "runs",
 }  # fmt: skip
 
