@@ -208,6 +208,8 @@ class Settings(pydantic.BaseModel):
             self.prior()
         if 1e6 < self.epsilon < math.inf:
             raise ValueError("epsilon: expected at most 1e6, or `inf`, which trains without differential privacy")
+        if 0 < self.noise_multiplier < 5e-4:
+            raise ValueError("noise_multiplier: expected at least 5e-4, or 0 for the least that meets epsilon; so little noise is none")
         if self.epsilon == math.inf and self.noise_multiplier:
             raise ValueError("noise_multiplier: noise needs a target epsilon; `epsilon: inf` trains without differential privacy")
         for name in ("contamination_corpus", "contamination_reference"):

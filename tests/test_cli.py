@@ -87,6 +87,7 @@ REFUSED = {
     "preset that does not exist": ({"model": "gemma3_13b"}, "gemma3_13b"),
     "preset folder that does not exist": ({"model": "./no/such/preset"}, "./no/such/preset"),
     "embedder that does not exist": ({"embedder": "no-such"}, "no-such"),
+    "noise too small to account for": ({"noise_multiplier": 1e-5, "epsilon": 1e6}, "at least 5e-4"),
     "noise that does not suffice": ({"noise_multiplier": 0.7, "epsilon": 1}, "noise_multiplier"),
     "less than one update": ({"epochs": 0.01}, "epochs"),
     "missing file": ({"data": "no-such.csv"}, "no-such.csv"),

@@ -21,7 +21,8 @@ def loss_of(model):
 def test_loss_is_normalised_by_the_rows_own_length(micro):
     row = micro.prompt_ids("[x]:") + micro.response_ids(["some words here"])[0]
     start = len(micro.prompt_ids("[x]:"))
-    values = [loss_of(micro)(jnp.array(row + [0] * (n - len(row))), start, len(row)) for n in (len(row), 40, 90)]
+    loss = loss_of(micro)
+    values = [loss(jnp.array(row + [0] * (n - len(row))), start, len(row)) for n in (len(row), 40, 90)]
     assert values == pytest.approx([values[0]] * 3, abs=1e-5)
     weights, tokens = (micro.trainable, micro.frozen), jnp.array([row[:-1]])
     forward = jax.jit(lambda tokens: micro.logits(*weights, micro.hidden(*weights, tokens, jnp.ones_like(tokens)))[0])
