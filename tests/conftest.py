@@ -63,18 +63,12 @@ def refused(dpsynth):
 
 @pytest.fixture(scope="module")
 def micro():
-    """A Gemma3 of one layer with the bundled tokenizer: everything real but the size."""
-    from dpsynth.models import LanguageModel, load_model  # before keras: dpsynth selects Keras' JAX backend
-    import keras
-    import keras_hub
+    """The model of `parts.MICRO`, loaded anew for each file."""
+    from parts import MICRO
 
-    keras.utils.set_random_seed(3)
-    preprocessor = load_model("tiny").causal_lm.preprocessor
-    backbone = keras_hub.models.Gemma3Backbone(
-        vocabulary_size=6144, image_size=16, num_layers=1, num_query_heads=2, num_key_value_heads=1, hidden_dim=16, intermediate_dim=32, head_dim=8,
-        query_head_dim_normalize=True, use_query_key_norm=True, use_post_ffw_norm=True, use_post_attention_norm=True,
-        use_sliding_window_attention=True, sliding_window_size=64, vision_encoder=None)
-    return LanguageModel(keras_hub.models.Gemma3CausalLM(backbone=backbone, preprocessor=preprocessor), "micro")
+    from dpsynth.models import load_model
+
+    return load_model(MICRO, seed=3)
 
 
 @pytest.fixture(scope="module")

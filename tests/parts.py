@@ -1,15 +1,34 @@
 """What several test files build on: small mechanisms, trainers and rows."""
 
+import tempfile
+
 import pandas as pd
 
 from dpsynth.certificate import base_model, make_certificate
 from dpsynth.data import from_frame
 from dpsynth.finetune import Trainer
+from dpsynth.models import load_model
 from dpsynth.privacy import Mechanism, Randomness, make_mechanism
 from dpsynth.settings import Settings
 
+import keras_hub
 
 SECRET = bytes(range(32))
+
+
+def write_preset(folder):
+    """A Gemma3 of one layer with the bundled tokenizer, as a preset: everything real but the size."""
+    preprocessor = load_model("tiny", seed=3).causal_lm.preprocessor
+    backbone = keras_hub.models.Gemma3Backbone(
+        vocabulary_size=6144, image_size=16, num_layers=1, num_query_heads=2, num_key_value_heads=1, hidden_dim=16, intermediate_dim=32, head_dim=8,
+        query_head_dim_normalize=True, use_query_key_norm=True, use_post_ffw_norm=True, use_post_attention_norm=True,
+        use_sliding_window_attention=True, sliding_window_size=64, vision_encoder=None)
+    keras_hub.models.Gemma3CausalLM(backbone=backbone, preprocessor=preprocessor).save_to_preset(folder)
+    return folder
+
+
+PLACE = tempfile.TemporaryDirectory()  # gone with this process
+MICRO = write_preset(f"{PLACE.name}/micro")
 
 
 def mechanism(**changes):
@@ -40,7 +59,7 @@ def grouped(micro, store, units, settings=SETTINGS, **changes):
     return Trainer(micro, store, settings, made, Randomness(bytes(32), "groups"), units)
 
 
-RUN = Settings(model="tiny", tuning="lora", lora_rank=1, lora_targets="value", sequence_length=32, batch_size=8, microbatch_size=8, epochs=0.4,
+RUN = Settings(model=MICRO, tuning="lora", lora_rank=8, lora_targets="value", sequence_length=32, batch_size=8, microbatch_size=8, epochs=0.4,
                epsilon=8, validation_size=4, prompt="[{label}]:", ledger="runs")
 
 

@@ -16,12 +16,14 @@ import pandas as pd
 import pytest
 import yaml
 
+from parts import MICRO
 from dpsynth import __version__, demo
 from dpsynth.runs import locked, prepare_folder, read_json, read_status, record, write_status
 from dpsynth.settings import DpsynthError, ModelError, Settings
 
 LABELS = ["negative", "positive"]
 SMALL = {
+    "model": MICRO,
     "train_size": 80,
     "test_size": 60,
     "sequence_length": 32,

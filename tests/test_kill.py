@@ -17,9 +17,11 @@ import psutil
 import pytest
 import yaml
 
+from parts import MICRO
 from dpsynth.runs import BusyError, locked, read_json, read_status
 
 SETTINGS = {
+    "model": MICRO,
     "train_size": 200,
     "test_size": 60,
     "sequence_length": 32,

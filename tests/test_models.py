@@ -17,7 +17,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 
-from parts import SETTINGS, trainer
+from parts import MICRO, SETTINGS, trainer
 from dpsynth import finetune, models
 from dpsynth.data import TokenStore
 from dpsynth.models import LanguageModel, load_model, setup_tuning
@@ -221,10 +221,10 @@ from dpsynth.pipeline import device_name
 from dpsynth.privacy import Mechanism, Randomness
 from dpsynth.settings import Settings
 
-folder, count = sys.argv[1], int(sys.argv[2])
+folder, preset, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 assert len(jax.devices()) == count and device_name().endswith(f"× {count}")
 settings = Settings(sequence_length=32, microbatch_size=3, tuning="lora", lora_rank=2, learning_rate=0.01)
-model = load_model("tiny", seed=1)
+model = load_model(preset, seed=1)
 setup_tuning(model, settings)
 prompt = model.prompt_ids("[x]:")
 store = TokenStore.write(f"{folder}/tokens{count}", ((prompt, ids) for ids in model.response_ids([f"Row {i} is the best of them." for i in range(20)])))
@@ -240,7 +240,7 @@ weights = [np.asarray(t) for t in trainer.trainable]
 model.assign(trainer.trainable)
 rows = list(sample_stream(model, ["[x]:", "[y]:"], np.arange(10) % 2, seed=0, max_length=16, batch_size=4, progress=False))
 texts = [row.text for row in sorted(rows, key=lambda row: row.index)]
-vectors = open_embedder("tiny", 32)(texts, False)[0]
+vectors = open_embedder(preset, 32)(texts, False)[0]
 np.savez(f"{folder}/found{count}.npz", *total, *weights, vectors, np.array(texts))
 """
 
@@ -248,7 +248,7 @@ np.savez(f"{folder}/found{count}.npz", *total, *weights, vectors, np.array(texts
 def test_two_devices_do_what_one_does(tmp_path):
     for count in (1, 2):
         flags = f"--xla_force_host_platform_device_count={count}"
-        done = subprocess.run([sys.executable, "-c", ON_DEVICES, str(tmp_path), str(count)], env={**os.environ, "XLA_FLAGS": flags},
+        done = subprocess.run([sys.executable, "-c", ON_DEVICES, str(tmp_path), MICRO, str(count)], env={**os.environ, "XLA_FLAGS": flags},
                               capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
     with np.load(tmp_path / "found1.npz") as one, np.load(tmp_path / "found2.npz") as two:

@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 
 import dpsynth.finetune
-from parts import RUN, splits
+from parts import MICRO, RUN, splits
 from dpsynth.data import from_frame
 from dpsynth.demo import reviews
 from dpsynth.finetune import base_hash, contamination_note, finetune_run, likelier_units
-from dpsynth.models import load_model, preset_hash
+from dpsynth.models import LanguageModel, load_model, preset_hash
 
 
 def test_overlap_with_a_corpus_is_estimated_and_stated(tmp_path):
@@ -55,17 +55,18 @@ def test_rows_that_the_base_model_finds_likely_are_estimated_and_stated(tmp_path
 
 
 def test_a_model_without_files_here_is_known_by_its_arrays(micro, tmp_path, monkeypatch):
-    before = base_hash(micro)
-    weight = micro.causal_lm.weights[0]
+    fetched = LanguageModel(micro.causal_lm, "kaggle://fetched")
+    before = base_hash(fetched)
+    weight = fetched.causal_lm.weights[0]
     kept = weight.value
     weight.assign(kept + 1)
-    changed = base_hash(micro)
+    changed = base_hash(fetched)
     weight.assign(kept)
-    assert len(before) == 64 and before != changed and base_hash(micro) == before
+    assert len(before) == 64 and before != changed and base_hash(fetched) == before
     assert base_hash(load_model("tiny")) == preset_hash("tiny")
     monkeypatch.setattr(dpsynth.finetune, "preset_hash", lambda name: "")  # as if it had been fetched
     finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
-    digest = base_hash(load_model("tiny"))
+    digest = base_hash(load_model(MICRO))
     assert json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())["base_model"]["hash"] == digest
     assert json.loads((tmp_path / "dp" / "private" / "identity.json").read_text())["base_model"] == digest
 

@@ -7,6 +7,8 @@ import types
 
 import pandas as pd
 import pytest
+
+from parts import MICRO
 import dpsynth.finetune
 from dpsynth import synthesizer as module
 from dpsynth.cli import main
@@ -18,7 +20,7 @@ from dpsynth.settings import DataError, PrivacyError, SettingsError
 from dpsynth.synthesizer import Synthesizer
 
 SMALL = {
-    "tuning": "lora", "lora_rank": 1, "lora_targets": "value", "sequence_length": 32, "microbatch_size": 8, "epochs": 0.4, "epsilon": 8,
+    "model": MICRO, "tuning": "lora", "lora_rank": 1, "lora_targets": "value", "sequence_length": 32, "microbatch_size": 8, "epochs": 0.4, "epsilon": 8,
     "validation_size": 4, "num_mauve_trials": 1, "embed_length": 32, "ledger": "runs",
 }  # fmt: skip
 
