@@ -38,9 +38,6 @@ def verify(certificate, tolerance=1e-3):
     """The recomputed claims of a certificate (dict). Raises ValueError where its mechanisms spend more, or where there can be no such."""
     c, delta, n, interval = certificate, certificate["delta"], certificate["num_units"], certificate["accountant"]["interval"]
     m, paid = {**c["mechanism"], "mechanism": "dp_sgd"}, [a for a in c["accesses"] if a["epsilon"] != "public"]
-    spent = {claim: privacy_profile(paid, claim, interval) for claim in RELATIONS}
-    stated = [(claim, spent[claim], c) for claim in RELATIONS] + [("epsilon", spent["epsilon"], p) for p in (*c["curve"], c["composed"])]
-    stated += [("epsilon", privacy_profile([a], "epsilon", interval), {**a, "delta": delta}) for a in paid]
     checks = [(not any(a.get("added") and a["mechanism"] != "discrete_laplace" for a in paid), "only a count may be `added`"),
               ((m["sampler"] == "poisson") == (m["bands"] == 1), f"{m['bands']} band(s) do not go with {m['sampler']} batches"),
               (("zero-out" in c["adjacency"]) == (COUNT in {a["what"] for a in c["accesses"] if a["epsilon"] == "public"}),
@@ -49,11 +46,15 @@ def verify(certificate, tolerance=1e-3):
               (math.isclose(m["sampling_probability"] * n, m["expected_batch_size"]), "its batch is not q times the number of units"),
               ([a["epsilon"] == "public" or a.get("added") for a in c["accesses"] if a["what"] == COUNT] == [True], f"the {COUNT} is not paid for"),
               (0 < delta < 1 / n, f"delta {delta:g} is not below 1/n; a whole unit could be published with that probability"),
-              *((a["bands"] <= min(a["steps"], (1 + 1e-9) / a["sampling_probability"]), f"{a['bands']} bands are too many") for a in paid),
-              *((of(part["delta"]) <= part[claim] + tolerance, f"it claims {claim} {part[claim]:.6g} at delta {part['delta']:.3g} "
-                 f"for {part.get('what', 'all accesses')}, but spends {of(part['delta']):.6g}") for claim, of, part in stated)]
-    for message in [message for holds, message in checks if not holds]:
-        raise ValueError(message)
+              *((a["bands"] <= min(a["steps"], (1 + 1e-9) / a["sampling_probability"]), f"{a['bands']} bands are too many") for a in paid)]
+    if failed := [message for holds, message in checks if not holds]:
+        raise ValueError(failed[0])
+    spent = {claim: privacy_profile(paid, claim, interval) for claim in RELATIONS}
+    stated = [(claim, spent[claim], c) for claim in RELATIONS] + [("epsilon", spent["epsilon"], p) for p in (*c["curve"], c["composed"])]
+    for claim, of, part in stated + [("epsilon", privacy_profile([a], "epsilon", interval), {**a, "delta": delta}) for a in paid]:
+        if not (found := of(part["delta"])) <= part[claim] + tolerance:
+            whose = f"delta {part['delta']:.3g} for {part.get('what', 'all accesses')}"
+            raise ValueError(f"it claims {claim} {part[claim]:.6g} at {whose}, but spends {found:.6g}")
     return {**{claim: spent[claim](delta) for claim in RELATIONS}, "delta": delta}
 
 

@@ -6,6 +6,8 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
+for library in ("OMP", "OPENBLAS"):  # a process for each core: threads that wait for one another would take the time of the other tests
+    os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 import collections
 import pathlib
