@@ -120,12 +120,13 @@ def test_table_of_what_the_privacy_tests_notice_is_todays(repo):
     assert table.strip() and (repo / "tests" / "README.md").read_text(encoding="utf-8").endswith(table)
 
 
-@pytest.mark.parametrize("name", ["bands", "copies", "dp_overhead", "sampling"])
+@pytest.mark.parametrize("name", ["bands", "copies", "dp_overhead", "dp_overhead_256", "sampling"])
 def test_records_of_measurements_have_their_form(repo, name):
     record = json.loads((repo / "benchmarks" / "records" / f"{name}.json").read_text())
-    assert record["name"] == name and {"machine", "contenders", "ratios"} <= set(record)
+    assert record["name"] == name.removesuffix("_256") and {"machine", "contenders", "ratios"} <= set(record)
     assert record["contenders"] and isinstance(record["contenders"], dict) and all(isinstance(r, float) for r in record["ratios"].values())
     assert record["ratios"].get("ours_over_keras_hub", 4) >= 4 and record["ratios"].get("dp_over_non_dp", 1) <= 1.10
+    assert "256" not in name or record["ratios"]["dp_over_non_dp_full"] <= 1.10
 
 
 @pytest.mark.parametrize("source, packaged", [("nbs/templates/experiment.ipynb", "experiment.ipynb")])
