@@ -16,19 +16,19 @@ import keras_hub
 SECRET = bytes(range(32))
 
 
-def write_preset(folder):
-    """A Gemma3 of one layer with the bundled tokenizer, as a preset: everything real but the size."""
-    preprocessor = load_model("tiny", seed=3).causal_lm.preprocessor
+def one_layer(seed, vision=None):
+    """A Gemma3 `CausalLM` of one layer with the bundled tokenizer: everything real but the size."""
+    preprocessor = load_model("tiny", seed=seed).causal_lm.preprocessor
     backbone = keras_hub.models.Gemma3Backbone(
         vocabulary_size=6144, image_size=16, num_layers=1, num_query_heads=2, num_key_value_heads=1, hidden_dim=16, intermediate_dim=32, head_dim=8,
         query_head_dim_normalize=True, use_query_key_norm=True, use_post_ffw_norm=True, use_post_attention_norm=True,
-        use_sliding_window_attention=True, sliding_window_size=64, vision_encoder=None)
-    keras_hub.models.Gemma3CausalLM(backbone=backbone, preprocessor=preprocessor).save_to_preset(folder)
-    return folder
+        use_sliding_window_attention=True, sliding_window_size=64, vision_encoder=vision)
+    return keras_hub.models.Gemma3CausalLM(backbone=backbone, preprocessor=preprocessor)
 
 
 PLACE = tempfile.TemporaryDirectory()  # gone with this process
-MICRO = write_preset(f"{PLACE.name}/micro")
+MICRO = f"{PLACE.name}/micro"
+one_layer(seed=3).save_to_preset(MICRO)
 
 
 def mechanism(**changes):

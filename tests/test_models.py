@@ -17,7 +17,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 
-from parts import MICRO, SETTINGS, trainer
+from parts import MICRO, SETTINGS, one_layer, trainer
 from dpsynth import finetune, models
 from dpsynth.data import TokenStore
 from dpsynth.models import LanguageModel, load_model, setup_tuning
@@ -35,11 +35,7 @@ def seeing():
     keras.utils.set_random_seed(5)
     vision = keras_hub.models.Gemma3VisionEncoder(
         image_size=16, patch_size=4, pool_size=2, num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=16, output_dim=16)
-    backbone = keras_hub.models.Gemma3Backbone(
-        vocabulary_size=6144, image_size=16, num_layers=1, num_query_heads=2, num_key_value_heads=1, hidden_dim=16, intermediate_dim=32, head_dim=8,
-        query_head_dim_normalize=True, use_query_key_norm=True, use_post_ffw_norm=True, use_post_attention_norm=True,
-        use_sliding_window_attention=True, sliding_window_size=64, vision_encoder=vision)
-    return LanguageModel(keras_hub.models.Gemma3CausalLM(backbone=backbone, preprocessor=load_model("tiny").causal_lm.preprocessor), "seeing")
+    return LanguageModel(one_layer(seed=5, vision=vision), "seeing")
 
 
 def test_a_model_that_sees_reads_text_alone(seeing):
