@@ -21,6 +21,7 @@ from importlib import metadata
 import jsonschema
 import numpy as np
 
+from .imports import provenance
 from .ledger import LARGEST_EPSILON, accesses_event, compose, group_privacy
 from .privacy import LABELS, LIKELIER, OVERLAPS, code_hash, discretization_interval, grid_bits, profile, versions
 from .runs import write_json, write_text
@@ -76,7 +77,9 @@ BASE_MODELS = {
 def base_model(name, model_hash, contamination):
     """The certificate's `base_model` entry: what the model was trained on, as far as that is known, and its own ε if it has one."""
     known = name == "tiny" or not pathlib.Path(name).exists()  # a folder of the same name is another model
-    trained_on, own = next((facts for names, facts in BASE_MODELS.items() if known and re.fullmatch(names, name)), ("not known to dpsynth", None))
+    base = name.removesuffix(":english")
+    trained_on, own = next((facts for names, facts in BASE_MODELS.items() if known and re.fullmatch(names, base)), ("not known to dpsynth", None))
+    trained_on = "; ".join(filter(None, (trained_on, provenance(name))))
     return {"name": name, "hash": model_hash, "trained_on": trained_on, "own_guarantee": own, "contamination": contamination}
 
 # %% ../nbs/04a_certificate.ipynb #9391fd6d

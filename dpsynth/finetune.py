@@ -29,7 +29,7 @@ from .certificate import base_model, make_certificate, write_certificate
 from .data import Records, TokenStore, other_texts
 from .formats import TextFormat
 from .ledger import EXPOSED, RUNS_LEDGER, Ledger, Newcomer, accesses_event, release_id
-from .models import (divisible, everywhere, load_adapter, load_model, preset_hash, save_adapter, setup_tuning, spread,
+from .models import (base_name, divisible, everywhere, load_adapter, load_model, preset_hash, save_adapter, setup_tuning, spread,
                             tuning_mode)
 from .privacy import (Randomness, Session, bind_run, count_accesses, load_secret, make_mechanism, noisy_counts, realised_noise_error,
                              run_identity, write_private)
@@ -422,7 +422,7 @@ def prepare_model(settings):
 
 def prepare_with_hash(settings):
     """The same, and the `base_hash` of what was loaded."""
-    model = load_model(settings.model, settings.dtype, settings.seed)
+    model = load_model(base_name(settings), settings.dtype, settings.seed)
     digest = base_hash(model)
     model.rematerialize = settings.rematerialize
     setup_tuning(model, settings)
@@ -487,7 +487,7 @@ def finetune_run(settings, splits, folder, progress=True):
     mechanism = mechanism_of(settings, splits.train, counts)
     if not adapter.exists():
         account.reserve("training", training_event(mechanism))
-        base = base_model(settings.model, digest, contamination_note(settings, counts))
+        base = base_model(base_name(settings), digest, contamination_note(settings, counts))
         with account.given_up_on(PrivacyError, SettingsError):
             trainer = _make_trainer(model, fmt, settings, records, units, mechanism, randomness, private)
             if not account.is_charged("training"):

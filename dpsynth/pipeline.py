@@ -31,7 +31,7 @@ from .finetune import (
     Account, begun_release, count_kept, example_loss, finetune_run, mark_not_private, mechanism_of, one_by_one, prepare_model, row_losses,
     some_rows, with_prior)
 from .formats import TextFormat
-from .models import Unreachable, by_shapes, count_parameters, load_adapter, load_model, load_tokenizer
+from .models import Unreachable, base_name, by_shapes, count_parameters, load_adapter, load_model, load_tokenizer
 from .privacy import Mechanism, Randomness, bind_run, default_delta, load_secret, make_mechanism, write_private
 from .runs import forget_scores, prepare_folder, read_json, record, timed
 from .sampling import position_axes, sample_to_file
@@ -70,7 +70,7 @@ def fit_stage(settings, folder, splits):
         return None
     with timed(folder, "fit"):
         if settings.generator == "prompt":
-            return load_model(settings.model, settings.dtype, settings.seed)
+            return load_model(base_name(settings), settings.dtype, settings.seed)
         model, figures = finetune_run(settings, splits, folder)
     record(folder, **figures, **guarantee(folder))
     return model
@@ -85,7 +85,7 @@ def load_generator(settings, folder):
     if settings.generator.startswith("real"):
         raise SettingsError(f"{folder}: {settings.generator} takes real rows, there is no model to sample from")
     if settings.generator == "prompt":
-        return load_model(settings.model, settings.dtype, settings.seed)
+        return load_model(base_name(settings), settings.dtype, settings.seed)
     adapter = pathlib.Path(folder) / "release" / "adapter.npz"
     if not adapter.exists():
         raise SettingsError(f"{folder}: not fitted yet; `dpsynth fit {folder}` does that")
@@ -432,7 +432,7 @@ class Survey:
         self.settings, self.lenient, self.unknown = settings, lenient, []
         self.splits = self._load(load) if data else self.unknown.append("rows, and what depends on their number")
         uses_model = not settings.generator.startswith("real")
-        self.tokenizer = self._try(lambda: load_tokenizer(settings.model)) if uses_model else None
+        self.tokenizer = self._try(lambda: load_tokenizer(base_name(settings))) if uses_model else None
         self.prompt_length = check_prompts(settings, self.tokenizer) if self.tokenizer else None
         self.parameters = count_parameters(settings) if self.tokenizer else None
         if self.tokenizer:  # a model that cannot be sampled from is refused before it is trained and paid for

@@ -112,6 +112,9 @@ class Settings(pydantic.BaseModel):
     # model
     model: str = _field(
         "tiny", "keras_hub preset name, `kaggle://…`, `hf://…`, a local folder, or the bundled `tiny`", tutorial="GEMMA3_MODEL_TYPE")
+    vocabulary: Literal["full", "english"] = _field(
+        "full", "pieces that are kept of the model's vocabulary: all, or for English rows those of dpsynth's list, made from public texts "
+        "(`gemma3_270m` from its packages)")
     dtype: Literal["float32", "bfloat16"] = _field(
         "float32", "type of the frozen base weights; what is trained stays float32", tutorial="USE_MIXED_PRECISION")
     sequence_length: int = _field(
@@ -206,6 +209,9 @@ class Settings(pydantic.BaseModel):
                              "where rows have no label, set label_column to an empty text")
         if self.label_prior not in ("uniform", "private"):
             self.prior()
+        if self.vocabulary == "english" and self.model != "gemma3_270m":
+            raise ValueError("vocabulary: `english` is for model gemma3_270m; "
+                             "`dpsynth model import` makes a folder with the pieces of public texts of any other")
         if 1e6 < self.epsilon < math.inf:
             raise ValueError("epsilon: expected at most 1e6, or `inf`, which trains without differential privacy")
         if 0 < self.noise_multiplier < 5e-4:
@@ -383,7 +389,7 @@ def resolve(settings):
     values, spared = settings.model_dump(), UNCAPPED.get(settings.generator, ())
     spared = (*spared, "train_size") if settings.unit_count == "private" else spared  # so many of them: that takes their exact number
     caps = {k: min(values[k] or cap, cap) for k, cap in SMOKE_CAPS.items() if k not in spared}
-    return Settings(**{**values, **caps, "model": "tiny", "dtype": "float32", "embedder": "tiny", "second_embedder": ""})
+    return Settings(**{**values, **caps, "model": "tiny", "vocabulary": "full", "dtype": "float32", "embedder": "tiny", "second_embedder": ""})
 
 # %% ../nbs/00_settings.ipynb #1bfe9c5d
 def affects_result(name):
