@@ -6,20 +6,31 @@
 and `wiki_en_slice/articles.parquet` (encyclopedia articles, CC BY-SA): 45 million tokens. Kept are the ASCII pieces that occur
 eight times or more, and what `keep_pieces` adds. The list holds numbers of pieces and no text.
 """
+
 import argparse
 import pathlib
 
 import numpy as np
 
-from dpsynth.imports import (BLANK, Gguf, keep_pieces, make_tokenizer, pack_pieces, public_texts, read_vocabulary,
-                             used_pieces)
+from dpsynth.imports import (
+    BLANK,
+    Gguf,
+    keep_pieces,
+    make_tokenizer,
+    pack_pieces,
+    public_texts,
+    read_vocabulary,
+    used_pieces,
+)
 
 FILES = ("novels100/novels.parquet", "eltec_eng/novels.parquet", "wiki_en_slice/articles.parquet")
 LEAST = 8
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", metavar="MODEL.gguf")
     parser.add_argument("--data", required=True, type=pathlib.Path)
     parser.add_argument("--out", required=True, type=pathlib.Path)
