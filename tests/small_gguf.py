@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 
 HIDDEN, HEADS, SHARED, FEED, HEAD = 64, 4, 2, 96, 16
-LAYERS = {"gemma3": 6, "llama": 2}  # the sixth of a Gemma3 looks at the whole text
+LAYERS = {"gemma3": 6, "llama": 1}  # the sixth of a Gemma3 looks at the whole text
 
 
 def gemma_pieces():
