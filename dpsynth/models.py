@@ -22,7 +22,7 @@ import os
 import pathlib
 import types
 
-from .imports import packaged, packaged_preset, register_tokenizer
+from .imports import BUNDLES, HOW_TO_INSTALL, packaged, packaged_preset, register_tokenizer
 from .settings import ModelError, SettingsError, quiet_libraries  # before keras: dpsynth selects Keras' JAX backend
 
 import jax
@@ -200,7 +200,8 @@ def _from_preset(kind, name, **kwargs):
         if reason.startswith("Unknown preset"):
             raise ModelError(f"preset {name!r}: no such preset; expected a name that keras_hub knows, a folder, or `tiny`") from error
         kind = Unreachable if is_remote(name) else ModelError
-        raise kind(f"preset {name!r} cannot be loaded: {reason} ({_advice(name, error)})") from error
+        package = f"; without an account: {HOW_TO_INSTALL}" if name in BUNDLES else ""
+        raise kind(f"preset {name!r} cannot be loaded: {reason} ({_advice(name, error)}{package})") from error
 
 
 def load_model(name, dtype="float32", seed=0):

