@@ -180,6 +180,8 @@ def _require(file, holds, what):
 
 
 def _sizes(file):
+    rule = file.get(f"{file.architecture}.rope.scaling.type", "linear")
+    _require(file, rule in ("linear", "none"), f"its rotations are scaled by the rule {rule!r}")
     heads = file.size("attention.head_count")
     return {
         "num_layers": file.size("block_count"),
@@ -199,6 +201,7 @@ def _gemma3_config(file):
         file.number("attention.layer_norm_rms_epsilon", 1e-6) == 1e-6,
         "the epsilon of its norms is not 1e-6",
     )
+    _require(file, not file.get("gemma3.final_logit_softcapping"), "its logits are capped")
     _require(file, file.number("rope.freq_base", 1e6) == 1e6, "the wavelength of its rotations is not 1e6")
     return {
         **sizes,

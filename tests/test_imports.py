@@ -201,6 +201,7 @@ BROKEN = {
     "splits texts otherwise": lambda file: write(
         file, "llama", "gpt2", facts=[("tokenizer.ggml.pre", "unheard-of")]
     ),
+    "scales its rotations otherwise": lambda file: write(file, facts=[("gemma3.rope.scaling.type", "yarn")]),
     "stretches otherwise": lambda file: write(file, "llama", "gpt2", stretch=np.linspace(1, 3, HEAD // 2)),
 }
 
