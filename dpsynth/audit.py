@@ -14,7 +14,8 @@ __all__ = ['POWER', 'Z_POWER', 'DRAWS', 'READERS', 'MIN_ROWS', 'TEXT_WORDS', 'CA
            'dp_region', 'plot_roc', 'plot_distances', 'canary_scores', 'one_run_bound', 'gaussian_bound',
            'largest_bound', 'CanaryAudit', 'audit_scores', 'audit_canaries', 'audit_canaries_in_rows', 'Check',
            'check_noise', 'check_inclusion', 'check_batches', 'check_independence', 'Replay', 'training_checks',
-           'replay_checks', 'sensitivity_check', 'Contamination', 'contamination', 'loss_membership']
+           'differing', 'agreement', 'replay_checks', 'sensitivity_check', 'Contamination', 'contamination',
+           'loss_membership']
 
 # %% ../nbs/12_audit.ipynb #742be8ea
 import bisect
@@ -37,7 +38,7 @@ from scipy import special, stats
 
 from .certificate import false_negatives
 from .data import Records, TokenStore, _check_width, _csv_rows, _json_lines, _json_rows
-from .privacy import Randomness, Session, default_delta, realised_noise_error, strategy, write_private
+from .privacy import Randomness, Session, default_delta, promised_std, realised_noise_error, strategy, write_private
 from .settings import DataError, PrivacyError
 
 # %% ../nbs/12_audit.ipynb #6fcfc4fe
@@ -1425,10 +1426,12 @@ class Replay:
     Attributes:
         checks: every `Check` made, for a run also `training_checks` and `sensitivity_check`.
         steps, noise_steps: updates whose batches, and whose noise, were drawn again.
+        notes: what could not be checked, texts.
     """
     checks: tuple[Check, ...]
     steps: int
     noise_steps: int
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self):
@@ -1443,7 +1446,8 @@ class Replay:
         broken = [f"{check.name} is {check.statistic:.6g} instead of {check.expected:.6g} (p {_p_text(check.p_value)})"
                   for check in self.checks if not check.passed]
         return (f"sampling and noise, replayed from the run's secret ({self.steps} updates, noise of {self.noise_steps}): "
-                + ("BROKEN: " + "; ".join(broken) if broken else f"all {len(self.checks)} checks hold"))
+                + ("BROKEN: " + "; ".join(broken) if broken else f"all {len(self.checks)} checks hold")
+                + "".join(f"; NOT CHECKED: {note}" for note in self.notes))
 
 
 def _replayed_noise(mechanism, randomness, steps, size):
@@ -1465,13 +1469,39 @@ def training_checks(mechanism, recorded, numbers):
 
     Args:
         mechanism: the promised `Mechanism`.
-        recorded: dict of `updates` and `realised_over_promised_noise`; what is missing counts as 0.
+        recorded: dict of `updates`, `noised_updates` and `realised_std`, in units of the sensitivity; what is missing counts as 0.
         numbers: trained parameters, each of which got noise in every update.
     """
-    updates, noise = (recorded.get(name) or 0 for name in ("updates", "realised_over_promised_noise"))
-    limit = NOISE_ERRORS * realised_noise_error(mechanism, numbers)
+    updates, noised, std = (recorded.get(name) or 0 for name in ("updates", "noised_updates", "realised_std"))
+    noise, limit = std / promised_std(mechanism), NOISE_ERRORS * realised_noise_error(mechanism, numbers)
     return (Check("updates recorded by the training", updates, mechanism.steps, float(updates == mechanism.steps)),
+            Check("updates with noise recorded by the training", noised, mechanism.steps, float(noised == mechanism.steps)),
             Check("noise recorded by the training, over the promised one", noise, 1.0, float(abs(noise - 1) <= limit)))
+
+
+def differing(told, expected, tolerance, where=""):
+    """Paths, such as `mechanism.steps`, of what is not told as expected; numbers with a point may differ by a relative `tolerance`.
+
+    What is told beyond that is not looked at.
+    """
+    below = lambda name: f"{where}.{name}" if where else str(name)
+    if isinstance(told, dict) and isinstance(expected, dict):
+        return [path for name in expected for path in differing(told.get(name), expected[name], tolerance, below(name))]
+    if isinstance(told, (list, tuple)) and isinstance(expected, (list, tuple)) and len(told) == len(expected):
+        return [path for i, pair in enumerate(zip(told, expected)) for path in differing(*pair, tolerance, below(i))]
+    numbers = isinstance(expected, float) and isinstance(told, (int, float))
+    return [] if (math.isclose(told, expected, rel_tol=tolerance) if numbers else told == expected) else [where]
+
+
+def agreement(what, told, expected, tolerance=1e-6):
+    """Is everything told as expected? A `Check` that names what is not; no chance involved, so its p-value is 0 or 1.
+
+    Args:
+        told, expected: dicts, as `differing` compares them.
+    """
+    wrong = differing(told, expected, tolerance)
+    named = f": {', '.join(wrong[:5])}{', …' if len(wrong) > 5 else ''}" if wrong else ""
+    return Check(f"{what}{named}", len(wrong), 0, float(not wrong))
 
 
 def replay_checks(mechanism, randomness, num_units=None, *, steps=1000, noise_steps=16, noise_size=4096):

@@ -721,18 +721,19 @@ class TokenStore:
             self.prompt_lengths = np.load(folder / "prompt_lengths.npy")
         except FileNotFoundError:
             raise DataError(f"{folder}: no token store here; write it first") from None
-        except ValueError:
+        except (ValueError, EOFError):
             raise DataError(f"{folder}: damaged token store; delete the folder and write it again") from None
         if self._offsets[-1] != len(self._ids) or len(self._offsets) != len(self.prompt_lengths) + 1:
             raise DataError(f"{folder}: the files of the token store do not fit together; delete the folder and write it again")
         self.lengths = np.diff(self._offsets)
 
     @classmethod
-    def write(cls, folder, rows):
+    def write(cls, folder, rows, before=None):
         """Write `(prompt_ids, response_ids)` pairs, in their order, and open the store; an existing store is replaced.
 
         Args:
             rows: any iterable of pairs of lists of int; it is read once and never held as a whole.
+            before: called with the path of the finished store, before it is renamed to `folder`: to seal it, for one.
 
         Raises:
             DataError: if there are no rows, or a row has no tokens.
@@ -743,6 +744,8 @@ class TokenStore:
         partial.mkdir(mode=0o700, parents=True)
         try:
             _write_store(partial, rows)
+            if before is not None:
+                before(partial)
             if folder.exists():
                 shutil.rmtree(folder)
             partial.rename(folder)

@@ -6,14 +6,15 @@
 __all__ = ['CHUNK_SCORES', 'SAFETY', 'SMALLEST', 'NOT_PRIVATE', 'token_losses', 'example_loss', 'unit_loss', 'rows_of_units',
            'clip_to_grid', 'one_by_one', 'add_units', 'make_private_sum', 'make_plain_sum', 'make_mean_loss',
            'bucket_lengths', 'microbatches', 'learning_rate', 'flatten', 'unflatten', 'Trainer', 'tokenize', 'train',
-           'describe_progress', 'row_losses', 'some_rows', 'held_out_loss', 'self_check', 'prepare_model',
-           'prepare_with_hash', 'base_hash', 'processor', 'computation', 'finetune_run', 'mechanism_of', 'count_kept',
-           'training_event', 'begun_release', 'Account', 'check_counts', 'estimate_counts', 'overlapping_units',
-           'likelier_units', 'LossLog', 'mark_not_private', 'rehearse_certificate', 'contamination_note',
-           'label_shares', 'with_prior']
+           'describe_progress', 'row_losses', 'some_rows', 'held_out_loss', 'self_check', 'describe_mechanism',
+           'prepare_model', 'prepare_with_hash', 'base_hash', 'processor', 'computation', 'finetune_run',
+           'mechanism_of', 'count_kept', 'training_event', 'begun_release', 'open_ledger', 'charges', 'Account',
+           'check_counts', 'estimate_counts', 'overlapping_units', 'likelier_units', 'LossLog', 'mark_not_private',
+           'rehearse_certificate', 'contamination_note', 'label_shares', 'with_prior']
 
 # %% ../nbs/07_finetune.ipynb #d14e2c03
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -32,7 +33,7 @@ from .ledger import EXPOSED, RUNS_LEDGER, Ledger, Newcomer, accesses_event, rele
 from .models import (divisible, everywhere, load_adapter, load_model, preset_hash, save_adapter, setup_tuning, spread,
                             tuning_mode)
 from .privacy import (Randomness, Session, bind_run, count_accesses, load_secret, make_mechanism, noisy_counts, realised_noise_error,
-                             run_identity, write_private)
+                             run_identity, stored_run)
 from .settings import PrivacyError, SettingsError, result_settings
 
 import jax
@@ -229,7 +230,7 @@ class Trainer:
     def __init__(self, model, store, settings, mechanism, randomness, units=None):
         self.model, self.store, self.settings = model, store, settings
         self.units = np.arange(len(store))[:, None] if units is None else units
-        self.session = Session(mechanism, randomness, len(self.units))
+        self.session, self.randomness = Session(mechanism, randomness, len(self.units)), randomness
         self.private = mechanism.private
         self.trainable, self.frozen = everywhere((model.trainable, model.frozen))
         self.optimizer = optax.adam(learning_rate(settings, mechanism.steps))
@@ -299,27 +300,23 @@ class Trainer:
     # checkpoints
 
     def save(self, path):
-        """Write everything the next update needs, atomically."""
-        leaves = [np.asarray(x) for x in jax.tree.leaves((self.trainable, self.state))]
-        temporary = pathlib.Path(f"{path}.tmp")
-        with open(temporary, "wb") as file:
-            np.savez(file, *leaves, notes=self.notes, **self.session.state())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        """Write everything the next update needs, atomically, with the seal of the run."""
+        leaves, path = [np.asarray(x) for x in jax.tree.leaves((self.trainable, self.state))], pathlib.Path(path)
+        write = lambda file: np.savez(file, *leaves, notes=self.notes, **self.session.state())
+        self.randomness.state(path.parent).write(path.name, write)
 
     def restore(self, path):
-        """Continue from a checkpoint: the same batches and the same noise come again."""
-        tree = jax.tree.structure((self.trainable, self.state))
-        with np.load(path) as file:
+        """Continue from a checkpoint of this run: the same batches and the same noise come again. Raises PrivacyError for any other."""
+        tree, path = jax.tree.structure((self.trainable, self.state)), pathlib.Path(path)
+        with np.load(self.randomness.state(path.parent).check(path.name)) as file:
             leaves = [jnp.asarray(file[f"arr_{i}"]) for i in range(tree.num_leaves)]
             self.session.restore({name: file[name] for name in file.files if not name.startswith("arr_")})
             self.notes = file["notes"]
         self.trainable, self.state = everywhere(jax.tree.unflatten(tree, leaves))
 
 # %% ../nbs/07_finetune.ipynb #98cc9f1a
-def tokenize(model, records, fmt, folder, sequence_length, batch=2000):
-    """Write a TokenStore of prompt and response ids, cut at `sequence_length`.
+def tokenize(model, records, fmt, folder, sequence_length, batch=2000, before=None):
+    """Write a TokenStore of prompt and response ids, cut at `sequence_length`; `before` is that of `TokenStore.write`.
 
     Raises SettingsError if a prompt leaves no room for a response.
     """
@@ -333,7 +330,7 @@ def tokenize(model, records, fmt, folder, sequence_length, batch=2000):
             labels = records.labels[start:start + batch]
             for label, ids in zip(labels, model.response_ids(records.texts[start:start + batch])):
                 yield prompts[label], ids[:sequence_length - len(prompts[label])]
-    return TokenStore.write(folder, rows())
+    return TokenStore.write(folder, rows(), before)
 
 # %% ../nbs/07_finetune.ipynb #f69a6356
 def train(trainer, checkpoint, *, progress=True, seconds_between=30.0, log=None):
@@ -397,10 +394,10 @@ def held_out_loss(model, records, fmt, settings):
 
 # %% ../nbs/07_finetune.ipynb #e6f33374
 def self_check(trainer, before):
-    """Checks of a finished private training, as a dict for private/; `before` are the trained arrays at the start.
+    """What a finished private training has to show, as a dict for private/; `before` are the trained arrays at the start.
 
     Raises:
-        PrivacyError: an update is missing, nothing was learnt, or the noise is not what was promised (by more than 6 standard errors).
+        PrivacyError: an update is missing or had no noise, nothing was learnt, or the noise is not what was promised (by more than 6 standard errors).
     """
     session, mechanism = trainer.session, trainer.session.mechanism
     if session.step != mechanism.steps:
@@ -410,9 +407,18 @@ def self_check(trainer, before):
     numbers = sum(a.size for a in trainer.trainable)
     if not abs(session.realised_noise - 1) <= NOISE_ERRORS * realised_noise_error(mechanism, numbers):
         raise PrivacyError(f"self-check: the noise was {session.realised_noise:.4g} times what was promised; nothing is released")
+    if session.noised != session.step:
+        raise PrivacyError(f"self-check: {session.noised} of {session.step} updates had noise; nothing is released")
     drawn = mechanism.steps * mechanism.expected_batch_size
-    return {"updates": session.step, "realised_over_promised_noise": session.realised_noise, "clipped": trainer.notes[0] / drawn,
-            "unusable": trainer.notes[1] / drawn}
+    return {"updates": session.step, "noised_updates": session.noised, "realised_std": session.realised_std,
+            "realised_over_promised_noise": session.realised_noise, "grid": session.grid, "mechanism": describe_mechanism(mechanism),
+            "clipped": float(trainer.notes[0] / drawn), "unusable": float(trainer.notes[1] / drawn)}
+
+
+def describe_mechanism(mechanism):
+    """What ran, in absolute numbers, a dict: what the certificate says of the mechanism, with units, δ and every paid access."""
+    return {**mechanism.describe(), "num_units": mechanism.num_units, "delta": mechanism.delta, "unit": mechanism.unit,
+            "accesses": [dataclasses.asdict(access) for access in mechanism.accesses]}
 
 # %% ../nbs/07_finetune.ipynb #ee72c930
 def prepare_model(settings):
@@ -461,8 +467,8 @@ def finetune_run(settings, splits, folder, progress=True):
     Resumes where it stopped.
 
     Raises:
-        PrivacyError: the folder was started with other settings, data or code, or is not finished and was started on another device, or has lost
-            its counts.
+        PrivacyError: the folder was started with other settings, data or code, or is not finished and was started on another device, or
+            has lost its identity or its counts; or a private file is damaged or of another run.
         BudgetError: the run would cross a cap of the ledger.
         SettingsError: the settings do not fit the rows or do not fine-tune, or training diverged.
     """
@@ -476,6 +482,9 @@ def finetune_run(settings, splits, folder, progress=True):
     model, digest = prepare_with_hash(settings)
     identity = run_identity(result_settings(settings), splits.train.fingerprint(secret), digest, computation(settings))
     randomness = Randomness(secret, bind_run(private, identity, adapter.exists()))
+    state = randomness.state(private)
+    if not adapter.exists():
+        state.check_all()  # before anything is charged
     records = with_canaries(settings, splits.train, CanaryCoins.flip(settings.canaries, private, randomness).included)
     units = rows_of_units(records.units, 1 if settings.unit == "row" else settings.max_records_per_unit, settings.seed)
     account = Account(settings, splits.train, release_id(randomness.run_id, secret), folder)
@@ -483,18 +492,18 @@ def finetune_run(settings, splits, folder, progress=True):
     if not adapter.exists():
         account.charge("counts", accesses_event(count_accesses(settings).values()))
     check_counts(settings, private / "counts.json", begun=adapter.exists() or account.is_charged("training"))
-    counts = estimate_counts(settings, records, units, private / "counts.json", model)
+    counts = estimate_counts(settings, records, units, state, model)
     mechanism = mechanism_of(settings, splits.train, counts)
     if not adapter.exists():
         account.reserve("training", training_event(mechanism))
         base = base_model(settings.model, digest, contamination_note(settings, counts))
         with account.given_up_on(PrivacyError, SettingsError):
-            trainer = _make_trainer(model, fmt, settings, records, units, mechanism, randomness, private)
+            trainer = _make_trainer(model, fmt, settings, records, units, mechanism, randomness, state)
             if not account.is_charged("training"):
                 rehearse_certificate(mechanism, settings, base)
                 trainer.rehearse()
             account.charge("training", training_event(mechanism))
-            _train_into(model, trainer, private, progress)
+            _train_into(model, trainer, state, progress)
         _finish(model, settings, mechanism, counts, base, account.composed(mechanism), release)
     account.finish()
     load_adapter(model, adapter)
@@ -526,12 +535,31 @@ def training_event(mechanism):
 
 
 def begun_release(folder):
-    """The `release_id` of the run that was begun in a run folder; an empty text where none was."""
+    """The `release_id` of the run that was begun in a run folder; an empty text where none was. Raises PrivacyError, as `stored_run`."""
     private = pathlib.Path(folder) / "private"
     if not all((private / name).exists() for name in ("secret", "identity.json")):
         return ""
-    stored = json.loads((private / "identity.json").read_text(encoding="utf-8"))
-    return release_id(bind_run(private, stored), load_secret(private))
+    return release_id(stored_run(private).run_id, load_secret(private))
+
+
+def open_ledger(settings, folder):
+    """The `Ledger` that a run in this folder is charged in; it is not made where there is none. Raises PrivacyError, as `Ledger`."""
+    return Ledger({"user": None, "runs": pathlib.Path(folder).parent / RUNS_LEDGER}.get(settings.ledger, settings.ledger), make=False)
+
+
+def charges(settings, folder):
+    """What a run was charged for, by its ledger: a dict of `counts` and `training` to lists of events, empty where it was not.
+
+    None where the ledger is not at hand: it is not there, cannot be read, or is an owner's that does not know this run.
+    """
+    try:
+        ledger = open_ledger(settings, folder)
+    except PrivacyError:
+        return None
+    found = {what: ledger.release(f"{begun_release(folder)} {what}") for what in ("counts", "training")}
+    if not ledger.path.exists() or settings.ledger == "user" and not any(found.values()):
+        return None
+    return {what: [json.loads(part) for part in release.parts] if release and release.charged else [] for what, release in found.items()}
 
 
 class Account:
@@ -543,7 +571,7 @@ class Account:
     def __init__(self, settings, records, run_id, folder):
         self.title, self.run_id, self.name = settings.experiment, run_id, records.name
         self.kept_in = {"user": "the owner's ledger", "runs": "the ledger of this folder of runs"}.get(settings.ledger, pathlib.Path(settings.ledger).name)
-        self.ledger = Ledger({"user": None, "runs": folder.parent / RUNS_LEDGER}.get(settings.ledger, settings.ledger), make=False)
+        self.ledger = open_ledger(settings, folder)
         self.ledger.check_writable()
         delta = settings.delta if settings.unit_count == "private" else None  # the ledger's own would tell the number of units
         with count_kept(settings):
@@ -607,19 +635,19 @@ def check_counts(settings, path, begun):
         raise PrivacyError(f"{path}: the counts that this run was charged for are missing; restore the file, or begin in another folder")
 
 
-def estimate_counts(settings, records, units, path, model):
+def estimate_counts(settings, records, units, state, model):
     """The counts that are estimated out of ε, those that the settings ask for, by name; each a list of int.
 
-    Each unit counts once; its label is that of its first row that takes part. Drawn once, then read from `path`.
+    Each unit counts once; its label is that of its first row that takes part. Drawn once, then read from the `State` of the run.
     """
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+    if state.has("counts.json"):
+        return state.read_json("counts.json")
     exact = {"units": lambda: [len(units)], "overlaps": lambda: overlapping_units(settings, records),
              "labels": lambda: np.bincount(records.labels[units[:, 0]], minlength=len(settings.labels)),
              "likelier": lambda: likelier_units(settings, records, model)}
     counts = {name: noisy_counts(exact[name](), access.noise_multiplier) for name, access in count_accesses(settings).items()}
     if counts:
-        write_private(path, json.dumps(counts))
+        state.write("counts.json", json.dumps(counts))
     return counts
 
 
@@ -646,36 +674,39 @@ def likelier_units(settings, records, model):
     return [below, len(ours) - below]
 
 
-def _make_trainer(model, fmt, settings, records, units, mechanism, randomness, private):
-    tokens = private / "tokens"
-    store = TokenStore(tokens) if tokens.exists() else tokenize(model, records, fmt, tokens, settings.sequence_length)
-    return Trainer(model, store, settings, mechanism, randomness, units)
+def _make_trainer(model, fmt, settings, records, units, mechanism, randomness, state):
+    tokens = state.folder / "tokens"
+    if not tokens.exists():
+        tokenize(model, records, fmt, tokens, settings.sequence_length, before=lambda partial: state.seal("tokens", partial))
+        state.settle("tokens")
+    return Trainer(model, TokenStore(tokens), settings, mechanism, randomness, units)
 
 
-def _train_into(model, trainer, private, progress):
+def _train_into(model, trainer, state, progress):
     before = trainer.trainable
-    log = LossLog(private / "losses.jsonl", trainer) if trainer.settings.monitor == "private" else None
-    train(trainer, private / "checkpoint.npz", progress=progress, log=log)
+    log = LossLog(state, trainer) if trainer.settings.monitor == "private" else None
+    train(trainer, state.folder / "checkpoint.npz", progress=progress, log=log)
     if trainer.private:
-        write_private(private / "checks.json", json.dumps(self_check(trainer, before)) + "\n")
+        state.write("checks.json", json.dumps(self_check(trainer, before)) + "\n")
     if not all(np.isfinite(np.asarray(a)).all() for a in trainer.trainable):
         raise SettingsError("setting learning_rate: training diverged, weights are no numbers; use a smaller one, in another folder")
     model.assign(trainer.trainable)
 
 
 class LossLog:
-    """Adds the loss on a few training rows to a file under private/ after each update. Not noised: never leaves private/."""
+    """Adds the loss on a few training rows to `losses.jsonl` of a `State` after each update. Not noised: never leaves private/."""
+    name = "losses.jsonl"
 
-    def __init__(self, path, trainer, rows=64):
-        self.path, self.losses = path, make_mean_loss(trainer.model)
+    def __init__(self, state, trainer, rows=64):
+        self.state, self.losses = state, make_mean_loss(trainer.model)
         self.rows = some_rows(rows, len(trainer.store), trainer.settings.seed)
 
     def __call__(self, trainer):
         batch = trainer.store.batch(self.rows, trainer.settings.sequence_length)
         line = {"step": trainer.session.step, "loss": float(self.losses(trainer.trainable, trainer.frozen, batch).mean())}
-        known = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        known = self.state.read(self.name).decode().splitlines() if self.state.has(self.name) else []
         earlier = [text for text in known if json.loads(text)["step"] < line["step"]]  # a resumed training repeats some steps
-        write_private(self.path, "\n".join([*earlier, json.dumps(line)]) + "\n")
+        self.state.write(self.name, "\n".join([*earlier, json.dumps(line)]) + "\n")
 
 
 NOT_PRIVATE = {

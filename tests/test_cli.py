@@ -18,6 +18,7 @@ import yaml
 
 from parts import MICRO
 from dpsynth import __version__, demo
+from dpsynth.privacy import stored_run
 from dpsynth.runs import locked, prepare_folder, read_json, read_status, record, write_status
 from dpsynth.settings import DpsynthError, ModelError, Settings
 
@@ -514,14 +515,17 @@ def test_a_run_can_be_audited(sweep, dpsynth, refused):
     assert "--seed is for --synthetic" in refused("audit", folder, "--seed", 1)
 
 
-def test_a_run_without_a_record_of_its_noise_fails_its_audit(sweep, dpsynth):
-    checks = sweep[0] / "dp_ft" / "private" / "checks.json"
-    content = checks.read_text()
+def test_a_run_without_a_record_of_its_noise_fails_its_audit(sweep, dpsynth, refused):
+    private = sweep[0] / "dp_ft" / "private"
+    state = stored_run(private).state(private)
+    content = state.read("checks.json")
     try:
-        checks.write_text("{}")
+        (private / "checks.json").write_text("{}")
+        assert "checks.json: it is damaged, or was changed" in refused("audit", sweep[0] / "dp_ft")
+        state.write("checks.json", "{}")
         code, out, _ = dpsynth("audit", sweep[0] / "dp_ft")
     finally:
-        checks.write_text(content)
+        state.write("checks.json", content)
     assert code == 1 and "BROKEN: updates recorded by the training is 0 instead of 6; " in out.replace(" (p < 1e-6)", "")
 
 

@@ -39,10 +39,12 @@ def test_training_without_privacy_lowers_the_loss(micro, store):
 
 def test_canaries_take_part_as_their_coins_say(tmp_path):
     from dpsynth.canaries import CanaryCoins
+    from dpsynth.privacy import stored_run
     settings = RUN.model_copy(update={"canaries": 60})
     finetune_run(settings, splits(), tmp_path / "dp", progress=False)
     certificate = json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())
-    included = CanaryCoins.flip(60, tmp_path / "dp" / "private").included
+    private = tmp_path / "dp" / "private"
+    included = CanaryCoins.read(60, stored_run(private).state(private)).included
     assert certificate["num_units"] == 100 and len(TokenStore(tmp_path / "dp" / "private" / "tokens")) == 40 + included.sum()
     assert 12 < included.sum() < 48
 
@@ -87,7 +89,7 @@ def test_no_progress_bar_is_a_widget(repo):
 
 def test_steps_that_a_crash_repeats_are_logged_once(micro, store, tmp_path):
     one = trainer(micro, store)
-    log = LossLog(tmp_path / "losses.jsonl", one, rows=4)
+    log = LossLog(one.randomness.state(tmp_path), one, rows=4)
     one.update()
     one.save(tmp_path / "checkpoint.npz")
     log(one)
@@ -96,5 +98,5 @@ def test_steps_that_a_crash_repeats_are_logged_once(micro, store, tmp_path):
     again = trainer(micro, store)
     again.restore(tmp_path / "checkpoint.npz")
     again.update()
-    LossLog(tmp_path / "losses.jsonl", again, rows=4)(again)
+    LossLog(again.randomness.state(tmp_path), again, rows=4)(again)
     assert [json.loads(line)["step"] for line in (tmp_path / "losses.jsonl").read_text().splitlines()] == [1, 2]

@@ -17,7 +17,7 @@ from parts import RUN, SETTINGS, splits
 from dpsynth import audit, canaries
 from dpsynth.data import Records, TokenStore, from_frame
 from dpsynth.demo import reviews
-from dpsynth.privacy import Mechanism, Randomness, Session
+from dpsynth.privacy import Mechanism, Randomness, Session, stored_run
 from dpsynth.settings import DataError, PrivacyError, Settings, SettingsError
 
 
@@ -603,14 +603,18 @@ def test_canaries_of_a_run_begin_like_the_public_texts_that_it_names(texts, tmp_
 
 
 def test_coins_are_secret_fair_and_thrown_once(tmp_path):
-    folder = tmp_path / "private"
-    coins = canaries.CanaryCoins.flip(4000, folder)
-    assert np.array_equal(coins.included, canaries.CanaryCoins.flip(4000, folder).included)
-    assert folder.stat().st_mode & 0o777 == 0o700 and (folder / "canary_coins").stat().st_mode & 0o777 == 0o600
+    folder, run = tmp_path / "private", Randomness(bytes(range(32)), "run")
+    coins = canaries.CanaryCoins.flip(4000, folder, run)
+    assert np.array_equal(coins.included, canaries.CanaryCoins.flip(4000, folder, run).included)
+    assert (folder / "canary_coins").stat().st_mode & 0o777 == 0o600
     assert stats.binomtest(int(coins.included.sum()), 4000).pvalue > 1e-6 and "0" not in repr(coins).replace("4000", "")
-    assert not np.array_equal(coins.included, canaries.CanaryCoins.flip(4000, tmp_path / "other").included)
+    for other in (Randomness(bytes(range(1, 33)), "run"), Randomness(bytes(range(32)), "other")):
+        assert not np.array_equal(coins.included, canaries.CanaryCoins.flip(4000, tmp_path / "other", other).included)
+        shutil.rmtree(tmp_path / "other")
+        with pytest.raises(PrivacyError, match="canary_coins: it is of another run"):
+            canaries.CanaryCoins.flip(4000, folder, other)
     with pytest.raises(PrivacyError, match="10 canaries"):
-        canaries.CanaryCoins.flip(10, folder)
+        canaries.CanaryCoins.flip(10, folder, run)
     keyed = [canaries.CanaryCoins.flip(64, tmp_path / str(i), Randomness(bytes(32), "run")).included for i in range(2)]
     assert np.array_equal(*keyed) and 10 < keyed[0].sum() < 54
 
@@ -759,12 +763,13 @@ def test_a_replay_finds_what_is_broken(monkeypatch, bands, owner, name, broken, 
 
 
 @pytest.mark.parametrize("recorded, passes", [
-    ({"updates": 37, "realised_over_promised_noise": 1.0}, [True, True]), ({"updates": 37, "realised_over_promised_noise": 1.006}, [True, True]),
-    ({"updates": 37, "realised_over_promised_noise": 1.008}, [True, False]), ({"updates": 37, "realised_over_promised_noise": 0.992}, [True, False]),
-    ({"updates": 37, "realised_over_promised_noise": 0.0}, [True, False]), ({"updates": 37, "realised_over_promised_noise": None}, [True, False]),
-    ({"updates": 36, "realised_over_promised_noise": 1.0}, [False, True]), ({}, [False, False])])
+    ({}, [True, True, True]), ({"realised_std": 2.012}, [True, True, True]), ({"realised_std": 2.016}, [True, True, False]),
+    ({"realised_std": 1.984}, [True, True, False]), ({"realised_std": 0.0}, [True, True, False]), ({"realised_std": None}, [True, True, False]),
+    ({"updates": 36}, [False, True, True]), ({"noised_updates": 8}, [True, False, True]),
+    (dict.fromkeys(("updates", "noised_updates", "realised_std")), [False, False, False])])
 def test_what_a_training_recorded_has_to_be_there_and_as_promised(recorded, passes):
-    checks = audit.training_checks(mechanism(), recorded, numbers=10_000)  # 6 standard errors: 0.0070
+    recorded = {"updates": 37, "noised_updates": 37, "realised_std": 2.0, **recorded}
+    checks = audit.training_checks(mechanism(noise_multiplier=2.0), recorded, numbers=10_000)  # 6 standard errors: 0.0070
     assert [check.passed for check in checks] == passes
     assert 'nan' not in str(audit.Replay(checks, 1, 1)).lower()
 
@@ -890,32 +895,34 @@ def sensitive(monkeypatch):
     monkeypatch.setattr(pipeline, "sensitivity_check", lambda model, settings, mechanism: audit.Check("move", 1.0, 1.0, 1.0))
 
 
-def test_a_finished_run_keeps_its_promises_and_its_replay_is_that_of_its_certificate(finished, tuned, monkeypatch):
+def test_a_finished_run_keeps_its_promises(finished, tuned):
     from dpsynth import pipeline
 
-    monkeypatch.setattr(pipeline, "mechanism_of", None)  # newer code may calibrate otherwise: the certificate says what ran
     found = pipeline.audit_stage(RUN, finished, splits(), tuned)
     assert found.replay.passed and found.verdict == "cannot tell", str(found)  # no canaries, and no row was kept out
     assert json.loads((finished / "private" / "findings.json").read_text()) == {"verdict": "cannot tell", "summary": str(found)}
     assert (finished / "private" / "findings.json").stat().st_mode & 0o777 == 0o600
-    assert certified(finished)["audit"]["refuted"] is False and "0 of 14 promises" in certified(finished)["audit"]["summary"]
+    assert certified(finished)["audit"]["refuted"] is False and "0 of 17 promises" in certified(finished)["audit"]["summary"]
     assert found.claim == {name: certified(finished)[name] for name in CLAIM}
     names = [check["name"] for check in json.loads((finished / "private" / "replay.json").read_text())["checks"]]
-    assert len(names) == 14 and "noise recorded by the training, over the promised one" in names
+    assert len(names) == 17 and "noise recorded by the training, over the promised one" in names
     assert "largest move of the sum by one unit, over the sensitivity" in names
     told, promised = certified(finished), pipeline.promised_mechanism(RUN, finished, splits())
     assert promised.describe() == told["mechanism"] and (promised.num_units, promised.delta) == (told["num_units"], told["delta"])
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda checks: {**checks, "realised_over_promised_noise": 0.0}, "noise recorded by the training, over the promised one is 0 instead of 1"),
-    (lambda checks: {**checks, "realised_over_promised_noise": 0.5}, "is 0.5 instead of 1"), (lambda checks: {}, "updates recorded by the training is 0"),
-    (lambda checks: {**checks, "updates": checks["updates"] - 1}, "updates recorded by the training is 1 instead of 2")])
+    (lambda checks: {**checks, "realised_std": 0.0}, "noise recorded by the training, over the promised one is 0 instead of 1"),
+    (lambda checks: {**checks, "realised_std": 0.5 * checks["mechanism"]["noise_multiplier"]}, "is 0.5 instead of 1"),
+    (lambda checks: {}, "updates recorded by the training is 0"),
+    (lambda checks: {**checks, "updates": checks["updates"] - 1}, "updates recorded by the training is 1 instead of 2"),
+    (lambda checks: {**checks, "noised_updates": 1}, "updates with noise recorded by the training is 1 instead of 2"),
+    (lambda checks: {**checks, "mechanism": {**checks["mechanism"], "steps": 1}}, "what the training recorded of its mechanism: steps is 1 instead of 0")])
 def test_a_run_whose_training_recorded_something_else_fails(finished, sensitive, change, says):
     from dpsynth.pipeline import audit_stage
 
-    path = finished / "private" / "checks.json"
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    state = stored_run(finished / "private").state(finished / "private")
+    state.write("checks.json", json.dumps(change(state.read_json("checks.json"))))
     found = audit_stage(RUN, finished, splits(), None)
     assert found.verdict == "fails" and says in str(found) and certified(finished)["audit"]["refuted"]
 
@@ -941,7 +948,7 @@ def test_a_run_without_its_records_fails(finished, sensitive, missing):
 
 
 @pytest.mark.parametrize("by_model, by_rows", [(0.2, 0.7), (0.7, 0.2)])
-def test_the_worse_of_two_canary_audits_is_certified(finished, sensitive, monkeypatch, by_model, by_rows):
+def test_the_worse_of_two_canary_audits_is_certified(finished, monkeypatch, by_model, by_rows):
     from dpsynth import pipeline
     from dpsynth.certificate import verify
 
@@ -949,8 +956,9 @@ def test_the_worse_of_two_canary_audits_is_certified(finished, sensitive, monkey
     for name, result in (("audit_canaries", canary_audit(by_model, "the tuned model")), ("audit_canaries_in_rows", canary_audit(by_rows, "the rows")),
                          ("canary_records", some), ("check_same_canaries", None), ("prepare_model", None), ("row_losses", None), ("read_rows", ([], []))):
         monkeypatch.setattr(pipeline, name, lambda *args, result=result, **options: result)
-    monkeypatch.setattr(pipeline.CanaryCoins, "read", lambda count, folder: some)
+    monkeypatch.setattr(pipeline.CanaryCoins, "read", lambda count, state: some)
     monkeypatch.setattr(pipeline, "check_same_rows", lambda *args: None)
+    monkeypatch.setattr(pipeline, "replay_run", lambda *args: replayed())  # the run had no canaries: its certificate would not agree
     pipeline.audit_stage(RUN.model_copy(update={"canaries": 40}), finished, splits(), None)
     told = certified(finished)["audit"]
     assert told["epsilon_bound"] == 0.7 and told["saw"] == ("the rows" if by_rows > by_model else "the tuned model") and not told["refuted"]
@@ -966,11 +974,14 @@ def test_canaries_that_changed_since_the_training_are_not_looked_for(tmp_path):
     made = canaries.canary_records(settings, from_frame(pd.DataFrame({"text": list("abcd"), "label": [0, 1, 0, 1]}), settings).train)
     model = types.SimpleNamespace(response_ids=lambda texts: [[len(word) for word in text.split()] for text in texts])
     trained = made.take(np.repeat(np.flatnonzero(included), 2))
-    TokenStore.write(tmp_path / "private" / "tokens", [([7, 7, 7], [1]), *(([7, 7, 7], ids[:5]) for ids in model.response_ids(trained.texts))])
-    check_same_canaries(settings, tmp_path, made, included, model)
+    state = Randomness(bytes(32), "run").state(tmp_path / "private")
+    state.folder.mkdir()
+    TokenStore.write(state.folder / "tokens", [([7, 7, 7], [1]), *(([7, 7, 7], ids[:5]) for ids in model.response_ids(trained.texts))],
+                     lambda partial: state.seal("tokens", partial))
+    check_same_canaries(settings, state, made, included, model)
     other = dataclasses.replace(made, frame=made.frame.assign(text=[f"un{text}" for text in made.texts]))
     with pytest.raises(PrivacyError, match="canaries are others now"):
-        check_same_canaries(settings, tmp_path, other, included, model)
+        check_same_canaries(settings, state, other, included, model)
 
 
 def test_rows_are_attacked_at_the_delta_of_the_run_and_without_those_that_had_copies(finished, monkeypatch):
