@@ -12,7 +12,7 @@ import dpsynth.finetune
 from dpsynth.data import TokenStore, from_frame
 from dpsynth.finetune import Trainer, begun_release, finetune_run
 from dpsynth.ledger import RUNS_LEDGER
-from dpsynth.privacy import bind_run, load_secret, run_identity
+from dpsynth.privacy import Randomness, bind_run, load_secret, read_identity, run_identity
 from dpsynth.settings import PrivacyError
 from dpsynth.state import State, content_hash, kept
 
@@ -126,6 +126,11 @@ def test_what_another_run_wrote_is_refused(tmp_path, copied, words, other):
     for name in copied:
         shutil.copy(tmp_path / "theirs" / name, tmp_path / "mine" / name)
     with pytest.raises(PrivacyError, match=f"checkpoint.npz: {words}"):
+        state_of(tmp_path / "mine").check("checkpoint.npz")
+    state_of(tmp_path / "mine").write("counts.json", "{}")
+    seals = [(tmp_path / place / "seals" / name).read_text().split() for place, name in (("mine", "counts.json"), ("theirs", "checkpoint.npz"))]
+    (tmp_path / "mine" / "seals" / "checkpoint.npz").write_text(f"{seals[0][0]} {seals[1][1]}\n")  # what only says whose seal it is can be copied
+    with pytest.raises(PrivacyError, match="checkpoint.npz: it is damaged"):
         state_of(tmp_path / "mine").check("checkpoint.npz")
 
 
@@ -262,5 +267,58 @@ def test_what_can_be_made_again_gives_the_same_bytes(begun, tmp_path):
     assert checks["realised_std"] == pytest.approx(told["mechanism"]["noise_multiplier"], rel=0.05)
     sealed = {path.name for path in (private / "seals").iterdir()}
     assert {path.name for path in private.iterdir()} == sealed | {"seals", "secret"} and sealed == KEPT | {"checks.json"}
-    hashes = {content_hash(path) for path in private.rglob("*")} | set((private / "seals" / "counts.json").read_text().split())
+    hashes = {content_hash(path) for path in private.rglob("*")}
+    seals = {word for path in (private / "seals").iterdir() for word in path.read_text().split()}
+    assert len(seals) == 2 + len(sealed) and not seals & hashes  # two marks, and of each file what only the secret gives
+    hashes |= seals
     assert not any(word in path.read_text(errors="replace") for path in whole.rglob("*") if path.is_file() and private not in path.parents for word in hashes)
+
+
+# what a run draws is its own: it follows from its secret and from every part of its identity, and from nothing that is public
+
+def test_a_run_is_another_run_where_any_part_of_its_identity_is_another(tmp_path):
+    whole = run_identity(json.dumps({"epsilon": 8}), "fingerprint of rows", "hash", {"microbatch_size": 8})
+    others = [whole, *({**whole, part: json.dumps({"other": 1})} for part in whole)]
+    assert len(others) == 7 and {"data", "settings"} < set(whole)
+    ids = [bind_run(tmp_path / str(i) / "private", identity) for i, identity in enumerate(others)]
+    assert len(set(ids)) == len(ids)
+    first = [Randomness(SECRET, name).integers("batch", 0, 4).tolist() for name in ids]
+    assert len({tuple(words) for words in first}) == len(ids)
+
+
+def test_the_identity_of_a_run_names_its_rows_by_its_secret(run):
+    assert read_identity(run / "private")["data"] == splits().train.fingerprint(load_secret(run / "private"))
+
+
+def test_a_secret_has_32_bytes_of_its_own(tmp_path):
+    secrets = [load_secret(tmp_path / str(i)) for i in range(200)]
+    assert {len(secret) for secret in secrets} == {32}
+    values = [len(set(secret)) for secret in secrets]
+    assert sum(values) / 200 == pytest.approx(256 * (1 - (255 / 256) ** 32), abs=0.6)  # 6 standard errors; four random bytes, eight times, have 4
+    assert all(len({secret[i] for secret in secrets}) > 100 for i in range(32)) and len({secret[i:i + 4] for secret in secrets for i in range(29)}) > 5790
+
+
+def test_a_secret_with_few_values_is_refused(tmp_path):
+    for content in (os.urandom(4) * 8, bytes(32), bytes(range(15)) * 3):
+        (tmp_path / "secret").write_bytes(content[:32])
+        with pytest.raises(PrivacyError, match="secret: damaged, it does not hold 32 random bytes"):
+            load_secret(tmp_path)
+
+
+def test_coins_of_canaries_follow_from_the_secret_and_not_from_the_public_seed(tmp_path, begun, monkeypatch):
+    thrown, count = [], 200
+    settings = RUN.model_copy(update={"canaries": count})
+
+    def rows(settings, records, included):
+        thrown.append(included)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dpsynth.finetune, "prepare_with_hash", lambda settings: begun[1])
+    monkeypatch.setattr(dpsynth.finetune, "with_canaries", rows)
+    for i in range(3):
+        if i == 2:  # the secret of the second run, elsewhere
+            (tmp_path / "2" / "private").mkdir(parents=True)
+            shutil.copy(tmp_path / "1" / "private" / "secret", tmp_path / "2" / "private" / "secret")
+        with pytest.raises(KeyboardInterrupt):
+            finetune_run(settings, splits(settings=settings), tmp_path / str(i), progress=False)
+    assert (thrown[1] == thrown[2]).all() and 60 < (thrown[0] == thrown[1]).sum() < 140
