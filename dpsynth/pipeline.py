@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ERROR', 'ROWS_ERROR', 'BOUND_ERROR', 'DATA_SETTINGS', 'LIBRARIES', 'NOT_FUSED', 'device_name', 'load_stage',
-           'guarantee', 'fit_stage', 'load_generator', 'rows_file', 'read_rows', 'real_rows', 'write_rows',
-           'sample_stage', 'sample_again', 'reference_rows', 'evaluate_stage', 'Findings', 'audit_stage', 'enough_rows',
-           'check_same_rows', 'promised_mechanism', 'replay_run', 'audit_hidden', 'check_same_canaries', 'audit_rows',
-           'without_repeated', 'is_prepared', 'check_prompts', 'check_rows', 'remember', 'Survey', 'survey', 'spending',
-           'bytes_kept', 'training_bytes', 'sampling_bytes', 'units_at_once', 'device_speed', 'token_lengths',
-           'estimate_memory', 'estimate_operations', 'estimate']
+           'guarantee', 'fit_stage', 'load_generator', 'rows_file', 'read_rows', 'rows_of_run', 'real_rows',
+           'write_rows', 'sample_stage', 'sample_again', 'reference_rows', 'evaluate_stage', 'Findings', 'audit_stage',
+           'enough_rows', 'check_same_rows', 'promised_mechanism', 'replay_run', 'audit_hidden', 'check_same_canaries',
+           'check_release', 'audit_rows', 'without_repeated', 'is_prepared', 'check_prompts', 'check_rows', 'remember',
+           'Survey', 'survey', 'spending', 'bytes_kept', 'training_bytes', 'sampling_bytes', 'units_at_once',
+           'device_speed', 'token_lengths', 'estimate_memory', 'estimate_operations', 'estimate']
 
 # %% ../nbs/13b_pipeline.ipynb #0b461507
 import dataclasses
@@ -24,13 +24,15 @@ import warnings
 from .audit import (CAVEAT, MIN_ROWS, Check, audit_canaries, audit_canaries_in_rows, audit_files, replay_checks, sensitivity_check,
                            training_checks)
 from .canaries import CanaryCoins, canary_records
-from .certificate import read_certificate, write_certificate
+from .certificate import audit_entry, read_certificate
 from .data import TokenStore, load, other_texts
 from .evaluation import disjoint_halves, evaluate, open_embedder
 from .finetune import (
     Account, begun_release, count_kept, example_loss, finetune_run, mark_not_private, mechanism_of, one_by_one, prepare_model, row_losses,
     some_rows, with_prior)
 from .formats import TextFormat
+from .manifest import (
+    CERTIFICATE, add_to_manifest, check_listed, checked_fit, compare_release, entry, manifest_of, manifests, read_sealed, statement_of, way_back, write_release)
 from .models import Unreachable, by_shapes, count_parameters, load_adapter, load_model, load_tokenizer
 from .privacy import Mechanism, Randomness, bind_run, default_delta, load_secret, make_mechanism, write_private
 from .runs import forget_scores, prepare_folder, read_json, record, timed
@@ -80,15 +82,16 @@ def load_generator(settings, folder):
     """The model of a fitted run, from its released adapter alone: no row is read.
 
     Raises:
-        SettingsError: the run has real rows, or no adapter yet.
+        SettingsError: the run has real rows, or no adapter yet. DataError: the adapter is damaged, or is not the one that the run released.
     """
     if settings.generator.startswith("real"):
         raise SettingsError(f"{folder}: {settings.generator} takes real rows, there is no model to sample from")
     if settings.generator == "prompt":
         return load_model(settings.model, settings.dtype, settings.seed)
-    adapter = pathlib.Path(folder) / "release" / "adapter.npz"
-    if not adapter.exists():
+    release = pathlib.Path(folder) / "release"
+    if not (release / "adapter.npz").exists():
         raise SettingsError(f"{folder}: not fitted yet; `dpsynth fit {folder}` does that")
+    adapter = checked_fit(release, "adapter.npz", settings.private)
     model = prepare_model(settings)
     load_adapter(model, adapter)
     return model
@@ -101,11 +104,22 @@ def rows_file(settings, folder):
 
 
 def read_rows(path):
-    """`(texts, labels)` of a file of rows; labels are names. Raises SettingsError where there is none."""
+    """`(texts, labels)` of a file of rows; labels are names. Raises SettingsError where there is none, DataError where it is damaged."""
     if not path.exists():
         raise SettingsError(f"{path}: no rows yet; `dpsynth sample {path.parent.parent}` makes them")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    return [row["text"] for row in rows], [row.get("label", "") for row in rows]
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        return [row["text"] for row in rows], [row.get("label", "") for row in rows]
+    except (ValueError, KeyError, TypeError, AttributeError):  # no JSON or UTF-8, or no rows
+        raise DataError(f"{path}: damaged; {way_back(path)}") from None
+
+
+def rows_of_run(settings, folder):
+    """`read_rows` of a run, after its file was compared with the manifest. Raises DataError where it is not the file that was made."""
+    path = rows_file(settings, folder)
+    if path.exists():
+        check_listed([path], statement_of(path.parent))
+    return read_rows(path)
 
 
 def real_rows(settings, splits):
@@ -120,6 +134,7 @@ def write_rows(records, path):
     names = [records.label_names[label] for label in records.labels]
     rows = ({"index": i, "label": name, "text": text} for i, (name, text) in enumerate(zip(names, records.texts)))
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    add_to_manifest(manifest_of(path), None, {path.name: entry(path, rows=len(records))})
 
 
 def sample_stage(settings, folder, splits, model):
@@ -130,7 +145,8 @@ def sample_stage(settings, folder, splits, model):
             write_rows(real_rows(settings, splits), path)
             figures = {"rejected": {}}
         else:
-            figures = sample_to_file(model, with_prior(settings, folder), TextFormat(settings.prompt, settings.labels), path.parent)
+            figures = sample_to_file(model, with_prior(settings, folder), TextFormat(settings.prompt, settings.labels), path.parent,
+                                     statement=statement_of(path.parent))
     if not settings.private:
         mark_not_private(settings, path.parent)
     rejected = figures["rejected"]
@@ -150,11 +166,12 @@ def sample_again(settings, folder, rows, seed):
         raise SettingsError(f"{target}: is there already; choose another --seed or remove it")
     model = load_generator(settings, folder)
     again = with_prior(settings, folder).model_copy(update={"num_samples": rows, "seed": seed})
-    begun = read_json(scratch / "sampling.json").get("num_samples")
-    if begun not in (None, rows):
+    state, belongs_to = scratch / "sampling.json", statement_of(release)
+    if state.exists() and read_sealed(state, f"remove the folder {scratch} and run again")["settings"].get("num_samples") != rows:
         shutil.rmtree(scratch)  # an interrupted call for another number of rows
     scratch.mkdir(exist_ok=True)
-    sample_to_file(model, again, TextFormat(settings.prompt, settings.labels), scratch)
+    sample_to_file(model, again, TextFormat(settings.prompt, settings.labels), scratch, statement=belongs_to)
+    add_to_manifest(manifest_of(target), belongs_to, {target.name: entry(scratch / "synthetic.jsonl", rows=rows, seed=seed)})
     os.replace(scratch / "synthetic.jsonl", target)
     shutil.rmtree(scratch)
     return target
@@ -167,7 +184,7 @@ def reference_rows(settings, splits):
 
 def evaluate_stage(settings, folder, splits):
     """Measure the rows of a run; returns all its numbers. Earlier scores stay until there are new ones."""
-    texts, labels = read_rows(rows_file(settings, folder))
+    texts, labels = rows_of_run(settings, folder)
     with timed(folder, "evaluate"):
         numbers = evaluate(texts, labels, reference_rows(settings, splits), settings, pathlib.Path(folder).parent / ".embeddings")
     record(folder, **numbers)  # refuses a score that is no number, before the earlier ones are forgotten
@@ -266,6 +283,7 @@ def audit_stage(settings, folder, splits, model):
     if len(splits.kept_out) and not enough:
         warnings.warn(f"{folder}: the rows are not attacked: fewer than {MIN_ROWS} units were kept out, or trained on; use another audit_fraction")
     check_same_rows(settings, folder, splits)
+    check_release(settings, folder)
     with timed(folder, "audit"):
         replay = replay_run(settings, folder, splits, model) if trained and settings.private else None
         canaries = audit_hidden(settings, folder, splits, model) if trained and settings.canaries else (None, None)
@@ -324,7 +342,7 @@ def audit_hidden(settings, folder, splits, model):
     delta = guarantee(folder)["delta"] or settings.delta or default_delta(splits.train.public_units + settings.canaries)
     base, tuned = (row_losses(m, canaries, fmt, settings) for m in (prepare_model(settings), model))
     by_model = audit_canaries(base, tuned, included, delta, confidence=1 - BOUND_ERROR)
-    by_rows = audit_canaries_in_rows(read_rows(rows_file(settings, folder))[0], canaries.texts, included, delta, confidence=1 - BOUND_ERROR)
+    by_rows = audit_canaries_in_rows(rows_of_run(settings, folder)[0], canaries.texts, included, delta, confidence=1 - BOUND_ERROR)
     record(folder, audit=dataclasses.asdict(by_model), audit_in_rows=dataclasses.asdict(by_rows))
     return by_model, by_rows
 
@@ -340,14 +358,23 @@ def check_same_canaries(settings, folder, canaries, included, model):
                                f"{settings.canary_texts or 'the version of dpsynth that it was made with'}")
 
 
+def check_release(settings, folder):
+    """Raise DataError unless the released files of a private run are those that its certificate and its manifests speak of.
+
+    The certificate itself is compared without its audit, which is made anew.
+    """
+    release = folder / "release"
+    if settings.private and (release / "certificate.json").exists():
+        statement_of(release)  # it can be read
+        compare_release(release, read_certificate(release / "certificate.json"), manifests(release), but=CERTIFICATE)
+
+
 def _certify(found, release):
-    """Enter what `Findings` say without the rows into the certificate: whether it is refuted, and the larger bound from canaries."""
-    worst, said = _worst(found.canaries), [f"REFUTED: {'; '.join(found.refuted)}."] if found.refuted else []
-    said += [f"The larger bound of two audits. {worst}" if worst else "Without canaries no attack was made that can be told of here.",
-             f"{len(found.replay.broken)} of {len(found.replay.checks)} promises about sampling, noise and sensitivity were found broken."]
-    certificate = read_certificate(release / "certificate.json")
-    certificate["audit"] = {"summary": " ".join(said), "refuted": bool(found.refuted), **(dataclasses.asdict(worst) if worst else {})}
-    write_certificate(certificate, release)
+    """Enter what `Findings` say without the rows into certificate and manifest: whether it is refuted, and the larger bound from canaries."""
+    worst, certificate = _worst(found.canaries), read_certificate(release / "certificate.json")
+    told = json.loads(json.dumps(dataclasses.asdict(worst))) if worst else {}  # as it will be read: lists for tuples
+    certificate["audit"] = audit_entry(found.refuted, len(found.replay.checks), len(found.replay.broken), **told)
+    write_release(certificate, release, {})
 
 
 def _worst(audits):
@@ -358,7 +385,7 @@ def _worst(audits):
 
 def audit_rows(settings, folder, splits):
     """`AuditReport` of the rows of a run at the δ of its certificate, written to `private/audit.json`."""
-    texts, _ = read_rows(rows_file(settings, folder))
+    texts, _ = rows_of_run(settings, folder)
     train = without_repeated(splits.train)
     units = {name: side.frame["unit"].tolist() for name, side in (("train_units", train), ("holdout_units", splits.kept_out))
              if "unit" in side.frame}
