@@ -31,6 +31,7 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from .ledger import existing_part, known_names
+from .manifest import released_certificate
 from .runs import BusyError, locked, now, prepare_folder, read_json, read_settings, read_status, record, write_status, write_text
 from .settings import (PrivacyError, Settings, SettingsError, evaluation_settings, load_settings, quiet_libraries, resolve,
                               result_settings)
@@ -144,7 +145,7 @@ def describe(folder):
 
 def _facts(folder):
     settings, status = read_settings(folder), read_status(folder)
-    certificate = read_json(folder / "release" / "certificate.json") if settings.private else {}
+    certificate = released_certificate(folder / "release") if settings.private else {}
     return {**read_json(folder / "metrics.json"), "experiment": settings.experiment, "status": status["state"], "reason": status["reason"],
             "generator": settings.generator, **_guarantee(settings, certificate),
             **{name: certificate.get(name) for name in ("epsilon", "epsilon_replace_one", "delta")}}

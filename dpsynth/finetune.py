@@ -10,7 +10,7 @@ __all__ = ['CHUNK_SCORES', 'SAFETY', 'SMALLEST', 'NOT_PRIVATE', 'token_losses', 
            'prepare_model', 'prepare_with_hash', 'base_hash', 'processor', 'computation', 'finetune_run',
            'mechanism_of', 'count_kept', 'training_event', 'begun_release', 'open_ledger', 'charges', 'Account',
            'check_counts', 'estimate_counts', 'overlapping_units', 'likelier_units', 'LossLog', 'mark_not_private',
-           'rehearse_certificate', 'contamination_note', 'label_shares', 'with_prior']
+           'rehearse_certificate', 'contamination_found', 'label_shares', 'with_prior']
 
 # %% ../nbs/07_finetune.ipynb #d14e2c03
 import contextlib
@@ -26,14 +26,16 @@ import time
 
 from .audit import NOISE_ERRORS, contamination
 from .canaries import CanaryCoins, with_canaries
-from .certificate import base_model, make_certificate, write_certificate
+from .certificate import base_model, make_certificate, released_files, write_certificate
 from .data import Records, TokenStore, other_texts
 from .formats import TextFormat
 from .ledger import EXPOSED, RUNS_LEDGER, Ledger, Newcomer, accesses_event, release_id
+from .manifest import checked_fit, file_hash, standing, write_release
 from .models import (divisible, everywhere, load_adapter, load_model, preset_hash, save_adapter, setup_tuning, spread,
                             tuning_mode)
 from .privacy import (Randomness, Session, bind_run, count_accesses, load_secret, make_mechanism, noisy_counts, realised_noise_error,
                              run_identity, stored_run)
+from .runs import write_text
 from .settings import PrivacyError, SettingsError, result_settings
 
 import jax
@@ -496,7 +498,7 @@ def finetune_run(settings, splits, folder, progress=True):
     mechanism = mechanism_of(settings, splits.train, counts)
     if not adapter.exists():
         account.reserve("training", training_event(mechanism))
-        base = base_model(settings.model, digest, contamination_note(settings, counts))
+        base = base_model(settings.model, digest, contamination_found(settings, counts))
         with account.given_up_on(PrivacyError, SettingsError):
             trainer = _make_trainer(model, fmt, settings, records, units, mechanism, randomness, state)
             if not account.is_charged("training"):
@@ -506,7 +508,7 @@ def finetune_run(settings, splits, folder, progress=True):
             _train_into(model, trainer, state, progress)
         _finish(model, settings, mechanism, counts, base, account.composed(mechanism), release)
     account.finish()
-    load_adapter(model, adapter)
+    load_adapter(model, checked_fit(release, "adapter.npz", settings.private))
     return model, {"steps": mechanism.steps, "noise_multiplier": mechanism.noise_multiplier or None, "tuning": tuning_mode(settings),
                    "trained_parameters": int(sum(a.size for a in model.trainable)),
                    "held_out_loss": held_out_loss(model, splits.test, fmt, settings)}
@@ -728,45 +730,37 @@ def rehearse_certificate(mechanism, settings, base):
     """Make and write the certificate once, where nobody keeps it: what cannot be stated is not to be spent."""
     if mechanism.private:
         with tempfile.TemporaryDirectory() as scratch:
-            write_certificate(make_certificate(mechanism, settings, base=base), scratch)
+            files = dict.fromkeys(released_files(settings.label_prior), 64 * "0")
+            write_certificate(make_certificate(mechanism, settings, base=base, files=files), scratch)
 
 
 def _finish(model, settings, mechanism, counts, base, composed, release):
-    """Certificate, label shares and adapter; the adapter is renamed into place last: it marks the training as done."""
+    """Label shares, certificate, manifest and adapter; the adapter is renamed into place last: it marks the training as done."""
+    files = {"adapter.npz": release / "adapter.tmp"}
+    save_adapter(model, files["adapter.npz"])
+    if "labels" in counts:
+        files["label_prior.json"] = release / "label_prior.json"
+        write_text(files["label_prior.json"], json.dumps(label_shares(counts["labels"])) + "\n")
+    certificate = None
     if mechanism.private:
-        write_certificate(make_certificate(mechanism, settings, base=base, composed=composed), release)
+        hashes = {name: file_hash(path) for name, path in files.items()}
+        certificate = standing(make_certificate(mechanism, settings, base=base, files=hashes, composed=composed), release)
     else:
         mark_not_private(settings, release)
-    if "labels" in counts:
-        (release / "label_prior.json").write_text(json.dumps(label_shares(counts["labels"])) + "\n", encoding="utf-8")
-    save_adapter(model, release / "adapter.tmp")
-    os.replace(release / "adapter.tmp", release / "adapter.npz")
+    write_release(certificate, release, files)
+    os.replace(files["adapter.npz"], release / "adapter.npz")
 
 
-def contamination_note(settings, counts):
-    """What the certificate says about rows that the base model may have read before."""
-    notes = {"overlaps": _overlap_note, "likelier": _likelier_note}
-    return "; ".join(note(settings, counts[name], count_accesses(settings)[name].noise_multiplier)
-                     for name, note in notes.items() if name in counts) or "not checked"
-
-
-def _overlap_note(settings, counts, scale):
-    corpus = pathlib.Path(settings.contamination_corpus).name
-    shared, other = (max(0, count) for count in counts)
-    return (f"about {shared:,} of about {shared + other:,} units of 50 words or more share a run of 50 with {corpus} "
-            f"(noise of scale {scale:.3g} added to each count); shorter units were not looked for")
-
-
-def _likelier_note(settings, counts, scale):
-    """The share of units below the median reference text is ½ if rows and reference texts are equally new to the model.
-
-    Its variance is 1/4n for n units, 1/4m for the median of m texts and scale²/n² for the noise of the two counts.
-    """
-    likely, other = (max(0, count) for count in counts)
-    n, m = max(1, likely + other), len(other_texts(settings, "contamination_reference"))
-    p = math.erfc((likely / n - 0.5) / math.sqrt(2 * (0.25 / n + 0.25 / m + (scale / n) ** 2))) / 2
-    name = pathlib.Path(settings.contamination_reference).name
-    return f"{likely / n:.0%} of about {n:,} units are likelier to the base model than the median text of {name} (one-sided p = {p:.2g}, noise included)"
+def contamination_found(settings, counts):
+    """What was estimated of rows that the base model may have read before, as `certificate.contamination_text` takes it; None: nothing."""
+    overlaps, likelier = ([max(0, count) for count in counts.get(name, ())] for name in ("overlaps", "likelier"))
+    found = {}
+    if overlaps:
+        found["overlaps"] = {"shared": overlaps[0], "other": overlaps[1], "corpus": pathlib.Path(settings.contamination_corpus).name}
+    if likelier:
+        found["likelier"] = {"likely": likelier[0], "other": likelier[1], "reference": pathlib.Path(settings.contamination_reference).name,
+                             "texts": len(other_texts(settings, "contamination_reference"))}
+    return found or None
 
 
 def label_shares(counts):
@@ -779,5 +773,5 @@ def with_prior(settings, folder):
     """Settings with the shares of the labels that the run estimated out of ε, where they ask for that."""
     if settings.label_prior != "private":
         return settings
-    shares = json.loads((pathlib.Path(folder) / "release" / "label_prior.json").read_text(encoding="utf-8"))
+    shares = json.loads(checked_fit(pathlib.Path(folder) / "release", "label_prior.json", settings.private).read_text(encoding="utf-8"))
     return settings.model_copy(update={"label_prior": ",".join(map(str, shares))})

@@ -8,7 +8,7 @@ __all__ = ['TINY', 'CARD', 'PROBE_SECONDS', 'WEIGHTS', 'NETWORK_WORDS', 'REFUSAL
            'is_embedding_preset', 'load_embedder', 'check_embedder_preset', 'spread', 'everywhere', 'divisible',
            'called_as', 'recomputed', 'adapted_layers', 'takes_adapter_apart', 'call_apart', 'adapters_apart',
            'LanguageModel', 'tuning_mode', 'lora_layers', 'enable_lora', 'setup_tuning', 'refuse_cross_example_layers',
-           'load_tokenizer', 'count_parameters', 'by_shapes', 'save_adapter', 'load_adapter']
+           'load_tokenizer', 'count_parameters', 'by_shapes', 'save_adapter', 'load_adapter', 'read_arrays']
 
 # %% ../nbs/06_models.ipynb #e13cde47
 import contextlib
@@ -19,7 +19,10 @@ import inspect
 import math
 import os
 import pathlib
+import struct
 import types
+import zipfile
+import zlib
 
 from .settings import ModelError, SettingsError, quiet_libraries  # before keras: dpsynth selects Keras' JAX backend
 
@@ -495,10 +498,21 @@ def save_adapter(model, path):
 
 
 def load_adapter(model, path):
-    """Assign the arrays of an adapter file. Raises ModelError if they are not this model's."""
-    variables = {v.path: v for v in model.causal_lm.trainable_variables}
-    with np.load(path) as arrays:
-        if set(arrays.files) != set(variables):
-            raise ModelError(f"{path}: the adapter was made for another model or tuning mode")
-        for name in arrays.files:
-            variables[name].assign(arrays[name])
+    """Assign the arrays of an adapter file. Raises ModelError if it cannot be read, or if they are not this model's."""
+    variables, arrays = {v.path: v for v in model.causal_lm.trainable_variables}, read_arrays(path)
+    shapes = {name: array.shape for name, array in arrays.items()}
+    if shapes != {name: tuple(v.shape) for name, v in variables.items()}:
+        raise ModelError(f"{path}: the adapter was made for another model or tuning mode")
+    for name, array in arrays.items():
+        variables[name].assign(array)
+
+
+def read_arrays(path):
+    """All arrays of an .npz file, a dict. Raises ModelError where it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise ModelError(f"{path}: is missing; restore it") from None
+    except (OSError, ValueError, EOFError, KeyError, AttributeError, NotImplementedError, zipfile.BadZipFile, zlib.error, struct.error) as error:
+        raise ModelError(f"{path}: damaged, cannot be read as arrays ({type(error).__name__}); restore it") from None

@@ -6,6 +6,8 @@
 __all__ = ['Synthesizer']
 
 # %% ../nbs/13c_synthesizer.ipynb #2871e993
+import contextlib
+import errno
 import pathlib
 import re
 import tempfile
@@ -17,6 +19,7 @@ from .data import from_frame, load
 from .evaluation import evaluate
 from .finetune import finetune_run, with_prior
 from .formats import TextFormat
+from .manifest import statement_of
 from .pipeline import guarantee, load_generator, load_stage, survey
 from .privacy import write_private
 from .runs import locked, read_settings, record, timed
@@ -87,7 +90,8 @@ class Synthesizer:
         """`num_rows` synthetic rows as a DataFrame. Costs no privacy.
 
         Columns are called as in the training table: the text first (setting `text_column`), then, if there are labels, the names of
-        the labels (setting `label_column`). In the files under `release/` they are always `text` and `label`.
+        the labels (setting `label_column`). In the files under `release/` they are always `text` and `label`. Where nothing can be written there, as on a
+        read-only disk, the rows are returned all the same, and kept nowhere.
 
         The seed decides (default: the setting `seed`): the same number of rows with the same seed gives the same rows again. Give
         another seed for other rows.
@@ -97,7 +101,7 @@ class Synthesizer:
 
         Raises:
             SettingsError: not fitted, no whole number of rows, no such label, or another process is at the same rows. DataError: too
-                few samples make rows.
+                few samples make rows, or a released file is damaged.
 
         Warns where many rows are cut at `sequence_length`.
         """
@@ -106,13 +110,13 @@ class Synthesizer:
             raise SettingsError(f"sample: {num_rows!r} rows were asked for; give a whole number, at least 1")
         settings = with_prior(self._with(seed=seed), self.folder).model_copy(update={"num_samples": int(num_rows), **self._only(label)})
         name = f"sample-{seed}-{num_rows}" + ("" if label is None else f"-label{settings.labels.index(label)}")
-        folder = self.folder / "release" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            cut = sample_to_file(model, settings, TextFormat(settings.prompt, settings.labels), folder, progress)["unfinished"]
+        with self._place_of_rows(name) as folder:
+            fmt, belongs_to = TextFormat(settings.prompt, settings.labels), statement_of(self.folder / "release")
+            cut = sample_to_file(model, settings, fmt, folder, progress, statement=belongs_to)["unfinished"]
+            made = pd.read_parquet(folder / "synthetic.parquet")
         if cut >= 0.05:
             warnings.warn(f"sample: {cut:.0%} of the rows had not ended at sequence_length, {settings.sequence_length} tokens, and are cut there")
-        made, names = pd.read_parquet(folder / "synthetic.parquet"), self._columns()
+        names = self._columns()
         return made[[name for name in names if name in made]].rename(columns=names)
 
     def evaluate(self, rows, reference=None):
@@ -144,6 +148,20 @@ class Synthesizer:
         if not path.exists():
             raise SettingsError("this run is not private (epsilon: inf), so there is no certificate")
         return read_certificate(path)
+
+    @contextlib.contextmanager
+    def _place_of_rows(self, name):
+        """The folder that sampled rows go to, held for the length of the block; one that is gone after it where none can be made."""
+        folder = self.folder / "release" / name
+        with contextlib.ExitStack() as held:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(folder))
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
+                folder = pathlib.Path(held.enter_context(tempfile.TemporaryDirectory(prefix="dpsynth-")))
+            yield folder
 
     def _check(self):
         if self.settings.generator != "finetune":

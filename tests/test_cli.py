@@ -19,6 +19,7 @@ import yaml
 from parts import MICRO
 from dpsynth import __version__, demo
 from dpsynth.privacy import stored_run
+from dpsynth.manifest import add_to_manifest, entry
 from dpsynth.runs import locked, prepare_folder, read_json, read_status, record, write_status
 from dpsynth.settings import DpsynthError, ModelError, Settings
 
@@ -165,7 +166,9 @@ def test_scores_stay_until_there_are_new_ones(tmp_path, monkeypatch, failure):
 
     settings = Settings(generator="prompt", **SMALL)
     folder = prepare_folder(settings, tmp_path / "dp_ft")
-    (folder / "release" / "synthetic.jsonl").write_text('{"index": 0, "label": "positive", "text": "Fine."}\n')
+    rows = folder / "release" / "synthetic.jsonl"
+    rows.write_text('{"index": 0, "label": "positive", "text": "Fine."}\n')
+    add_to_manifest(rows.with_name("manifest.json"), None, {rows.name: entry(rows)})
     record(folder, steps=5, mauve_mean=0.8, mauve2_mean=0.9, warnings=["small"])
 
     def evaluate(*arguments):
@@ -283,7 +286,7 @@ def test_help_imports_nothing_slow():
     probe = f"import sys; from dpsynth.cli import main; main(['--help']); print([m for m in {slow} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]"
-    assert all(verb in done.stdout for verb in ("demo", "run", "check", "fit", "sample", "evaluate", "results", "audit", "verify", "ledger", "settings"))
+    assert all(verb in done.stdout for verb in ("demo", "run", "check", "fit", "sample", "evaluate", "results", "audit", "verify", "sign", "ledger", "settings"))
 
 
 def test_version_and_settings(dpsynth):

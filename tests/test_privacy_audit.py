@@ -954,7 +954,7 @@ def test_the_worse_of_two_canary_audits_is_certified(finished, monkeypatch, by_m
 
     some = types.SimpleNamespace(included=np.arange(40) < 20, texts=[])
     for name, result in (("audit_canaries", canary_audit(by_model, "the tuned model")), ("audit_canaries_in_rows", canary_audit(by_rows, "the rows")),
-                         ("canary_records", some), ("check_same_canaries", None), ("prepare_model", None), ("row_losses", None), ("read_rows", ([], []))):
+                         ("canary_records", some), ("check_same_canaries", None), ("prepare_model", None), ("row_losses", None), ("rows_of_run", ([], []))):
         monkeypatch.setattr(pipeline, name, lambda *args, result=result, **options: result)
     monkeypatch.setattr(pipeline.CanaryCoins, "read", lambda count, state: some)
     monkeypatch.setattr(pipeline, "check_same_rows", lambda *args: None)
@@ -990,7 +990,7 @@ def test_rows_are_attacked_at_the_delta_of_the_run_and_without_those_that_had_co
     asked = {}
     report = types.SimpleNamespace(to_dict=dict)
     monkeypatch.setattr(pipeline, "audit_files", lambda rows, train, kept, **options: asked.update(train=train, kept=kept, **options) or report)
-    (finished / "release" / "synthetic.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.setattr(pipeline, "rows_of_run", lambda settings, folder: (["a"], [""]))
     frame = pd.DataFrame({"text": [f"row {i % 90}" for i in range(100)], "label": 0})
     settings = RUN.model_copy(update={"duplicates": "drop", "audit_fraction": 0.4})
     rows = from_frame(frame, settings, test=frame[:10])

@@ -10,8 +10,8 @@ import pytest
 import pandas as pd
 
 import dpsynth.finetune
-from parts import IMDB, RUN, splits
-from dpsynth.certificate import base_model, make_certificate, verify
+from parts import IMDB, RUN, certified, splits
+from dpsynth.certificate import verify
 from dpsynth.data import from_frame
 from dpsynth.finetune import Account, finetune_run, label_shares
 from dpsynth.ledger import RUNS_LEDGER, Ledger, accesses_event, compose as compose_events
@@ -27,7 +27,7 @@ def test_counts_and_training_together_meet_the_target():
     assert [(a.what, a.added) for a in paid.others] == [("label histogram", False)]
     assert paid.noise_multiplier > plain.noise_multiplier and 9.95 < paid.epsilon <= 10
     assert paid.epsilon == compose(paid.accesses, paid.delta) < sum(compose((a,), paid.delta) for a in paid.accesses)
-    certificate = make_certificate(paid, settings, base=base_model("tiny", "", "no"))
+    certificate = certified(paid, settings)
     assert sum(a["epsilon"] == "public" for a in certificate["accesses"]) == 4 and len(certificate["accesses"]) == 6
     verify(certificate)
 
@@ -41,7 +41,7 @@ def test_what_follows_from_the_number_of_units_is_added_to_it_and_not_composed()
     assert 8.95 < compose(rest, paid.delta) <= 9.0 and paid.epsilon_after(0) == pytest.approx(1.0 + compose((labels,), paid.delta))
     assert paid.epsilon == pytest.approx(1.0 + compose(rest, paid.delta))
     assert paid.epsilon > compose((*rest, dataclasses.replace(count, added=False)), paid.delta) + 0.05
-    certificate = make_certificate(paid, settings, base=base_model("tiny", "", "no"))
+    certificate = certified(paid, settings)
     assert certificate["epsilon"] == paid.epsilon == verify(certificate)["epsilon"]
     assert [a["epsilon"] for a in certificate["accesses"][:2]] == [compose((training,), paid.delta), pytest.approx(1.0)]
     for group in certificate["groups"][:1]:

@@ -283,7 +283,7 @@ def test_files_hold_the_rows_and_the_rejections(model, small_blocks, tmp_path):
     made = make(model, tmp_path / "a")
     rows = [json.loads(line) for line in (tmp_path / "a" / "synthetic.jsonl").read_bytes().splitlines()]
     rejected = [json.loads(line) for line in (tmp_path / "a" / "rejected.jsonl").read_bytes().splitlines()]
-    assert [*contents(tmp_path / "a")] == ["rejected.jsonl", "sampling.json", "synthetic.jsonl", "synthetic.parquet"]
+    assert [*contents(tmp_path / "a")] == ["manifest.json", "rejected.jsonl", "sampling.json", "synthetic.jsonl", "synthetic.parquet"]
     assert len(rows) == made["rows"] == 33 and sum(made["rejected"].values()) == len(rejected) and made["rejected"]["multiple of 4"] > 0
     assert [row["index"] for row in rows] == sorted(row["index"] for row in rows) and [*rows[0]] == ["index", "label", "text"]
     assert {row["index"] for row in rows}.isdisjoint(row["index"] for row in rejected)
@@ -298,11 +298,12 @@ def killed_after(model, folder, monkeypatch, writes):
     real, count = sampling.append_lines, iter(range(1000))
 
     def torn(path, rows):
-        real(path, rows)
+        written = real(path, rows)
         if next(count) == writes:
             with path.open("ab") as file:
                 file.write(b'{"index": 99, "te')
             raise KeyboardInterrupt
+        return written
     with monkeypatch.context() as patch:
         patch.setattr(sampling, "append_lines", torn)
         with pytest.raises(KeyboardInterrupt):

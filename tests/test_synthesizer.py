@@ -134,7 +134,7 @@ def test_rows_come_in_whole_numbers(fitted, rows):
 
 
 def test_rows_that_are_cut_are_told(fitted, monkeypatch):
-    monkeypatch.setattr(module, "sample_to_file", lambda *a: (_cut(a[3]), {"unfinished": 0.25})[1])
+    monkeypatch.setattr(module, "sample_to_file", lambda *a, **_: (_cut(a[3]), {"unfinished": 0.25})[1])
     with pytest.warns(UserWarning, match="25% of the rows had not ended at sequence_length, 32 tokens"):
         fitted.sample(4, seed=78)
 
@@ -220,7 +220,7 @@ def named(caught, monkeypatch, tmp_path):
     """A pretended fit on a table with columns of other names; what it samples is its training table, what it evaluates goes to `caught`."""
     rows = pd.DataFrame({"id": range(50), "review": table()["text"], "stars": ["bad", "good"] * 25})
 
-    def pretend(model, settings, fmt, folder, progress):
+    def pretend(model, settings, fmt, folder, progress, statement):
         folder.mkdir(parents=True, exist_ok=True)
         made = pd.DataFrame({"index": rows["id"], "label": rows["stars"], "text": rows["review"]})
         made.drop(columns=[] if settings.label_column else "label").to_parquet(folder / "synthetic.parquet", index=False)
