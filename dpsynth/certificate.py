@@ -22,7 +22,7 @@ import jsonschema
 import numpy as np
 
 from .ledger import LARGEST_EPSILON, accesses_event, compose, group_privacy
-from .privacy import LABELS, LIKELIER, OVERLAPS, code_hash, discretization_interval, grid_bits, profile, versions
+from .privacy import LABELS, LIKELIER, OVERLAPS, code_hash, discretization_interval, grid_bits, profile, told_delta, versions
 from .runs import write_json, write_text
 from .settings import PrivacyError, SettingsError, result_settings
 from .verify import COUNT, verify as recompute
@@ -88,6 +88,9 @@ NOT_COVERED = [
     "releases of this data that protect another unit, single rows here and persons there, or the same unit under the name of another column",
     "everything under private/, which must not leave the machine: also what an audit found on rows that were kept out, its verdict included",
     "rows the base model may have seen in its own pre-training",
+    "a row with a word changed, or a person under another name: to the ledger they are new ones. It knows a text or a name by its letters, marks "
+    "and digits, in any case, a number by its value, and a row by its id where a column gives one",
+    "whether a run was refused, which is not noised: a cap follows from which rows were released before, and rows that cannot be read are refused as they are",
 ]
 
 
@@ -116,7 +119,7 @@ def make_certificate(mechanism, settings, *, base, composed=None):
         "composed": {**composed, "basis": "what the ledger holds; it cannot be recomputed from this certificate alone"},
         "hyper_parameters": f"chosen on {settings.tuned_on}" if settings.tuned_on else "not stated where they were chosen",
         "base_model": base, "randomness": _randomness(mechanism), **_implementation(settings),
-        "audit": None, "not_covered": [item.format(**composed) for item in NOT_COVERED],
+        "audit": None, "not_covered": [*(item.format(**composed) for item in NOT_COVERED), *filter(None, [told_delta(delta, mechanism.num_units)])],
     })
 
 
@@ -236,9 +239,9 @@ def refutation(certificate):
 
 
 def _claim(c):
-    refuted = "**REFUTED by its own audit.** " if refutation(c) else ""
+    refuted, told = "**REFUTED by its own audit.** " if refutation(c) else "", told_delta(c["delta"], c["num_units"])
     return (f"{refuted}ε = **{c['epsilon']:.4g}**, δ = **{c['delta']:.3g}** for {c['unit_is']}, under {c['adjacency']}; "
-            f"ε = {c['epsilon_replace_one']:.4g} under replacing one.")
+            f"ε = {c['epsilon_replace_one']:.4g} under replacing one." + (f" {told[0].upper()}{told[1:]}." if told else ""))
 
 
 def _facts(c):
