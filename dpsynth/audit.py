@@ -1073,7 +1073,7 @@ def audit_files(synthetic, train, holdout, *, text_column=None, columns=None, tr
         copies_together: rows were dealt by a hash of their content, so that all copies of a row are on one side: one of them takes part
             for all, and the bound on ε is from rows without copies.
         level: chance of a false alarm, over all attacks together. confidence: of the bound on ε.
-        delta: δ of the bound on ε; None: the default of a certificate, n^-1.2.
+        delta: δ of the bound on ε; None: the default of a certificate.
         max_rows: most synthetic rows, and half of the most real rows, among which nearest rows are sought.
         seed: of the order of the rows, and of the rows that stand for their units.
 

@@ -100,7 +100,8 @@ def canary_records(settings, records):
         return records.take([])
     texts = make_canaries(settings.canaries, _public_texts(settings), seed=settings.seed)
     labels = np.random.default_rng([settings.seed, 8]).integers(len(records.label_names), size=len(texts))
-    columns = {"text": texts, "label": labels, "unit": [f"canary {i}" for i in range(len(texts))]}
+    names = [f"canary {i}" for i in range(len(texts))]  # no row has a canonical form with a blank
+    columns = {"text": texts, "label": labels, "unit": names, "unit_name": names, "id": names}
     frame = pd.DataFrame({name: columns[name] for name in records.frame.columns})
     return dataclasses.replace(records, frame=frame, name="canaries", source={"kind": "canaries"})
 

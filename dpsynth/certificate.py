@@ -23,7 +23,8 @@ import jsonschema
 import numpy as np
 
 from .ledger import LARGEST_EPSILON, accesses_event, compose, group_privacy
-from .privacy import LABELS, LIKELIER, OVERLAPS, Access, code_hash, discretization_interval, grid_bits, profile, versions
+from .privacy import (
+    LABELS, LIKELIER, OVERLAPS, Access, code_hash, discretization_interval, grid_bits, profile, told_delta, versions)
 from .runs import write_json, write_text
 from .settings import PrivacyError, SettingsError, result_settings
 from .verify import COUNT, verify as recompute
@@ -135,6 +136,9 @@ NOT_COVERED = [
     "releases of this data that protect another unit, single rows here and persons there, or the same unit under the name of another column",
     "everything under private/, which must not leave the machine: also what an audit found on rows that were kept out, its verdict included",
     "rows the base model may have seen in its own pre-training",
+    "a row with a word changed, or a person under another name: to the ledger they are new ones. It knows a text or a name by its letters, marks "
+    "and digits, in any case, a number by its value, and a row by its id where a column gives one",
+    "whether a run was refused, which is not noised: a cap follows from which rows were released before, and rows that cannot be read are refused as they are",
 ]
 
 
@@ -194,7 +198,7 @@ def complete(facts):
         "hyper_parameters": _tuned_on(f["choices"]["tuned_on"]),
         "base_model": {**f["base_model"], "contamination": contamination_text(f["base_model"]["found"], counts)},
         "randomness": _randomness(f, counts), **_implementation(f), "files": f["files"], "audit": f["audit"] and audit_entry(**f["audit"]),
-        "not_covered": [item.format(**f["composed"]) for item in NOT_COVERED],
+        "not_covered": [*(item.format(**f["composed"]) for item in NOT_COVERED), *filter(None, [told_delta(f["delta"], f["num_units"])])],
     }
 
 
@@ -375,9 +379,10 @@ def _in_a_cell(text):
 
 
 def _claim(c):
-    refuted = "**REFUTED by its own audit.** " if refutation(c) else ""
+    refuted, told = "**REFUTED by its own audit.** " if refutation(c) else "", told_delta(c["delta"], c["num_units"])
     return (f"{refuted}ε = **{c['epsilon']:.4g}**, δ = **{c['delta']:.3g}** for {c['unit_is']}, under {c['adjacency']}; "
-            f"ε = {c['epsilon_replace_one']:.4g} under replace-one: one unit is replaced by another.")
+            f"ε = {c['epsilon_replace_one']:.4g} under replace-one: one unit is replaced by another."
+            + (f" {told[0].upper()}{told[1:]}." if told else ""))
 
 
 def _facts(c):

@@ -117,10 +117,13 @@ def describe_lengths(survey):
 
 def describe_mechanism(mechanism, units="rows"):
     """The mechanism in a line."""
+    from dpsynth.privacy import told_delta
     updates = f"{mechanism.steps} updates of {mechanism.expected_batch_size} expected {units} (q = {mechanism.sampling_probability:.4g})"
     if not mechanism.private:
         return f"{updates}, no noise: not private"
-    return f"{updates}, noise multiplier {mechanism.noise_multiplier:.4g}, epsilon {mechanism.epsilon:.4g}, delta {mechanism.delta:.3g}"
+    told = told_delta(mechanism.delta, mechanism.num_units)
+    return (f"{updates}, noise multiplier {mechanism.noise_multiplier:.4g}, epsilon {mechanism.epsilon:.4g}, delta {mechanism.delta:.3g}"
+            + (f"; {told}" if told else ""))
 
 # %% ../nbs/15_cli.ipynb #13032b71
 @contextlib.contextmanager
@@ -148,7 +151,10 @@ def fit(args):
         pipeline = slow_import("pipeline")
         splits = pipeline.survey(settings).splits
         pipeline.load_stage(settings, args.run, splits)
+        if settings.generator == "finetune":
+            pipeline.announce(settings, splits.train, args.run)
         pipeline.fit_stage(settings, args.run, splits)
+        pipeline.warn_of_untold(settings, args.run)
     print(f"{args.run}: fitted")
 
 
@@ -219,6 +225,8 @@ def verify(args):
     found = verify_release(args.certificate, args.key)
     print("{}: holds; epsilon {epsilon:.6g} (replace-one {epsilon_replace_one:.6g}) at delta {delta:.3g}".format(args.certificate, **found.claims))
     print(found)
+    if found.told:
+        print(f"{args.certificate}: {found.told}")
 
 
 def sign(args):
@@ -368,7 +376,7 @@ AUDIT_OPTIONS = {  # of the audit of files: what `add_argument` is told
     "columns": {"metavar": "NAMES", "type": names, "help": "columns to compare, separated by commas (default: all that the files share)"},
     "text_column": {"metavar": "NAME", "help": "column with running text; empty: none (default: found)"},
     "unit_column": {"metavar": "NAME", "help": "column that says whose a row is, where whole units were held out"},
-    "delta": {"metavar": "DELTA", "type": probability, "help": "delta of the bound on epsilon (default: n^-1.2)"},
+    "delta": {"metavar": "DELTA", "type": probability, "help": "delta of the bound on epsilon (default: the least of n^-1.2, 1e-5 and .1/n)"},
     "seed": {"metavar": "SEED", "type": natural, "help": "seed of the order of the rows, and of the rows that stand for their units (default: 0)"},
     "json": {"metavar": "FILE", "help": "write the report there; it is private"}}
 

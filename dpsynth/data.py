@@ -24,10 +24,16 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .canonical import canonical
 from .demo import demo_frame
 from .settings import DataError, quiet_libraries
 
 # %% ../nbs/01_data.ipynb #efbd9b7f
+def _name(kind, value):
+    """bytes that name a unit, a row or an id in the ledger."""
+    return f"{kind} {value}".encode()
+
+
 def _unit_numbers(frame):
     """int64[n]: the number of the unit that each row belongs to; units are numbered as they first occur."""
     return pd.factorize(frame["unit"])[0].astype(np.int64) if "unit" in frame else np.arange(len(frame))
@@ -38,8 +44,9 @@ class Records:
     """Checked rows; the privacy unit is one row, or all rows with the same `unit`.
 
     Attributes:
-        frame: columns `text` (str), where labelled `label` (int, an index into `label_names`), and where the unit is a group of rows
-            `unit` (str).
+        frame: columns `text` (str), where labelled `label` (int, an index into `label_names`), where the unit is a group of rows
+            `unit` (str, the canonical form of its name: that is who it is) and `unit_name` (str, as it was given), and where a column
+            tells which row is which `id` (str, canonical).
         name: what the rows are called in tables and messages, such as `reviews.csv`.
         label_names: the name of each label; one empty name where rows have no label.
         source: where the rows come from, as JSON-able values. The counts of copies in it are computed from private rows
@@ -100,20 +107,47 @@ class Records:
         if not 16 <= len(key) <= 64:
             raise DataError(f"fingerprint: the key must have 16 to 64 bytes, not {len(key)}")
         digest = hashlib.blake2b(digest_size=32, key=key, person=b"dpsynth records")
-        groups = self.frame["unit"] if "unit" in self.frame else [""] * len(self)
-        for group, label, text in zip(groups, self.labels.tolist(), self.texts):
-            for part in (group.encode(), label.to_bytes(8, "big"), text.encode()):
+        names = [self.frame[name] if name in self.frame else [""] * len(self) for name in ("unit", "id")]
+        for group, row, label, text in zip(*names, self.labels.tolist(), self.texts):
+            for part in (group.encode(), row.encode(), label.to_bytes(8, "big"), text.encode()):
                 digest.update(len(part).to_bytes(8, "big") + part)
         return digest.hexdigest()
 
-    def ledger_names(self):
-        """bytes of everything that is charged for a release: the text of each row, and where rows are grouped the name of each group.
+    @functools.cached_property
+    def canonical_texts(self):
+        """The canonical forms of the texts, a list of str."""
+        return [canonical(text) for text in self.texts]
 
-        Equal bytes are the same unit in any data: labels and other columns may be read in different ways, the text cannot.
+    def ledger_names(self):
+        """bytes of everything that is charged for a release: the text of each row, its id where it has one, and where rows are grouped the
+        name of each group; all in canonical form.
+
+        Equal bytes are the same unit in any data: labels and other columns may be read in different ways, the letters of a text cannot.
         """
-        groups = [b"unit " + name.encode() for name in dict.fromkeys(self.frame["unit"])] if "unit" in self.frame else []
-        texts = self.frame.drop_duplicates(["unit", "text"])["text"] if groups else self.texts  # what one unit repeats is no copy by another
-        return groups + [b"row " + text.encode() for text in texts]
+        names = [("row", self.canonical_texts), *((kind, self.frame[kind].tolist()) for kind in ("id",) if kind in self.frame)]
+        if "unit" not in self.frame:
+            return [_name(kind, value) for kind, values in names for value in values]
+        groups = self.frame["unit"].tolist()  # what one unit repeats is no copy by another
+        return [_name("unit", group) for group in dict.fromkeys(groups)] + [
+            _name(kind, value) for kind, values in names for _, value in dict.fromkeys(zip(groups, values))]
+
+    def earlier_names(self):
+        """Pairs (what dpsynth called it in ledgers of version 3 and before, what it is called now) of what is charged, a list.
+
+        Names were the bytes of the texts then.
+        """
+        pairs = pd.DataFrame({"text": self.texts, "now": self.canonical_texts})
+        if "unit" not in self.frame:
+            return [(_name("row", text), _name("row", now)) for text, now in zip(pairs["text"], pairs["now"])]
+        groups = zip(self.frame["unit_name"], self.frame["unit"])
+        pairs = pairs.assign(unit=self.frame["unit_name"].tolist()).drop_duplicates(["unit", "text"])
+        return [(_name("unit", name), _name("unit", now)) for name, now in dict.fromkeys(groups)] + [
+            (_name("row", text), _name("row", now)) for text, now in zip(pairs["text"], pairs["now"])]
+
+    @property
+    def names_merged(self):
+        """How many names of units there are beyond the units themselves: `Ann` beside `ann` is one. Private."""
+        return self.frame["unit_name"].nunique() - self.frame["unit"].nunique() if "unit" in self.frame else 0
 
 # %% ../nbs/01_data.ipynb #412dd0b7
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +229,7 @@ def _columns(settings):
 def _roles(settings):
     """Setting -> column, for every setting that names a column; an empty text where there is none."""
     unit = "" if settings.unit == "row" else settings.unit
-    return {"text_column": settings.text_column, "label_column": settings.label_column, "unit": unit}
+    return {"text_column": settings.text_column, "label_column": settings.label_column, "unit": unit, "id_column": settings.id_column}
 
 
 def _require(where, available, settings):
@@ -232,10 +266,18 @@ def _checked(raw, where, settings):
     if settings.label_column:
         columns["label"] = _checked_labels(raw, where, settings)
     if settings.unit != "row":
-        columns["unit"] = [_as_unit(value) for value in raw[settings.unit].tolist()]
-        problems = [_text_problem(value, "a text or a whole number") for value in columns["unit"]]
-        _refuse(where, raw.index, settings.unit, problems)
+        columns["unit_name"] = _checked_names(raw, where, settings.unit)
+        columns["unit"] = [canonical(name) for name in columns["unit_name"]]
+    if settings.id_column:
+        columns["id"] = [canonical(name) for name in _checked_names(raw, where, settings.id_column)]
     return pd.DataFrame(columns)
+
+
+def _checked_names(raw, where, column):
+    """Names of units or rows as texts, a list."""
+    names = [_as_unit(value) for value in raw[column].tolist()]
+    _refuse(where, raw.index, column, [_text_problem(name, "a text or a whole number") for name in names])
+    return names
 
 
 def _checked_labels(raw, where, settings):
@@ -548,16 +590,23 @@ def _by_name(frame, share, seed, purpose):
 
 def _hold_out(frame, where, name, settings, purpose):
     """`(kept, held)`: the share of the units that the setting `name` says is held out; both keep their order."""
-    fraction, units = getattr(settings, name), len(np.unique(_unit_numbers(frame)))
+    fraction = getattr(settings, name)
+    if settings.unit_count == "private":
+        return _hold_out_by_name(frame, where, name, fraction, settings.seed, purpose)
+    units = len(np.unique(_unit_numbers(frame)))
     if units < 2:
         what = "unit" if "unit" in frame else "row"
         raise DataError(f"{where}: 1 {what} cannot be divided by {name}; give it more {what}s, or set test_data")
-    if settings.unit_count == "private":
-        held = _by_name(frame, fraction, settings.seed, purpose)
-    else:
-        held = _among(frame, min(max(1, round(units * fraction)), units - 1), settings.seed, purpose)
+    held = _among(frame, min(max(1, round(units * fraction)), units - 1), settings.seed, purpose)
+    return frame[~held], frame[held]
+
+
+def _hold_out_by_name(frame, where, name, share, seed, purpose):
+    """The same where the number of units is private: none is asked for but that a row is left on both sides."""
+    held = _by_name(frame, share, seed, purpose)
     if held.all() or not held.any():
-        raise DataError(f"{where}: too few units to be divided by {name}; give it more rows")
+        missing = "held out" if not held.any() else "left to train on"
+        raise DataError(f"{where}: no unit is {missing} by {name}; give it more rows" + ("" if name == "audit_fraction" else ", or set test_data"))
     return frame[~held], frame[held]
 
 
@@ -570,7 +619,12 @@ def _with_test_file(train, test, source, settings):
     """`(train, test, source)` with the rows of `test_data`, where it is set, in place of any other test rows."""
     if not settings.test_data:
         return train, test, source
-    return train, _read_file(settings.test_data, settings), {**source, "test_path": settings.test_data}
+    return train, _read_file(settings.test_data, _for_test_rows(settings)), {**source, "test_path": settings.test_data}
+
+
+def _for_test_rows(settings):
+    """Settings by which test rows are read, which the ledger need not recognise."""
+    return settings.model_copy(update={"id_column": ""})
 
 
 def _splits(train, test, source, name, settings):
@@ -582,23 +636,28 @@ def _splits(train, test, source, name, settings):
         raise DataError("train_size: to choose that many units takes their exact number, which `unit_count: private` hides; cut the file instead")
     rows = len(train), len(test)
     train, test = (_thin(f, size, settings.seed, i) for f, size, i in ((train, settings.train_size, 1), (test, settings.test_size, 2)))
-    repeated, kept_out = train.duplicated(keep=False), train[:0]
+    repeated, kept_out = _duplicated(train, keep=False), train[:0]
     if settings.audit_fraction:
         train, kept_out = _hold_out(train, name, "audit_fraction", settings, 3)
     train, counts = _without_copies(train, settings)
     if settings.duplicates == "drop":
         kept_out, counts["repeated"] = kept_out[~repeated[kept_out.index]], np.flatnonzero(repeated[train.index]).tolist()
     counts["train_rows_in_test"] = int(train["text"].isin(test["text"]).sum())
-    source = {**source, "held_out": held_out}
+    source, name = {**source, "held_out": held_out}, settings.data_name or name
     test_name = pathlib.Path(settings.test_data).name if settings.test_data else name
     return Splits(_records(train, name, {**source, "split": "train", "rows": rows[0], **counts}, settings),
                   _records(test, test_name, {**source, "split": "test", "rows": rows[1]}, settings),
                   _records(kept_out, name, {**source, "split": "kept out"}, settings))
 
 
+def _duplicated(frame, keep="first"):
+    """bool[n]: whether a row is an exact copy of another one of its unit; what a unit is called and which row it is plays no part."""
+    return frame.drop(columns=["unit_name", "id"], errors="ignore").duplicated(keep=keep)
+
+
 def _without_copies(frame, settings):
     """The frame, without copies of its rows if the settings say so, and how many there were and were dropped."""
-    copies, drop = frame.duplicated(), settings.duplicates == "drop"
+    copies, drop = _duplicated(frame), settings.duplicates == "drop"
     return frame[~copies] if drop else frame, {"duplicates": int(copies.sum()), "duplicates_dropped": int(copies.sum()) * drop}
 
 
@@ -614,7 +673,7 @@ def from_frame(frame, settings, *, test=None, name="frame"):
         DataError: naming row and column; the value is not shown.
     """
     train = _checked_frame(frame, name, settings)
-    held = None if test is None else _checked_frame(test, f"{name} (test)", settings)
+    held = None if test is None else _checked_frame(test, f"{name} (test)", _for_test_rows(settings))
     return _splits(*_with_test_file(train, held, {"kind": "frame", "name": name}, settings), name, settings)
 
 

@@ -450,6 +450,7 @@ def run(configs, out="runs", overrides=(), timeout=None, say=functools.partial(p
         if settings in missing:
             say(f"[{place}/{len(experiments)}] {settings.experiment} ...")
             state, reason = execute(settings, out / settings.experiment, timeout)
+            _warn_of_untold(settings, out / settings.experiment, state)
         rows.append(_row(settings, out / settings.experiment, state, reason))
         say(describe_end(rows[-1], state))
     return rows
@@ -459,6 +460,14 @@ def _row(settings, folder, state, reason):
     """The row of a run that ended like this, also where its folder does not say so."""
     ended = {} if state == "done before" else {"status": state, "reason": reason}
     return {**describe(folder), "experiment": settings.experiment, **ended}
+
+
+def _warn_of_untold(settings, folder, state):
+    """`pipeline.warn_of_untold` of a run that is done: here, where the terminal is; a notebook would keep it."""
+    if state == "done":
+        with quiet_libraries():
+            from dpsynth.pipeline import warn_of_untold
+        warn_of_untold(settings, folder)
 
 
 def preflight(experiments, out):

@@ -8,9 +8,9 @@ __all__ = ['CHUNK_SCORES', 'SAFETY', 'SMALLEST', 'NOT_PRIVATE', 'token_losses', 
            'bucket_lengths', 'microbatches', 'learning_rate', 'flatten', 'unflatten', 'Trainer', 'tokenize', 'train',
            'describe_progress', 'row_losses', 'some_rows', 'held_out_loss', 'self_check', 'describe_mechanism',
            'prepare_model', 'prepare_with_hash', 'base_hash', 'processor', 'computation', 'finetune_run',
-           'mechanism_of', 'count_kept', 'training_event', 'begun_release', 'open_ledger', 'charges', 'Account',
-           'check_counts', 'estimate_counts', 'overlapping_units', 'likelier_units', 'LossLog', 'mark_not_private',
-           'rehearse_certificate', 'contamination_found', 'label_shares', 'with_prior']
+           'mechanism_of', 'public_mechanism', 'training_event', 'begun_release', 'ledger_of', 'charges',
+           'untold_spending', 'Account', 'check_counts', 'estimate_counts', 'overlapping_units', 'likelier_units',
+           'LossLog', 'mark_not_private', 'rehearse_certificate', 'contamination_found', 'label_shares', 'with_prior']
 
 # %% ../nbs/07_finetune.ipynb #d14e2c03
 import contextlib
@@ -29,7 +29,7 @@ from .canaries import CanaryCoins, with_canaries
 from .certificate import base_model, make_certificate, released_files, write_certificate
 from .data import Records, TokenStore, other_texts
 from .formats import TextFormat
-from .ledger import EXPOSED, RUNS_LEDGER, Ledger, Newcomer, accesses_event, release_id
+from .ledger import EXPOSED, HIDDEN, MORE, RUNS_LEDGER, Ledger, Newcomer, accesses_event, release_id
 from .manifest import checked_fit, file_hash, standing, write_release
 from .models import (divisible, everywhere, load_adapter, load_model, preset_hash, save_adapter, setup_tuning, spread,
                             tuning_mode)
@@ -515,20 +515,24 @@ def finetune_run(settings, splits, folder, progress=True):
 
 
 def mechanism_of(settings, records, counts):
-    """The `Mechanism` of a run on `records` whose estimated counts are known. Raises SettingsError, PrivacyError."""
-    return make_mechanism(settings, max(1, counts["units"][0]) if "units" in counts else records.public_units + settings.canaries)
+    """The `Mechanism` of a run on `records` whose estimated counts are known. Raises SettingsError, PrivacyError.
 
-
-@contextlib.contextmanager
-def count_kept(settings, errors=SettingsError):
-    """Inside, errors that follow from the exact number of units do not say it where it is to be hidden."""
+    Where the number of units is private, whether it can be made depends on the estimate alone, which is paid for.
+    """
+    if "units" not in counts:
+        return make_mechanism(settings, records.public_units + settings.canaries)
     try:
-        yield
-    except errors:
-        if settings.unit_count == "public":
-            raise
-        raise SettingsError("settings batch_size, epochs, delta: they do not fit the number of units, which `unit_count: private` hides; "
-                            "use a smaller batch, more epochs or a smaller delta") from None
+        return make_mechanism(settings, max(1, counts["units"][0]))
+    except (SettingsError, PrivacyError) as error:
+        raise type(error)(f"{error} (the number of units is the estimate that this run was charged for)") from None
+
+
+def public_mechanism(settings, records):
+    """The `Mechanism` as it is known before a run: None where it follows from a number of units that is private. Raises SettingsError."""
+    if settings.unit_count == "private":
+        count_accesses(settings)  # what is wrong with it is wrong for any number
+        return None
+    return mechanism_of(settings, records, {})
 
 
 def training_event(mechanism):
@@ -544,7 +548,7 @@ def begun_release(folder):
     return release_id(stored_run(private).run_id, load_secret(private))
 
 
-def open_ledger(settings, folder):
+def ledger_of(settings, folder):
     """The `Ledger` that a run in this folder is charged in; it is not made where there is none. Raises PrivacyError, as `Ledger`."""
     return Ledger({"user": None, "runs": pathlib.Path(folder).parent / RUNS_LEDGER}.get(settings.ledger, settings.ledger), make=False)
 
@@ -555,13 +559,29 @@ def charges(settings, folder):
     None where the ledger is not at hand: it is not there, cannot be read, or is an owner's that does not know this run.
     """
     try:
-        ledger = open_ledger(settings, folder)
+        ledger = ledger_of(settings, folder)
     except PrivacyError:
         return None
     found = {what: ledger.release(f"{begun_release(folder)} {what}") for what in ("counts", "training")}
     if not ledger.path.exists() or settings.ledger == "user" and not any(found.values()):
         return None
     return {what: [json.loads(part) for part in release.parts] if release and release.charged else [] for what, release in found.items()}
+
+
+def untold_spending(ledger, run_id, composed):
+    """What the worst row of a run has spent, in a line, where that is more than the `composed` entry of its certificate says; empty otherwise.
+
+    Private: it tells that rows are shared with other data.
+    """
+    release = ledger.release(f"{run_id} training")
+    if release is None or not release.charged:
+        return ""
+    dataset = next(dataset for dataset in ledger.datasets() if dataset.id == release.dataset)
+    spent = ledger.spent(dataset, composed["delta"])
+    if spent <= MORE * composed["epsilon"]:
+        return ""
+    return (f"for you only: rows of {dataset.name} have spent epsilon {spent:.4g} at delta {composed['delta']:.3g} in all; the certificate composes "
+            f"{composed['epsilon']:.4g}, of what was released as {release.declared} with the unit {release.unit}; `dpsynth ledger` lists the rest")
 
 
 class Account:
@@ -573,11 +593,11 @@ class Account:
     def __init__(self, settings, records, run_id, folder):
         self.title, self.run_id, self.name = settings.experiment, run_id, records.name
         self.kept_in = {"user": "the owner's ledger", "runs": "the ledger of this folder of runs"}.get(settings.ledger, pathlib.Path(settings.ledger).name)
-        self.ledger = open_ledger(settings, folder)
+        self.ledger = ledger_of(settings, folder)
         self.ledger.check_writable()
-        delta = settings.delta if settings.unit_count == "private" else None  # the ledger's own would tell the number of units
-        with count_kept(settings):
-            self.dataset = Newcomer(records.name, records.ledger_names(), delta, records.public_units, settings.unit)
+        hidden = settings.unit_count == "private"  # then nothing may follow from it, the ledger's own delta neither
+        delta, units = (settings.delta, HIDDEN) if hidden else (None, records.public_units)
+        self.dataset = Newcomer(records.name, records.ledger_names(), delta, units, settings.unit, records.earlier_names())
 
     def register(self):
         """The `Dataset` of the rows, in a ledger that is made if need be; a cap can be set on it before anything is charged."""
@@ -611,6 +631,17 @@ class Account:
         epsilon, runs, others, without = self.ledger.released_as(self.name, mechanism.delta, mechanism.unit)
         return {"epsilon": max(epsilon, mechanism.epsilon), "delta": mechanism.delta, "releases": runs, "other_units": others,
                 "without_privacy": without, "ledger": self.kept_in}
+
+    def announcement(self, settings, mechanism):
+        """What a run is about to charge to which data, in words that follow from no row; empty where it was charged before.
+
+        `mechanism` is as `public_mechanism` gives it.
+        """
+        if self.is_charged("training"):
+            return ""
+        cost = (f"at most epsilon {settings.epsilon:.4g} at delta {settings.delta:.3g}" if mechanism is None else
+                f"epsilon {mechanism.epsilon:.4g} at delta {mechanism.delta:.3g}" if mechanism.private else "a training WITHOUT privacy")
+        return f"privacy: {self.title} will charge {cost} to {self.name} in {self.kept_in}"
 
     @contextlib.contextmanager
     def given_up_on(self, *errors):

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from .certificate import read_certificate, verify, write_certificate
+from .privacy import told_delta
 from .runs import read_json, write_json
 from .settings import DataError, SettingsError
 
@@ -214,12 +215,14 @@ class Verified:
     Attributes:
         claims: both ε, recomputed, and δ. covered, absent: names of the files that it or a manifest speaks of, that lie there and that do not.
         uncovered: names of the files that lie there and that none speaks of. signed: names of the manifests whose signature was checked.
+        told: what is to be said of a large δ, see `told_delta`; mostly empty.
     """
     claims: dict
     covered: tuple
     absent: tuple
     uncovered: tuple
     signed: tuple
+    told: str = ""
 
     def __str__(self):
         lists = {"covered": self.covered, "not covered": self.uncovered, "not here": self.absent, "signed": self.signed}
@@ -275,7 +278,8 @@ def verify_release(path, key=None):
     known = {*listed, file, *found, *map(signature_of, found)}
     others = [there for there in release.rglob("*") if there not in known and there.is_file() and there.name != ".lock"] if whole else []
     return Verified(claims, *(tuple(sorted(there.relative_to(release).as_posix() for there in paths))
-                              for paths in (covered, {*listed} - {*covered}, others, signed)))
+                              for paths in (covered, {*listed} - {*covered}, others, signed)),
+                    told=told_delta(claims["delta"], certificate["num_units"]))
 
 # %% ../nbs/04b_manifest.ipynb #f0048e65
 def make_key(path):

@@ -9,8 +9,8 @@ __all__ = ['ERROR', 'ROWS_ERROR', 'BOUND_ERROR', 'DATA_SETTINGS', 'LIBRARIES', '
            'enough_rows', 'keep', 'check_same_rows', 'promised_mechanism', 'made_elsewhere', 'recorded_mechanism',
            'replay_run', 'expected_certificate', 'audit_hidden', 'check_same_canaries', 'check_release', 'audit_rows',
            'without_repeated', 'is_prepared', 'check_prompts', 'check_rows', 'remember', 'Survey', 'survey', 'spending',
-           'bytes_kept', 'training_bytes', 'sampling_bytes', 'units_at_once', 'device_speed', 'token_lengths',
-           'estimate_memory', 'estimate_operations', 'estimate']
+           'announce', 'warn_of_untold', 'bytes_kept', 'training_bytes', 'sampling_bytes', 'units_at_once',
+           'device_speed', 'token_lengths', 'estimate_memory', 'estimate_operations', 'estimate']
 
 # %% ../nbs/13b_pipeline.ipynb #0b461507
 import dataclasses
@@ -20,6 +20,7 @@ import math
 import os
 import pathlib
 import shutil
+import sys
 import time
 import warnings
 
@@ -30,16 +31,16 @@ from .certificate import LEDGER_AWAY, MADE_ELSEWHERE, audit_entry, privacy_curve
 from .data import TokenStore, load, other_texts
 from .evaluation import disjoint_halves, evaluate, open_embedder
 from .finetune import (
-    Account, begun_release, charges, count_kept, describe_mechanism, example_loss, finetune_run, mark_not_private, mechanism_of, one_by_one, prepare_model, row_losses,
-    some_rows, training_event, with_prior)
+    Account, begun_release, charges, describe_mechanism, example_loss, finetune_run, ledger_of, mark_not_private, mechanism_of, one_by_one, prepare_model,
+    public_mechanism, row_losses, some_rows, training_event, untold_spending, with_prior)
 from .formats import TextFormat
 from .ledger import accesses_event, read_event
 from .manifest import (
     CERTIFICATE, add_to_manifest, check_listed, checked_fit, compare_release, entry, manifest_of, manifests, read_sealed, statement_of, way_back, write_release)
 from .models import Unreachable, by_shapes, count_parameters, load_adapter, load_model, load_tokenizer
 from .privacy import (
-    bind_run, count_accesses, default_delta, differing_parts, load_secret, make_mechanism, read_identity, software, stored_run, write_private)
-from .runs import forget_scores, prepare_folder, read_json, record, timed
+    bind_run, count_accesses, default_delta, differing_parts, load_secret, read_identity, software, stored_run, write_private)
+from .runs import forget_scores, on_terminal, prepare_folder, read_json, record, timed
 from .sampling import position_axes, sample_to_file
 from .settings import DataError, DpsynthError, PrivacyError, SettingsError, quiet_libraries, result_settings
 
@@ -61,6 +62,8 @@ def load_stage(settings, folder, splits=None):
     units = {"train_units": splits.train.public_units} if settings.unit_count == "public" else {}
     record(folder, experiment=settings.experiment, generator=settings.generator, private=settings.private, device=device_name(),
            **units, test_rows=len(splits.test))
+    if settings.unit != "row":  # how many there are is a fact about private rows
+        write_private(pathlib.Path(folder) / "private" / "names_merged.json", json.dumps({"names_merged": splits.train.names_merged}) + "\n")
     return splits
 
 # %% ../nbs/13b_pipeline.ipynb #1d80f668
@@ -281,7 +284,7 @@ def audit_stage(settings, folder, splits, model):
         SettingsError: nothing to look at: neither trained under privacy, nor canaries, nor rows that were kept out.
         PrivacyError: these are not the rows that the run was made with.
     """
-    folder, trained, enough = pathlib.Path(folder), settings.generator == "finetune", enough_rows(splits)
+    folder, trained, enough = pathlib.Path(folder), settings.generator == "finetune", enough_rows(settings, folder, splits)
     if not enough and not (trained and (settings.canaries or settings.private)):
         raise SettingsError(f"{folder}: nothing to audit with; set audit_fraction (and canaries, to fine-tune) before the run, so that at least "
                             f"{MIN_ROWS} units are kept out")
@@ -300,9 +303,12 @@ def audit_stage(settings, folder, splits, model):
     return found
 
 
-def enough_rows(splits):
-    """Whether there are enough units, trained on and kept out, for an audit of the rows."""
-    return min(splits.kept_out.num_units, splits.train.num_units) >= MIN_ROWS
+def enough_rows(settings, folder, splits):
+    """Whether there are enough units, trained on and kept out, for an audit of the rows: by the estimate that was paid for where the number
+    of those that were trained on is private."""
+    hidden = settings.unit_count == "private"
+    trained = read_json(pathlib.Path(folder) / "release" / "certificate.json").get("num_units", 0) if hidden else splits.train.num_units
+    return min(splits.kept_out.num_units, trained) >= MIN_ROWS
 
 
 def keep(folder, name, value):
@@ -500,7 +506,7 @@ def check_rows(settings, splits):
 
 # %% ../nbs/13b_pipeline.ipynb #f677bfce
 DATA_SETTINGS = ("data", "test_data", "data_dir", "text_column", "label_column", "label_names", "train_size", "test_size", "test_fraction",
-                 "duplicates", "unit", "unit_count", "audit_fraction", "seed")
+                 "duplicates", "unit", "unit_count", "id_column", "data_name", "audit_fraction", "seed")
 
 
 def remember():
@@ -558,11 +564,9 @@ class Survey:
     def _mechanism(self):
         if self.settings.generator != "finetune" or self.splits is None:
             return None
-        with count_kept(self.settings, (SettingsError, PrivacyError)):
-            made = make_mechanism(self.settings, self.splits.train.public_units + self.settings.canaries)
-        if self.settings.unit_count == "public":
-            return made
-        self.unknown.append("the mechanism: it follows from the number of units, which is private and not counted yet")
+        if self.settings.unit_count == "private":
+            self.unknown.append("the mechanism: it follows from the number of units, which is private and not counted yet")
+        return public_mechanism(self.settings, self.splits.train)
 
 # %% ../nbs/13b_pipeline.ipynb #5be9dc2d
 def survey(settings, **options):
@@ -600,10 +604,35 @@ def _accounts(surveys, out):
                 yield survey, account
 
 
+def announce(settings, records, folder):
+    """Say on stderr what a run in this folder is about to charge to which data; what is then left, on a terminal only. Registers nothing.
+
+    What is left follows from which rows were released before, so no file and no notebook may keep it.
+
+    Raises:
+        BudgetError: the run would cross a cap.
+    """
+    mechanism, account = public_mechanism(settings, records), Account(settings, records, begun_release(folder), pathlib.Path(folder))
+    if line := account.announcement(settings, mechanism):
+        print(line, file=sys.stderr, flush=True)
+    if line and mechanism is not None:
+        for total in account.ledger.totals_after([(account.dataset, account.uncharged(mechanism))]):
+            on_terminal(_total_line(total))
+
+
+def warn_of_untold(settings, folder):
+    """Tell the operator, on a terminal only, where the rows of a finished run have spent more than its certificate composes."""
+    certificate = read_json(pathlib.Path(folder) / "release" / "certificate.json")
+    if settings.private and certificate:
+        if line := untold_spending(ledger_of(settings, folder), begun_release(folder), certificate["composed"]):
+            on_terminal(line)
+
+
 def _total_line(t):
     without = f"{t.without_privacy} run(s) WITHOUT privacy on {t.dataset.name}: with those there is no guarantee"
+    left = f"{t.limit.left:.4g} of the cap {t.limit.epsilon:g} is then left" if t.limit else "it has no cap"
     private = (f"{t.runs} run(s) on {t.dataset.name} bring what is spent to epsilon {t.epsilon:.4g} at delta {t.delta:.3g}, "
-               f"{t.earlier} earlier run(s) included")
+               f"{t.earlier} earlier run(s) included; these charge {t.asked:.4g} of it, and {left}")
     return "privacy: " + "; and ".join(([private] if t.runs + t.earlier else []) + ([without] if t.without_privacy else []))
 
 # %% ../nbs/13b_pipeline.ipynb #67a8e23b

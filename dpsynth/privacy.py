@@ -6,7 +6,7 @@
 __all__ = ['NOISE_STEP', 'LARGEST_NOISE', 'LARGEST_COUNT', 'LABELS', 'OVERLAPS', 'LIKELIER', 'SECRET_BYTES', 'DISTINCT_BYTES',
            'NOT_RELEASING', 'LIBRARIES', 'RELEASED', 'Access', 'discretization_interval', 'profile', 'compose',
            'compute_epsilon', 'calibrate_noise', 'Mechanism', 'below', 'check_batch_and_delta', 'count_accesses',
-           'noisy_counts', 'default_delta', 'make_mechanism', 'with_noise', 'strategy', 'noise_filter',
+           'noisy_counts', 'default_delta', 'told_delta', 'make_mechanism', 'with_noise', 'strategy', 'noise_filter',
            'realised_noise_error', 'promised_std', 'prefix_error', 'choose_bands', 'Randomness', 'load_secret',
            'grid_bits', 'Session', 'code_modules', 'code_hash', 'versions', 'run_identity', 'software', 'bind_run',
            'differing_parts', 'run_id', 'read_identity', 'stored_run']
@@ -250,8 +250,16 @@ def noisy_counts(counts, scale):
 
 # %% ../nbs/04_privacy.ipynb #780f5631
 def default_delta(num_units):
-    """n^-1.2, a factor of n^.2 below 1/n: 3 for 240 units, 8 for 25,000. NIST SP 800-226 advises a δ much smaller than 1/n: give one for few units."""
-    return num_units ** -1.2 if num_units > 1 else 0.5
+    """The least of n^-1.2, 1e-5 and .1/n: 1e-5 up to 10,000 units, a tenth of 1/n up to 100,000, and n^-1.2 for more.
+
+    With probability δ a mechanism may publish a unit whole, so δ·n is how many could be expected to be: never more than a tenth of one.
+    """
+    return min(max(num_units, 1) ** -1.2, 1e-5, 0.1 / max(num_units, 1))
+
+
+def told_delta(delta, num_units):
+    """What is to be said of a δ above a tenth of 1/n, as part of a sentence; empty below."""
+    return f"delta is {delta * num_units:.2g}/n: so many units could be expected to be published outright" if delta * num_units > 0.1 * (1 + 1e-9) else ""
 
 
 def make_mechanism(settings, num_units):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'STAGES', 'BEAT', 'write_text', 'write_json', 'read_json', 'version_of', 'version_line', 'run_folder',
-           'prepare_folder', 'read_settings', 'BusyError', 'locked', 'record', 'forget_scores', 'timed', 'now',
-           'write_status', 'is_alive', 'read_status']
+           'prepare_folder', 'read_settings', 'BusyError', 'locked', 'record', 'forget_scores', 'timed', 'on_terminal',
+           'now', 'write_status', 'is_alive', 'read_status']
 
 # %% ../nbs/13a_runs.ipynb #2c74ce7f
 import contextlib
@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import platform
+import sys
 import threading
 import time
 from importlib import metadata
@@ -175,6 +176,12 @@ def timed(folder, stage):
         _add_seconds(folder, stage, time.monotonic() - began)
 
 # %% ../nbs/13a_runs.ipynb #d309d220
+def on_terminal(line):
+    """Write a line to stderr where that is a terminal, which keeps nothing; never to a file, a pipe or the output of a notebook."""
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)
+
+
 def now():
     """The time as text, in UTC."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -105,6 +105,11 @@ class Settings(pydantic.BaseModel):
     test_fraction: float = _field(0.2, "share of rows held out where there is no test split", gt=0, lt=1)
     duplicates: Literal["keep", "drop"] = _field("keep", "what to do with exact copies of a training row")
     unit: str = _field("row", "what is protected as a whole: `row`, or all rows with the same value in the column named here", min_length=1)
+    id_column: str = _field(
+        "", "column that says which row is which: rows with the same id are the same for the ledger, whatever their text; empty: none", affects="nothing")
+    data_name: str = _field(
+        "", "what the rows are called in the ledger, which adds up what is released under one name; empty: as the file or data set is", affects="nothing",
+        pattern=r"^[^\x00-\x1f\x7f]*$")
     max_records_per_unit: int = _field(4, "at most so many rows of one unit take part, chosen by the seed; the others are not trained on", ge=1)
     validation_size: int = _field(
         64, "test rows on which the loss is reported after training; 0: none", tutorial="VALIDATION_SIZE", affects="evaluation", ge=0)
@@ -138,7 +143,7 @@ class Settings(pydantic.BaseModel):
 
     # privacy
     epsilon: float = _field(10.0, "target ε under add/remove; `inf` trains without differential privacy", tutorial="EPSILON, USE_DP", gt=0)
-    delta: float = _field(0.0, "target δ; 0: n^-1.2 over the n training units", tutorial="DELTA", ge=0, lt=1)
+    delta: float = _field(0.0, "target δ; 0: the least of n^-1.2, 1e-5 and .1/n over the n training units", tutorial="DELTA", ge=0, lt=1)
     noise_multiplier: float = _field(0.0, "noise standard deviation over sensitivity; 0: the least that meets ε", ge=0)
     clip: Literal["normalize", "bound"] = _field("normalize", "scale each row's gradient to norm 1, or bound it by `l2_clip_norm`")
     l2_clip_norm: float = _field(1.0, "bound on the norm of one unit's gradient where `clip` is `bound`", tutorial="CLIPPING_NORM", ge=1e-6, le=1e6)

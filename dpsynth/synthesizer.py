@@ -8,6 +8,7 @@ __all__ = ['Synthesizer']
 # %% ../nbs/13c_synthesizer.ipynb #2871e993
 import contextlib
 import errno
+import os
 import pathlib
 import re
 import tempfile
@@ -20,7 +21,7 @@ from .evaluation import evaluate
 from .finetune import finetune_run, with_prior
 from .formats import TextFormat
 from .manifest import statement_of
-from .pipeline import guarantee, load_generator, load_stage, survey
+from .pipeline import announce, guarantee, load_generator, load_stage, survey, warn_of_untold
 from .privacy import write_private
 from .runs import locked, read_settings, record, timed
 from .sampling import sample_to_file
@@ -63,26 +64,34 @@ class Synthesizer:
         synthesizer._model = load_generator(synthesizer.settings, folder)
         return synthesizer
 
-    def fit(self, data, progress=True):
+    def fit(self, data, name=None, progress=True):
         """Fine-tune on a DataFrame, a file or a named dataset (see `dpsynth.data.load`); returns self.
 
         The ε of the run is charged to the owner's ledger (setting `ledger`) before the first batch is drawn, and stays charged if
-        the run is stopped. Fitting again in the same folder resumes or reuses the run, and is not charged again.
+        the run is stopped. Fitting again in the same folder resumes or reuses the run, and is not charged again. What is about to be
+        charged is said on stderr; what is left of a cap, and that these rows have spent more than the certificate composes, on a terminal only.
+
+        Args:
+            name: what the rows are called in the ledger, which adds up what is released under one name, and nowhere follows from the rows;
+                a file or named dataset has one, rows in memory need it, the same one whenever these rows are fitted.
 
         Raises:
             BudgetError: the run would cross a cap of the ledger. DataError: the rows are not what the settings say. PrivacyError: the
             folder belongs to a run with other rows or settings. SettingsError: the settings do not fit the rows, or another process is
             at this run.
         """
+        self.settings = self._with(data_name=self._data_name(data, name))
         splits = self._read(data)
         settings = self._with(data=self._place(data), batch_size=self._batch_size(splits.train.public_units))
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder):
             if not (self.folder / "private" / "identity.json").exists():  # no run has begun here
                 self._prepare(settings, splits, data)
+            announce(settings, splits.train, self.folder)
             with timed(self.folder, "fit"):
                 model, figures = finetune_run(settings, splits, self.folder, progress)
             record(self.folder, **figures, **guarantee(self.folder))
+        warn_of_untold(settings, self.folder)
         self.settings, self._splits, self._model = settings, splits, model
         return self
 
@@ -174,7 +183,7 @@ class Synthesizer:
         """`Splits` of the rows."""
         try:
             table = isinstance(data, pd.DataFrame)
-            return from_frame(data, self.settings, name=self._table_name()) if table else load(self._with(data=str(data)))
+            return from_frame(data, self.settings, name=self.settings.data_name) if table else load(self._with(data=str(data)))
         except DataError as error:
             if "not one of " not in str(error):
                 raise
@@ -183,11 +192,15 @@ class Synthesizer:
 
     def _place(self, data):
         """Where the rows can be read again: the value of the setting `data`."""
-        return str((self.folder / "private" / self._table_name()).resolve() if isinstance(data, pd.DataFrame) else data)
+        return str((self.folder / "private" / "rows.jsonl").resolve() if isinstance(data, pd.DataFrame) else data)
 
-    def _table_name(self):
-        """What a table without a file is called, in the ledger too: after the run folder, and as it is called when read again."""
-        return f"{self.folder.resolve().name}.jsonl"
+    def _data_name(self, data, name):
+        """What rows are called in the ledger: the value of the setting `data_name`. Raises SettingsError where rows in memory have no name."""
+        name = self.settings.data_name if name is None else name
+        if not name and not isinstance(data, (str, os.PathLike)):
+            raise SettingsError('fit: rows in memory need a name, as in fit(data, name="patients"); the ledger adds up what is released under '
+                                "one name, so give these rows the same one whenever you fit them")
+        return name
 
     def _batch_size(self, num_units):
         return min(self.settings.batch_size, max(1, num_units // 8)) if self._chooses_batch else self.settings.batch_size
@@ -198,7 +211,7 @@ class Synthesizer:
         load_stage(settings, self.folder, splits)
         if isinstance(data, pd.DataFrame):
             unit = "" if settings.unit == "row" else settings.unit
-            columns = dict.fromkeys(filter(None, (settings.text_column, settings.label_column, unit)))
+            columns = dict.fromkeys(filter(None, (settings.text_column, settings.label_column, unit, settings.id_column)))
             write_private(settings.data, data[list(columns)].to_json(orient="records", lines=True, force_ascii=False))
 
     def _only(self, label):
@@ -218,7 +231,7 @@ class Synthesizer:
 
     def _records(self, frame, name, **changes):
         """`Records` of the rows of a DataFrame with the columns of the training table, in their order."""
-        settings = self._with(unit="row", test_data="", audit_fraction=0, **changes)
+        settings = self._with(unit="row", id_column="", test_data="", audit_fraction=0, **changes)
         return from_frame(frame, settings, test=frame, name=name).test
 
     def _columns(self):

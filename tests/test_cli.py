@@ -395,7 +395,7 @@ def test_results_have_the_numbers(sweep, dpsynth):
     assert (
         dp["private"]
         and 1.9 < dp["epsilon"] <= 2
-        and dp["delta"] == pytest.approx(120**-1.2)
+        and dp["delta"] == 1e-5
         and dp["steps"] == 6
         and dp["noise_multiplier"] > 0
     )
@@ -576,6 +576,7 @@ def test_a_cap_can_be_set_before_anything_is_charged(config, dpsynth, refused, t
 def test_a_check_says_for_whom_it_counts_and_leaves_out_what_is_paid_to_be_hidden(config, dpsynth):
     code, out, _ = dpsynth("check", config)
     assert code == 0 and "device" in out and "for you only" in out and "48 to train on" in out and "copies" in out
+    assert "outright" not in out and "delta is 0.48/n: so many units" in dpsynth("check", config, "--set", "delta=1e-2").out
     code, out, _ = dpsynth("check", config, "--set", "unit_count=private", "--set", "delta=1e-3")
     assert code == 0 and "to train on" not in out and "copies" not in out and "48" not in out
 

@@ -418,3 +418,13 @@ def test_run_releases_an_adapter_and_a_certificate_that_verifies(run):
     certificate = json.loads((run / "release" / "certificate.json").read_text())
     assert verify(certificate)["epsilon"] <= 8 and certificate["num_units"] == 40 - 0
     assert {p.name for p in (run / "release").iterdir()} == {"adapter.npz", "certificate.json", "certificate.md", "manifest.json"}
+
+
+def test_how_many_units_a_large_delta_could_publish_is_told_wherever_the_claim_is(tmp_path, dpsynth):
+    told = "elta is 0.25/n: so many units could be expected to be published outright"
+    for delta, said in ((1e-5, False), (1e-4, False), (2.5e-4, True)):
+        certificate = certificate_of(Settings(epsilon=8, delta=delta, batch_size=64, epochs=1), 1000)
+        write_certificate(certificate, tmp_path)
+        pages = (certificate.markdown().split("|")[0], certificate._repr_html_().split("<table>")[0], " ".join(certificate["not_covered"]),
+                 dpsynth("verify", tmp_path / "certificate.json").out)
+        assert {told in page for page in pages} == {said}

@@ -371,7 +371,7 @@ MEASURING = ["validation_size", "embedder", "second_embedder", "pooling", "embed
 
 def test_what_does_not_affect_the_result_is_memory_speed_bookkeeping_and_measuring():
     assert list(evaluation_settings(Settings())) == MEASURING
-    without = ["microbatch_size", "rematerialize", "ledger", "sample_batch_size", *MEASURING]
+    without = ["microbatch_size", "rematerialize", "ledger", "data_name", "id_column", "sample_batch_size", *MEASURING]
     assert sorted(n for n in Settings.model_fields if not affects_result(n)) == sorted(without)
 
 
