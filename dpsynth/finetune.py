@@ -29,7 +29,7 @@ from .certificate import base_model, make_certificate, write_certificate
 from .data import Records, TokenStore, other_texts
 from .formats import TextFormat
 from .ledger import EXPOSED, RUNS_LEDGER, Ledger, Newcomer, accesses_event, release_id
-from .models import (divisible, everywhere, load_adapter, load_model, preset_hash, save_adapter, setup_tuning, spread,
+from .models import (check_spelling, divisible, everywhere, load_adapter, load_model, preset_hash, save_adapter, setup_tuning, spread,
                             tuning_mode)
 from .privacy import (Randomness, Session, bind_run, count_accesses, load_secret, make_mechanism, noisy_counts, realised_noise_error,
                              run_identity, write_private)
@@ -465,6 +465,7 @@ def finetune_run(settings, splits, folder, progress=True):
             its counts.
         BudgetError: the run would cross a cap of the ledger.
         SettingsError: the settings do not fit the rows or do not fine-tune, or training diverged.
+        DataError: a text spells a control token that the tokenizer cannot write as letters.
     """
     if settings.generator != "finetune":
         raise SettingsError(f"setting generator: {settings.generator} is not trained; use finetune")
@@ -474,6 +475,7 @@ def finetune_run(settings, splits, folder, progress=True):
     secret = load_secret(private)
     release.mkdir(parents=True, exist_ok=True)
     model, digest = prepare_with_hash(settings)
+    check_spelling(model.tokenizer, splits.train)
     identity = run_identity(result_settings(settings), splits.train.fingerprint(secret), digest, computation(settings))
     randomness = Randomness(secret, bind_run(private, identity, adapter.exists()))
     records = with_canaries(settings, splits.train, CanaryCoins.flip(settings.canaries, private, randomness).included)

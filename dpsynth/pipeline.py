@@ -31,7 +31,7 @@ from .finetune import (
     Account, begun_release, count_kept, example_loss, finetune_run, mark_not_private, mechanism_of, one_by_one, prepare_model, row_losses,
     some_rows, with_prior)
 from .formats import TextFormat
-from .models import Unreachable, by_shapes, count_parameters, load_adapter, load_model, load_tokenizer
+from .models import Unreachable, by_shapes, check_spelling, count_parameters, load_adapter, load_model, load_tokenizer
 from .privacy import Mechanism, Randomness, bind_run, default_delta, load_secret, make_mechanism, write_private
 from .runs import forget_scores, prepare_folder, read_json, record, timed
 from .sampling import position_axes, sample_to_file
@@ -404,7 +404,7 @@ def check_rows(settings, splits):
         raise DataError(f"{settings.data}: {len(splits.test)} test rows are too few to evaluate against")
 
 # %% ../nbs/13b_pipeline.ipynb #f677bfce
-DATA_SETTINGS = ("data", "test_data", "data_dir", "text_column", "label_column", "label_names", "train_size", "test_size", "test_fraction",
+DATA_SETTINGS = ("data", "test_data", "data_dir", "text_column", "label_column", "label_names", "header", "sep", "quoting", "missing", "columns", "train_size", "test_size", "test_fraction",
                  "duplicates", "unit", "unit_count", "audit_fraction", "seed")
 
 
@@ -437,6 +437,8 @@ class Survey:
         self.parameters = count_parameters(settings) if self.tokenizer else None
         if self.tokenizer:  # a model that cannot be sampled from is refused before it is trained and paid for
             by_shapes(settings, lambda model: jax.tree.leaves(position_axes(model)))
+        if self.tokenizer and self.splits and settings.generator == "finetune":
+            check_spelling(self.tokenizer, self.splits.train)
         for name in filter(None, (settings.embedder, settings.second_embedder)):
             self._try(open_embedder(name).check)
         for name in filter(lambda name: getattr(settings, name), ("contamination_corpus", "contamination_reference", "canary_texts")):
