@@ -379,15 +379,15 @@ def _fields(text, separator, settings, strict=True):
 
 
 def _fit(text, separator, settings):
-    """How well a separator fits the first rows: are all columns there, do the rows have equally many fields, and how many."""
+    """How well a separator fits the first rows: are all columns there, and how many fields do the rows have if they are several in each."""
     try:
         rows = list(itertools.islice(filter(None, _fields(text, separator, settings, strict=False)), FIRST_ROWS))
     except csv.Error:
-        return False, False, 0
+        return False, 0
     whole = rows[:-1] if len(text) == FIRST and len(rows) < FIRST_ROWS else rows
     width = len(rows[0]) if rows else 0
     named = settings.header == "yes" and bool(rows) and {*_columns(settings)} <= {*rows[0]}
-    return named, len({len(row) for row in whole}) == 1, width
+    return named, width if width > 1 and all(len(row) == width for row in whole) else 0
 
 
 def _separator(path, text, settings):
@@ -610,14 +610,17 @@ def _read_parquet(path, settings):
 READERS = {".csv": _read_grid, ".tsv": _read_grid, ".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet, ".xlsx": _read_grid}
 
 
-def _known_file(path):
-    """The path, of a file that is there and of a known kind. Raises DataError."""
+def _known_file(path, instead=""):
+    """The path, of a file that is there and of a known kind. Raises DataError, with what could be given `instead` of a file."""
     try:
-        path, there = pathlib.Path(path).expanduser(), pathlib.Path(path).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # too long, a user who is not there, a zero: not shown, as it may be a text
+        there = pathlib.Path(path).expanduser().exists()
+        if "\n" in str(path):
+            raise ValueError
+        path = pathlib.Path(path).expanduser()
+    except (OSError, RuntimeError, ValueError):  # several lines, too long, a zero, a user who is not there: it may be a text
         raise DataError("data: no name of a file") from None
     if not there:
-        raise DataError(f"{path}: no such file; data is `demo`, `tfds:NAME`, `hf:NAME` or a file")
+        raise DataError(f"{path}: no such file{instead}")
     if path.is_dir() or _kind(path) not in READERS:
         what = "a folder" if path.is_dir() else "unknown kind of file"
         raise DataError(f"{path}: {what}; expected {', '.join(READERS)}, also packed ({', '.join(UNPACK)})")
@@ -630,7 +633,7 @@ def _read_file(path, settings):
     Raises:
         DataError: if it is missing, of an unknown kind, unreadable, or a row is not what the settings say.
     """
-    path = _known_file(path)
+    path = _known_file(path, "; data is `demo`, `tfds:NAME`, `hf:NAME` or a file")
     try:
         return _checked(READERS[_kind(path)](path, settings), path, settings)
     except OSError as error:
