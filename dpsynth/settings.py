@@ -99,8 +99,9 @@ def _name(value):
 
 def _listed(value):
     """A list as the text that `_names` reads as its names; anything else as `_text` has it."""
-    if isinstance(value, str) and _is_list(value):
-        value = _names(value)
+    if isinstance(value, str):
+        names = _names(value)
+        value = names if _is_list(value) else value
     if not isinstance(value, (list, tuple)):
         return _text(value)
     names = tuple(map(_name, value))
@@ -146,8 +147,8 @@ class Settings(pydantic.BaseModel):
     sep: Literal["auto", "comma", "semicolon", "tab", "pipe"] = _field(
         "auto", "what is between the fields of a CSV or TSV file; auto: the one that fits its first lines")
     quoting: Literal["auto", "standard", "none"] = _field(
-        "auto", "double quotes in a CSV or TSV file: `standard` puts a text between them, for `none` they are part of the text; "
-        "auto: standard, but a quoted text whose lines look like rows is refused")
+        "auto", "double quotes in a CSV or TSV file: a text is between them (`standard`), or they are part of it (`none`); "
+        "auto: standard, unless the lines of a text look like rows")
     missing: Literal["refuse", "drop"] = _field("refuse", "what to do with rows without a text or a label; each still counts as a unit")
     train_size: int = _field(0, "use at most so many training rows; 0: all", tutorial="MAX_TRAIN_SIZE", ge=0)
     test_size: int = _field(0, "use at most so many test rows; 0: all", ge=0)
@@ -262,7 +263,7 @@ class Settings(pydantic.BaseModel):
                 raise ValueError(f"{name}: expected a finite number, got {value}")
         if self.label_column and "{label}" not in self.prompt:
             raise ValueError("prompt: must contain the placeholder {label}, or set label_column to an empty text")
-        if self.label_column and len(set(filter(None, self.labels))) < len(self.labels):
+        if self.label_column and len(set(filter(None, self.labels))) < max(1, len(self.labels)):
             raise ValueError(f"label_names: expected different names, none of them empty, got {self.label_names!r}; "
                              "a name with a comma takes a list; where rows have no label, set label_column to an empty text")
         if self.label_prior not in ("uniform", "private"):
@@ -467,14 +468,15 @@ def load_all_settings(path):
         SettingsError: naming the file and what is wrong, or the first setting that it lacks.
     """
     path = pathlib.Path(path)
-    values = {**EARLIER, **read_yaml(path)}
-    lost = [name for name in Settings.model_fields if name not in values]
-    if lost:
-        raise SettingsError(f"{path}: damaged, it lacks {len(lost)} settings, {lost[0]!r} first; restore it, or start in another folder")
     try:
+        values = {**EARLIER, **read_yaml(path)}
+        lost = [name for name in Settings.model_fields if name not in values]
+        if lost and values.keys() <= Settings.model_fields.keys():
+            raise SettingsError(f"it lacks {len(lost)} settings, {lost[0]!r} first")
         return make_settings(values)
     except SettingsError as error:
-        raise SettingsError(f"{path}: damaged, {error}; restore it, or start in another folder") from None
+        reason = str(error).removeprefix(str(path)).lstrip(":, ")
+        raise SettingsError(f"{path}: damaged ({reason}); restore it, or start in another folder") from None
 
 # %% ../nbs/00_settings.ipynb #c386838d
 SMOKE_CAPS = {"train_size": 400, "test_size": 400, "batch_size": 64, "epochs": 1.0, "num_samples": 60, "num_mauve_samples": 40,
