@@ -480,10 +480,11 @@ def _common(frames, columns):
 
 
 def _left_out(frames, names):
-    """Warning about columns that are not compared."""
-    extra = {what: [i for i, c in enumerate(frame) if c not in names] for what, frame in frames.items()}
-    listed = "; ".join(f"{what} {', '.join(map(str, places))}" for what, places in extra.items() if places)
-    return (f"columns not compared, because not asked for or not in all three sets (by position, from 0): {listed}",) if listed else ()
+    """Warning about columns that are not compared; what is not a name in all three sets may be a row, and has a position."""
+    known = [c for c in frames["train"] if c not in names and all(c in frame for frame in frames.values())]
+    own = {what: [str(i) for i, c in enumerate(frame) if c not in names and c not in known] for what, frame in frames.items()}
+    extra = known + [f"column {', '.join(places)} (from 0) of {what}" for what, places in own.items() if places]
+    return (f"not compared, because not asked for or not in all three sets: {'; '.join(extra)}",) if extra else ()
 
 
 def _identifiers(real, names):
