@@ -86,6 +86,8 @@ def findings(survey):
             yield "units", describe_units(survey.splits.train, survey.settings)
         source = survey.splits.train.source
         yield "copies", f"{source['duplicates']:,} exact copies among the rows to train on; {source['train_rows_in_test']:,} of these rows are test rows too"
+    if survey.splits is not None and (line := slow_import("data").left_out(survey.splits.train)):
+        yield "columns", line
     if survey.tokenizer is not None:
         yield "prompt", f"{survey.prompt_length} of {survey.settings.sequence_length} tokens"
     if survey.tokenizer is not None and survey.splits is not None:
@@ -148,8 +150,10 @@ def by_hand(folder):
 def fit(args):
     """Fine-tune, or resume."""
     with by_hand(args.run) as settings:
-        pipeline = slow_import("pipeline")
+        pipeline, data = slow_import("pipeline"), slow_import("data")
         splits = pipeline.survey(settings).splits
+        if line := data.left_out(splits.train):
+            print(line)
         pipeline.load_stage(settings, args.run, splits)
         if settings.generator == "finetune":
             pipeline.announce(settings, splits.train, args.run)
@@ -402,12 +406,16 @@ def exit_code(error, args):
 
 
 def describe_error(error):
-    """An exception in one line."""
+    """An exception in one line. What others than this package say of a failure may quote a row, and is left out."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command continues"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) if isinstance(error, DpsynthError) else f"{type(error).__name__}: {error} (--debug shows where)"
+    if isinstance(error, DpsynthError):
+        return str(error)
+    *_, frame = traceback.extract_tb(error.__traceback__) or [None]
+    place = f" in {pathlib.Path(frame.filename).name}, line {frame.lineno}" if frame else ""
+    return f"{type(error).__name__}{place}; its message may quote a row, --debug shows it"
 
 
 def main(argv=None):

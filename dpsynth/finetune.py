@@ -31,7 +31,7 @@ from .data import Records, TokenStore, other_texts
 from .formats import TextFormat
 from .ledger import EXPOSED, HIDDEN, MORE, RUNS_LEDGER, Ledger, Newcomer, accesses_event, release_id
 from .manifest import checked_fit, file_hash, standing, write_release
-from .models import (divisible, everywhere, load_adapter, load_model, preset_hash, save_adapter, setup_tuning, spread,
+from .models import (check_spelling, divisible, everywhere, load_adapter, load_model, preset_hash, save_adapter, setup_tuning, spread,
                             tuning_mode)
 from .privacy import (Randomness, Session, bind_run, count_accesses, load_secret, make_mechanism, noisy_counts, realised_noise_error,
                              run_identity, stored_run)
@@ -473,6 +473,7 @@ def finetune_run(settings, splits, folder, progress=True):
             has lost its identity or its counts; or a private file is damaged or of another run.
         BudgetError: the run would cross a cap of the ledger.
         SettingsError: the settings do not fit the rows or do not fine-tune, or training diverged.
+        DataError: a text spells a control token that the tokenizer cannot write as letters.
     """
     if settings.generator != "finetune":
         raise SettingsError(f"setting generator: {settings.generator} is not trained; use finetune")
@@ -482,6 +483,7 @@ def finetune_run(settings, splits, folder, progress=True):
     secret = load_secret(private)
     release.mkdir(parents=True, exist_ok=True)
     model, digest = prepare_with_hash(settings)
+    check_spelling(model.tokenizer, splits.train)
     identity = run_identity(result_settings(settings), splits.train.fingerprint(secret), digest, computation(settings))
     randomness = Randomness(secret, bind_run(private, identity, adapter.exists()))
     state = randomness.state(private)

@@ -7,8 +7,9 @@ __all__ = ['TINY', 'CARD', 'PROBE_SECONDS', 'WEIGHTS', 'NETWORK_WORDS', 'REFUSAL
            'Unreachable', 'has_weights', 'in_hub_cache', 'check_hub', 'first_line', 'is_remote', 'load_model',
            'is_embedding_preset', 'load_embedder', 'check_embedder_preset', 'spread', 'everywhere', 'divisible',
            'called_as', 'recomputed', 'adapted_layers', 'takes_adapter_apart', 'call_apart', 'adapters_apart',
-           'LanguageModel', 'tuning_mode', 'lora_layers', 'enable_lora', 'setup_tuning', 'refuse_cross_example_layers',
-           'load_tokenizer', 'count_parameters', 'by_shapes', 'save_adapter', 'load_adapter', 'read_arrays']
+           'control_ids', 'plain_ids', 'check_spelling', 'LanguageModel', 'tuning_mode', 'lora_layers', 'enable_lora',
+           'setup_tuning', 'refuse_cross_example_layers', 'load_tokenizer', 'count_parameters', 'by_shapes',
+           'save_adapter', 'load_adapter', 'read_arrays']
 
 # %% ../nbs/06_models.ipynb #e13cde47
 import contextlib
@@ -19,12 +20,14 @@ import inspect
 import math
 import os
 import pathlib
+import re
 import struct
 import types
 import zipfile
 import zlib
 
-from .settings import ModelError, SettingsError, quiet_libraries  # before keras: dpsynth selects Keras' JAX backend
+from .formats import CONTROL_TOKENS
+from .settings import DataError, ModelError, SettingsError, quiet_libraries  # before keras: dpsynth selects Keras' JAX backend
 
 import jax
 import jax.numpy as jnp
@@ -303,6 +306,45 @@ def adapters_apart(model):
     """Inside, layers compute their adapters as `call_apart` does, where it gives what they give."""
     return called_as(list(filter(takes_adapter_apart, adapted_layers(model))), call_apart)
 
+# %% ../nbs/06_models.ipynb #5e4d8fa7
+@functools.lru_cache(maxsize=4)
+def control_ids(tokenizer):
+    """dict of a tokenizer's control tokens, as they are spelt, and their ids; none of them is part of a text."""
+    known = set(tokenizer.get_vocabulary()) if hasattr(tokenizer, "get_vocabulary") else set()
+    own = filter(None, getattr(tokenizer, "special_tokens", ()))
+    return {piece: tokenizer.token_to_id(piece) for piece in dict.fromkeys((*CONTROL_TOKENS, *own)) if piece in known}
+
+
+def _spelt(tokenizer):
+    """Pattern of the control tokens of a tokenizer; one of a single sign cannot be cut and stays what it is."""
+    pieces = sorted(filter(lambda piece: len(piece) > 1, control_ids(tokenizer)), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, pieces)) or "(?!)")
+
+
+def _cut(pattern, text):
+    """The parts of a text, cut after the first sign of each match."""
+    places = [0, *(match.start() + 1 for match in pattern.finditer(text)), len(text)]
+    return [text[a:b] for a, b in zip(places, places[1:])]
+
+
+def plain_ids(tokenizer, texts):
+    """Token ids of each text, list of lists of int: what spells a control token is letters."""
+    pattern = _spelt(tokenizer)
+    parts = [_cut(pattern, text) for text in texts]
+    ids = iter(tokenizer([part for own in parts for part in own]) if parts else ())
+    return [[int(i) for _ in own for i in next(ids)] for own in parts]
+
+
+def check_spelling(tokenizer, records):
+    """Raise DataError, naming the row, where a text of `Records` spells a control token that the tokenizer cannot write as letters."""
+    pattern, never = _spelt(tokenizer), set(control_ids(tokenizer).values())
+    for row, text in enumerate(records.texts):
+        if meant := pattern.findall(text):
+            ids, = plain_ids(tokenizer, [text])
+            if never & set(ids) or pattern.findall(str(tokenizer.detokenize(ids))) != meant:
+                raise DataError(f"{records.name}, {records.place(row)}: the text spells a control token of the model, which its tokenizer cannot "
+                                "write as letters; change or remove the row, or use another model")
+
 # %% ../nbs/06_models.ipynb #4f44b3ce
 class LanguageModel:
     """A keras_hub `CausalLM` as pure functions of its weights, with its tokenizer.
@@ -328,16 +370,16 @@ class LanguageModel:
     # tokens
 
     def encode(self, texts):
-        """Token ids of each text, without special tokens: list of lists of int."""
-        return [list(map(int, row)) for row in self.tokenizer(list(texts))] if len(texts) else []
+        """Token ids of each text, without special tokens: list of lists of int. What spells a control token is letters."""
+        return plain_ids(self.tokenizer, texts)
 
     def decode(self, ids):
         """The text of a list of token ids."""
         return str(self.tokenizer.detokenize([int(i) for i in ids])) if len(ids) else ""
 
     def prompt_ids(self, prompt):
-        """Start token and prompt."""
-        return [self.start_id, *self.encode([prompt])[0]]
+        """Start token and prompt, in which a control token is one."""
+        return [self.start_id, *map(int, self.tokenizer([prompt])[0])]
 
     def response_ids(self, texts):
         """Each text with the end token."""

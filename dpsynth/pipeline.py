@@ -37,7 +37,7 @@ from .formats import TextFormat
 from .ledger import accesses_event, read_event
 from .manifest import (
     CERTIFICATE, add_to_manifest, check_listed, checked_fit, compare_release, entry, manifest_of, manifests, read_sealed, statement_of, way_back, write_release)
-from .models import Unreachable, by_shapes, count_parameters, load_adapter, load_model, load_tokenizer
+from .models import Unreachable, by_shapes, check_spelling, count_parameters, load_adapter, load_model, load_tokenizer
 from .privacy import (
     bind_run, count_accesses, default_delta, differing_parts, load_secret, read_identity, software, stored_run, write_private)
 from .runs import forget_scores, on_terminal, prepare_folder, read_json, record, timed
@@ -505,8 +505,8 @@ def check_rows(settings, splits):
         raise DataError(f"{settings.data}: {len(splits.test)} test rows are too few to evaluate against")
 
 # %% ../nbs/13b_pipeline.ipynb #f677bfce
-DATA_SETTINGS = ("data", "test_data", "data_dir", "text_column", "label_column", "label_names", "train_size", "test_size", "test_fraction",
-                 "duplicates", "unit", "unit_count", "id_column", "data_name", "audit_fraction", "seed")
+DATA_SETTINGS = ("data", "test_data", "data_dir", "text_column", "label_column", "label_names", "header", "sep", "quoting", "missing", "columns",
+                 "train_size", "test_size", "test_fraction", "duplicates", "unit", "unit_count", "id_column", "data_name", "audit_fraction", "seed")
 
 
 def remember():
@@ -538,6 +538,8 @@ class Survey:
         self.parameters = count_parameters(settings) if self.tokenizer else None
         if self.tokenizer:  # a model that cannot be sampled from is refused before it is trained and paid for
             by_shapes(settings, lambda model: jax.tree.leaves(position_axes(model)))
+        if self.tokenizer and self.splits and settings.generator == "finetune":
+            check_spelling(self.tokenizer, self.splits.train)
         for name in filter(None, (settings.embedder, settings.second_embedder)):
             self._try(open_embedder(name).check)
         for name in filter(lambda name: getattr(settings, name), ("contamination_corpus", "contamination_reference", "canary_texts")):

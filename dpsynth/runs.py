@@ -22,7 +22,7 @@ from importlib import metadata
 
 import psutil
 
-from .settings import DataError, SettingsError, dump_settings, load_settings, resolve
+from .settings import DataError, SettingsError, dump_settings, load_all_settings, resolve
 
 # %% ../nbs/13a_runs.ipynb #df68cf6f
 def write_text(path, text):
@@ -88,11 +88,11 @@ def prepare_folder(settings, folder, device=""):
 
 
 def read_settings(folder):
-    """The resolved settings of a run folder. Raises SettingsError where it is not one."""
+    """The resolved settings of a run folder. Raises SettingsError where it is not one, or its settings.yaml lacks some."""
     path = pathlib.Path(folder) / "settings.yaml"
     if not path.exists():
         raise SettingsError(f"{folder}: not a run folder (settings.yaml is missing)")
-    return resolve(load_settings(path))
+    return resolve(load_all_settings(path))
 
 # %% ../nbs/13a_runs.ipynb #5dca5b70
 class BusyError(SettingsError):

@@ -32,9 +32,9 @@ import pandas as pd
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 from tqdm import tqdm
 
-from .formats import CONTROL_TOKENS, Rejected
+from .formats import Rejected
 from .manifest import SAMPLED, add_to_manifest, check_listed, entry, manifest_of, read_sealed, seal
-from .models import adapted_layers, everywhere, spread
+from .models import adapted_layers, control_ids, everywhere, spread
 from .settings import DataError, ModelError, SettingsError, result_settings
 
 # %% ../nbs/08_sampling.ipynb #abe72471
@@ -110,8 +110,7 @@ def sample_nucleus(key, weights, top_p):
 def samplable(model, size):
     """Mask [size] of the token ids that may be sampled: no control tokens and nothing beyond the vocabulary, except stop tokens."""
     mask = np.arange(size) < model.vocabulary_size
-    known = set(model.tokenizer.get_vocabulary()) if hasattr(model.tokenizer, "get_vocabulary") else ()
-    mask[[model.tokenizer.token_to_id(piece) for piece in CONTROL_TOKENS if piece in known] + [model.start_id]] = False
+    mask[[*control_ids(model.tokenizer).values(), model.start_id]] = False
     mask[model.pad_id] &= model.decode([model.pad_id]) != ""
     mask[list(model.stop_ids)] = True
     return mask

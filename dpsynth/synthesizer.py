@@ -16,7 +16,7 @@ import warnings
 from numbers import Integral
 
 from .certificate import read_certificate
-from .data import from_frame, load
+from .data import Records, as_frame, as_lines, from_frame, left_out, load, refuse_left_out
 from .evaluation import evaluate
 from .finetune import finetune_run, with_prior
 from .formats import TextFormat
@@ -25,7 +25,7 @@ from .pipeline import announce, guarantee, load_generator, load_stage, survey, w
 from .privacy import write_private
 from .runs import locked, read_settings, record, timed
 from .sampling import sample_to_file
-from .settings import EXPERIMENT, DataError, SettingsError, make_settings, resolve
+from .settings import EXPERIMENT, UNDECIDED, DataError, SettingsError, make_settings, resolve
 
 import pandas as pd
 
@@ -48,7 +48,7 @@ class Synthesizer:
         name = pathlib.Path(folder).resolve().name if folder else ""
         name = name if re.fullmatch(EXPERIMENT, name) else "synthesizer"
         self.settings = resolve(make_settings({"experiment": name, "prompt": prompt, **settings}))
-        self._chooses_batch = "batch_size" not in settings
+        self._chooses_batch, self._decided = "batch_size" not in settings, "epsilon" in settings
         self._check()
         self.folder = pathlib.Path(folder or pathlib.Path(tempfile.mkdtemp(prefix="dpsynth-")) / self.settings.experiment)
         self._model = self._splits = None
@@ -65,7 +65,9 @@ class Synthesizer:
         return synthesizer
 
     def fit(self, data, name=None, progress=True):
-        """Fine-tune on a DataFrame, a file or a named dataset (see `dpsynth.data.load`); returns self.
+        """Fine-tune on a table, a file or a named dataset (see `dpsynth.data.load`); returns self.
+
+        A table is a DataFrame, a list of dicts, a dict of lists, an Arrow table, a Polars frame or a `datasets.Dataset`.
 
         The ε of the run is charged to the owner's ledger (setting `ledger`) before the first batch is drawn, and stays charged if
         the run is stopped. Fitting again in the same folder resumes or reuses the run, and is not charged again. What is about to be
@@ -80,8 +82,13 @@ class Synthesizer:
             folder belongs to a run with other rows or settings. SettingsError: the settings do not fit the rows, or another process is
             at this run.
         """
+        data = data if isinstance(data, (str, os.PathLike)) else as_frame(data)
+        if not self._decided and str(data) != "demo":
+            raise SettingsError(UNDECIDED)
         self.settings = self._with(data_name=self._data_name(data, name))
         splits = self._read(data)
+        if line := left_out(splits.train):
+            warnings.warn(line)
         settings = self._with(data=self._place(data), batch_size=self._batch_size(splits.train.public_units))
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder):
@@ -132,9 +139,9 @@ class Synthesizer:
         """Metrics of synthetic rows against real ones, a dict. Not covered by ε: see the certificate.
 
         Args:
-            rows: DataFrame with the columns of the training table, as `sample` gives it; or with `text` and `label`, as the files
+            rows: table with the columns of the training table, as `sample` gives it; or with `text` and `label`, as the files
                 under `release/` have it.
-            reference: DataFrame with the columns of the training table, or `Records`, of real rows that were not trained on; by default
+            reference: table with the columns of the training table, or `Records`, of real rows that were not trained on; by default
                 the rows that `fit` held out.
 
         Raises:
@@ -142,6 +149,7 @@ class Synthesizer:
                 settings say, or there are fewer than 2 rows on a side.
         """
         self._fitted()
+        rows = as_frame(rows, "rows")
         released = "text" in rows and self.settings.text_column not in rows
         rows = self._records(rows.rename(columns=self._columns()) if released else rows, "rows", test_size=0)
         reference, labels = self._reference(reference), [rows.label_names[label] for label in rows.labels]
@@ -183,7 +191,9 @@ class Synthesizer:
         """`Splits` of the rows."""
         try:
             table = isinstance(data, pd.DataFrame)
-            return from_frame(data, self.settings, name=self.settings.data_name) if table else load(self._with(data=str(data)))
+            splits = from_frame(data, self.settings, name=self.settings.data_name) if table else load(self._with(data=str(data)))
+            refuse_left_out(splits.train, self.settings)
+            return splits
         except DataError as error:
             if "not one of " not in str(error):
                 raise
@@ -210,9 +220,7 @@ class Synthesizer:
         survey(settings, load=lambda _: splits)
         load_stage(settings, self.folder, splits)
         if isinstance(data, pd.DataFrame):
-            unit = "" if settings.unit == "row" else settings.unit
-            columns = dict.fromkeys(filter(None, (settings.text_column, settings.label_column, unit, settings.id_column)))
-            write_private(settings.data, data[list(columns)].to_json(orient="records", lines=True, force_ascii=False))
+            write_private(settings.data, as_lines(data, settings))
 
     def _only(self, label):
         """The change of settings under which all rows have one label; none if no label is asked for."""
@@ -223,8 +231,8 @@ class Synthesizer:
 
     def _reference(self, reference):
         """`Records` to compare with."""
-        if isinstance(reference, pd.DataFrame):
-            return self._records(reference, "reference")
+        if not isinstance(reference, (Records, type(None))):
+            return self._records(as_frame(reference, "reference"), "reference")
         if reference is None and self._splits is None:
             raise SettingsError("evaluate: give reference=, real rows that were not trained on; a reopened run holds no rows")
         return self._splits.test if reference is None else reference

@@ -179,7 +179,7 @@ def test_one_bad_run_does_not_stop_the_others(template, tmp_path):
     rows = run([tmp_path / "sweep"], tmp_path / "runs", timeout=8, say=lines.append)
     assert [r["experiment"] for r in rows] == names
     assert lines[::2] == [f"[{i}/6] {name} ..." for i, name in enumerate(names, 1)]
-    assert lines[3] == "b_fails: failed (ValueError: no such thing)"
+    assert lines[3] == "b_fails: failed (ValueError: its message may quote a row and is not shown)"
     assert {r["experiment"]: r["status"] for r in rows} == {
         "a_works": "done",
         "b_fails": "failed",
@@ -191,7 +191,7 @@ def test_one_bad_run_does_not_stop_the_others(template, tmp_path):
     reasons = {r["experiment"]: r["reason"] for r in rows}
     assert (
         reasons["a_works"] == ""
-        and reasons["b_fails"] == "ValueError: no such thing"
+        and reasons["b_fails"] == "ValueError: its message may quote a row and is not shown"
         and reasons["c_refuses"] == "train.csv, row 3: no label"
     )
     assert "kernel died" in reasons["d_dies"] and "8 s" in reasons["e_sleeps"]

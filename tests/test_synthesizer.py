@@ -16,7 +16,7 @@ from dpsynth.data import load
 from dpsynth.ledger import RUNS_LEDGER, Ledger
 from dpsynth.pipeline import check_same_rows
 from dpsynth.runs import locked, read_settings
-from dpsynth.settings import DataError, PrivacyError, SettingsError
+from dpsynth.settings import DataError, PrivacyError, Settings, SettingsError, dump_settings
 from dpsynth.synthesizer import Synthesizer
 
 SMALL = {
@@ -65,7 +65,7 @@ def test_other_generators_are_refused(generator, tmp_path):
     with pytest.raises(SettingsError, match=f"cannot {generator}"):
         Synthesizer(tmp_path / "run", generator=generator, epsilon=8)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "settings.yaml").write_text(f"generator: {generator}\n", encoding="utf-8")
+    dump_settings(Settings(generator=generator), tmp_path / "run" / "settings.yaml")
     with pytest.raises(SettingsError, match=f"cannot {generator}"):
         Synthesizer.load(tmp_path / "run")
 
@@ -73,7 +73,7 @@ def test_other_generators_are_refused(generator, tmp_path):
 def test_a_private_number_of_units_chooses_no_batch_size(caught, tmp_path):
     with pytest.raises(SettingsError, match="batch_size: give it where unit_count is private"):
         Synthesizer(tmp_path, unit_count="private", delta=1e-4)
-    Synthesizer(tmp_path, unit_count="private", delta=1e-4, batch_size=16).fit(table(), "rows")
+    Synthesizer(tmp_path, unit_count="private", delta=1e-4, batch_size=16, epsilon=8).fit(table(), "rows")
     assert caught.settings.batch_size == 16
 
 
@@ -82,15 +82,15 @@ def test_labels_are_not_taken_from_the_rows(caught, tmp_path):
     rows.to_csv(tmp_path / "news.csv", index=False)
     for data in (rows, tmp_path / "news.csv"):
         with pytest.raises(DataError, match="column label: .*not one of negative, positive.*label_names=.*betray that row"):
-            Synthesizer(tmp_path / "run").fit(data, "news")
+            Synthesizer(tmp_path / "run", epsilon=8).fit(data, "news")
     assert not (tmp_path / "run").exists()
-    Synthesizer(tmp_path / "run", label_names="sport,weather").fit(rows, "news")
+    Synthesizer(tmp_path / "run", label_names="sport,weather", epsilon=8).fit(rows, "news")
     assert caught.splits.train.label_names == ("sport", "weather")
 
 
 def test_other_errors_of_the_rows_pass_as_they_are(tmp_path):
     with pytest.raises(DataError, match="no such file") as error:
-        Synthesizer(tmp_path / "run").fit(tmp_path / "nowhere.csv")
+        Synthesizer(tmp_path / "run", epsilon=8).fit(tmp_path / "nowhere.csv")
     assert "label_names" not in str(error.value)
 
 
@@ -122,17 +122,17 @@ def test_a_table_is_charged_under_its_name_in_whatever_folder_it_is_fitted(caugh
     (50, {}, 5), (5, {}, 1), (50, {"batch_size": 7}, 7), (11_000, {}, 1024), (11_000, {"profile": "smoke"}, 50),
 ])  # fmt: skip
 def test_the_batch_follows_from_the_number_of_units_unless_it_is_given(caught, tmp_path, rows, settings, size):
-    synthesizer = Synthesizer(tmp_path, **settings).fit(table(rows), "rows")
+    synthesizer = Synthesizer(tmp_path, **settings, epsilon=8).fit(table(rows), "rows")
     assert synthesizer.settings.batch_size == caught.settings.batch_size == read_settings(tmp_path).batch_size == size
 
 
 def test_copies_that_are_dropped_do_not_change_the_batch(caught, tmp_path):
-    Synthesizer(tmp_path, duplicates="drop").fit(table().assign(text="the same text", label=1), "rows")
+    Synthesizer(tmp_path, duplicates="drop", epsilon=8).fit(table().assign(text="the same text", label=1), "rows")
     assert len(caught.splits.train) == 1 and caught.settings.batch_size == 5
 
 
 def test_the_profile_is_applied(caught, tmp_path):
-    Synthesizer(tmp_path, profile="smoke", model="gemma3_1b", sequence_length=512).fit(table(600), "rows")
+    Synthesizer(tmp_path, profile="smoke", model="gemma3_1b", sequence_length=512, epsilon=8).fit(table(600), "rows")
     assert (caught.settings.model, caught.settings.sequence_length) == ("tiny", 96)
     assert len(caught.splits.train) == 400 and caught.settings.batch_size == 50
 
@@ -174,7 +174,7 @@ def test_a_run_is_called_after_its_folder_and_takes_time(fitted):
 
 def test_two_processes_do_not_fit_in_one_folder(caught, tmp_path):
     with locked(tmp_path), pytest.raises(SettingsError, match="another process"):
-        Synthesizer(tmp_path).fit(table(), "rows")
+        Synthesizer(tmp_path, epsilon=8).fit(table(), "rows")
     assert not (tmp_path / "private").exists()
 
 
@@ -197,7 +197,7 @@ def test_only_the_columns_of_the_run_are_stored_whatever_their_types(caught, tmp
     rows = table().assign(user=[f"u{i // 2}" for i in range(50)], secret="of no concern")
     rows["label"] = rows["label"].map({0: "negative", 1: 1}).astype(object)
     rows.loc[3, "text"] = "two lines\nand a \u2028 \"quote\""
-    Synthesizer(tmp_path, unit="user").fit(rows.sample(frac=1, random_state=0), "rows")
+    Synthesizer(tmp_path, unit="user", epsilon=8, columns="ignore").fit(rows.sample(frac=1, random_state=0), "rows")
     settings, key = read_settings(tmp_path), bytes(16)
     assert load(settings).train.fingerprint(key) == caught.splits.train.fingerprint(key)
     assert "of no concern" not in (tmp_path / "private" / "rows.jsonl").read_text(encoding="utf-8")
@@ -205,7 +205,7 @@ def test_only_the_columns_of_the_run_are_stored_whatever_their_types(caught, tmp
 
 def test_a_file_keeps_its_name(caught, tmp_path):
     table().to_csv(tmp_path / "mine.csv", index=False)
-    synthesizer = Synthesizer(tmp_path / "run").fit(tmp_path / "mine.csv")
+    synthesizer = Synthesizer(tmp_path / "run", epsilon=8).fit(tmp_path / "mine.csv")
     assert synthesizer.settings.data == read_settings(tmp_path / "run").data == str(tmp_path / "mine.csv")
     assert not list((tmp_path / "run" / "private").glob("*.jsonl"))
 
@@ -251,13 +251,13 @@ def named(caught, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "sample_to_file", pretend)
     monkeypatch.setattr(module, "evaluate", lambda *found: caught.__dict__.update(evaluated=found[:3]))
     names = {"text_column": "review", "label_column": "stars", "label_names": "bad,good"}
-    return Synthesizer(tmp_path, **names, test_size=5).fit(rows, "films"), rows
+    return Synthesizer(tmp_path, **names, test_size=5, epsilon=8, columns="ignore").fit(rows, "films"), rows
 
 
 def test_rows_have_the_columns_of_the_training_table(named, caught, tmp_path):
     synthesizer, rows = named
     assert synthesizer.sample(50).equals(rows[["review", "stars"]])
-    unlabelled = Synthesizer(tmp_path / "unlabelled", text_column="review", label_column="").fit(rows, "films")
+    unlabelled = Synthesizer(tmp_path / "unlabelled", text_column="review", label_column="", columns="ignore", epsilon=8).fit(rows, "films")
     assert unlabelled.sample(50).equals(rows[["review"]])
     unlabelled.evaluate(rows)
     assert caught.evaluated[:2] == (rows["review"].tolist(), [""] * 50)
@@ -277,7 +277,7 @@ def test_rows_are_evaluated_under_the_names_of_the_table_and_of_the_released_fil
 def test_a_missing_column_is_named(named, missing):
     synthesizer, rows = named
     for which, sides in (("rows", (rows.drop(columns=missing), rows)), ("reference", (rows, rows.drop(columns=missing)))):
-        with pytest.raises(DataError, match=f"^{which}: no column '{missing}'; it has id, .*$"):
+        with pytest.raises(DataError, match=f"^{which}: no column '{missing}' among its 2; set .*$"):
             synthesizer.evaluate(*sides)
 
 
