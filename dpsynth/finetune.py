@@ -14,6 +14,7 @@ __all__ = ['CHUNK_SCORES', 'SAFETY', 'SMALLEST', 'NOT_PRIVATE', 'token_losses', 
 
 # %% ../nbs/07_finetune.ipynb #d14e2c03
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -33,6 +34,7 @@ from .models import (divisible, everywhere, load_adapter, load_model, preset_has
                             tuning_mode)
 from .privacy import (Randomness, Session, bind_run, count_accesses, load_secret, make_mechanism, noisy_counts, realised_noise_error,
                              run_identity, write_private)
+from .progress import Progress
 from .settings import PrivacyError, SettingsError, result_settings
 
 import jax
@@ -40,7 +42,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pandas as pd
-from tqdm import tqdm
 
 # %% ../nbs/07_finetune.ipynb #360e8a4b
 CHUNK_SCORES = 1 << 21  # scores held at once for one row
@@ -341,30 +342,23 @@ def train(trainer, checkpoint, *, progress=True, seconds_between=30.0, log=None)
     mechanism = trainer.session.mechanism
     if pathlib.Path(checkpoint).exists():
         trainer.restore(checkpoint)
-    bar = tqdm(total=mechanism.steps, initial=trainer.session.step, unit="update", desc="fine-tune", disable=not progress)
-    begun, saved, first, shown = time.monotonic(), time.monotonic(), trainer.session.step, -1
-    while trainer.session.step < mechanism.steps:
-        trainer.update()
-        bar.update()
-        done = 10 * trainer.session.step // mechanism.steps
-        if progress and done != shown:
-            shown, facts = done, describe_progress(mechanism, trainer.session.step)
-        if progress:
-            rate = (trainer.session.step - first) * mechanism.expected_batch_size / (time.monotonic() - begun)
-            bar.set_postfix_str(f"{facts}, {rate:.3g} examples/s")
-        if time.monotonic() - saved > seconds_between or trainer.session.step == mechanism.steps:
-            trainer.save(checkpoint)
-            saved = time.monotonic()
-        if log is not None:
-            log(trainer)
-    bar.close()
+    saved, facts = time.monotonic(), functools.partial(describe_progress, mechanism)
+    with Progress("fine-tune", mechanism.steps, trainer.session.step, facts=facts, show=progress) as bar:
+        while trainer.session.step < mechanism.steps:
+            trainer.update()
+            bar.update()
+            if time.monotonic() - saved > seconds_between or trainer.session.step == mechanism.steps:
+                trainer.save(checkpoint)
+                saved = time.monotonic()
+            if log is not None:
+                log(trainer)
 
 
 def describe_progress(mechanism, step):
-    """Public facts about a running training, for its progress bar: the noise and what is spent."""
+    """Public facts about a running training, for its progress bar: the noise, and what is spent, as of the next twentieth of the updates."""
     if not mechanism.private:
         return "not private"
-    spent = mechanism.epsilon_after(step)
+    spent = mechanism.epsilon_after(min(mechanism.steps, math.ceil(math.ceil(20 * step / mechanism.steps) * mechanism.steps / 20)))
     return f"sigma={mechanism.noise_multiplier:.3g} epsilon={spent:.3g}/{mechanism.target_epsilon:g}"
 
 

@@ -31,7 +31,7 @@ from .finetune import (
     Account, begun_release, count_kept, example_loss, finetune_run, mark_not_private, mechanism_of, one_by_one, prepare_model, row_losses,
     some_rows, with_prior)
 from .formats import TextFormat
-from .models import Unreachable, by_shapes, count_parameters, load_adapter, load_model, load_tokenizer
+from .models import Unreachable, by_shapes, check_environment, count_parameters, load_adapter, load_model, load_tokenizer
 from .privacy import Mechanism, Randomness, bind_run, default_delta, load_secret, make_mechanism, write_private
 from .runs import forget_scores, prepare_folder, read_json, record, timed
 from .sampling import position_axes, sample_to_file
@@ -42,7 +42,8 @@ import numpy as np
 
 # %% ../nbs/13b_pipeline.ipynb #308359f0
 def device_name():
-    """Kind and number of the devices that compute, such as `cpu × 1`."""
+    """Kind and number of the devices that compute, such as `cpu × 1`. Raises SettingsError where there is none that can be used."""
+    check_environment()
     devices = jax.devices()
     return f"{devices[0].device_kind} × {len(devices)}"
 
@@ -429,6 +430,7 @@ class Survey:
     """
 
     def __init__(self, settings, *, lenient=False, data=True, load=load):
+        check_environment()
         self.settings, self.lenient, self.unknown = settings, lenient, []
         self.splits = self._load(load) if data else self.unknown.append("rows, and what depends on their number")
         uses_model = not settings.generator.startswith("real")

@@ -6,7 +6,7 @@
 __all__ = ['EXPERIMENT', 'NOT_SETTINGS', 'ELSEWHERE', 'SMOKE_CAPS', 'UNCAPPED', 'DpsynthError', 'SettingsError', 'DataError',
            'ModelError', 'BudgetError', 'PrivacyError', 'Settings', 'make_settings', 'load_settings', 'parse_overrides',
            'dump_settings', 'resolve', 'affects_result', 'result_settings', 'evaluation_settings', 'settings_table',
-           'parameters_cell', 'quiet_libraries']
+           'parameters_cell', 'quiet_libraries', 'check_backend']
 
 # %% ../nbs/00_settings.ipynb #61d03bc6
 import contextlib
@@ -435,3 +435,13 @@ def quiet_libraries(keep=lambda line: False):
             os.close(stderr)
             held.seek(0)
             os.write(2, b"".join(filter(keep, held)))
+
+# %% ../nbs/00_settings.ipynb #e1cacd37
+def check_backend():
+    """Raise SettingsError where Keras has, or is to have, another backend than JAX."""
+    wanted, imported = os.environ.get("KERAS_BACKEND", "jax"), sys.modules.get("keras")
+    if wanted != "jax":
+        raise SettingsError(f"environment variable KERAS_BACKEND: dpsynth computes with jax, not with {wanted!r}; unset it, or set it to jax")
+    if hasattr(imported, "config") and imported.config.backend() != "jax":
+        raise SettingsError(f"keras: it was imported with the backend {imported.config.backend()} before dpsynth, which needs jax; import dpsynth "
+                            "first, or set the environment variable KERAS_BACKEND to jax")

@@ -17,6 +17,7 @@ from .data import from_frame, load
 from .evaluation import evaluate
 from .finetune import finetune_run, with_prior
 from .formats import TextFormat
+from .models import check_environment
 from .pipeline import guarantee, load_generator, load_stage, survey
 from .privacy import write_private
 from .runs import locked, read_settings, record, timed
@@ -40,6 +41,7 @@ class Synthesizer:
     """
 
     def __init__(self, folder=None, **settings):
+        check_environment()
         prompt = "[{label}]:" if settings.get("label_column", "label") else "[text]:"
         name = pathlib.Path(folder).resolve().name if folder else ""
         name = name if re.fullmatch(EXPERIMENT, name) else "synthesizer"
