@@ -91,13 +91,13 @@ NOT_COVERED = [
 ]
 
 
-def make_certificate(mechanism, settings, *, base, composed=None):
+def make_certificate(mechanism, settings, *, base, composed=None, looked=False):
     """The certificate of one run, a `Certificate`.
 
     Args:
         mechanism: the `Mechanism` that ran. base: the entry that `base_model` gives.
         composed: `{"epsilon", "delta", "releases", "other_units", "without_privacy", "ledger"}` with earlier runs on data of the same name; None: no ledger was
-            asked, and this run is the only one known.
+            asked, and this run is the only one known. looked: whether somebody looked at the rows before (`dpsynth check --look`).
     """
     epsilon, delta = mechanism.epsilon, mechanism.delta
     composed = composed or {"epsilon": epsilon, "delta": delta, "releases": 1, "other_units": 0, "without_privacy": 0, "ledger": "a ledger of this run alone"}
@@ -114,7 +114,7 @@ def make_certificate(mechanism, settings, *, base, composed=None):
         "mechanism": mechanism.describe(), "accountant": _accountant(mechanism, composed["releases"]),
         "accesses": _accesses(mechanism, settings),
         "composed": {**composed, "basis": "what the ledger holds; it cannot be recomputed from this certificate alone"},
-        "hyper_parameters": f"chosen on {settings.tuned_on}" if settings.tuned_on else "not stated where they were chosen",
+        "hyper_parameters": _choice(settings, looked),
         "base_model": base, "randomness": _randomness(mechanism), **_implementation(settings),
         "audit": None, "not_covered": [item.format(**composed) for item in NOT_COVERED],
     })
@@ -135,6 +135,12 @@ def _unit(mechanism, settings):
             "truncation": f"each text is cut at {settings.sequence_length} tokens with its prompt; of each unit {most} row(s) at most take part",
             "packing": "none: one example holds one row",
             "duplicates": "exact copies of a row are " + _copies(mechanism, settings)}
+
+
+def _choice(settings, looked):
+    """Where the hyper-parameters were chosen."""
+    told = f"chosen on {settings.tuned_on}" if settings.tuned_on else "not stated where they were chosen"
+    return f"{told}, after a look at the rows: what was counted in them has no noise, and no epsilon covers what was chosen by it" if looked else told
 
 
 def _copies(mechanism, settings):

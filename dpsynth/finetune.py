@@ -29,7 +29,7 @@ from .canaries import CanaryCoins, with_canaries
 from .certificate import base_model, make_certificate, write_certificate
 from .data import Records, TokenStore, other_texts
 from .formats import TextFormat
-from .ledger import EXPOSED, RUNS_LEDGER, Ledger, Newcomer, accesses_event, release_id
+from .ledger import EXPOSED, RUNS_LEDGER, Ledger, Newcomer, accesses_event, note_look, release_id, was_looked_at
 from .models import (divisible, everywhere, load_adapter, load_model, preset_hash, save_adapter, setup_tuning, spread,
                             tuning_mode)
 from .privacy import (Randomness, Session, bind_run, count_accesses, load_secret, make_mechanism, noisy_counts, realised_noise_error,
@@ -489,7 +489,7 @@ def finetune_run(settings, splits, folder, progress=True):
                 trainer.rehearse()
             account.charge("training", training_event(mechanism))
             _train_into(model, trainer, private, progress)
-        _finish(model, settings, mechanism, counts, base, account.composed(mechanism), release)
+        _finish(model, settings, mechanism, counts, base, account, release)
     account.finish()
     load_adapter(model, adapter)
     return model, {"steps": mechanism.steps, "noise_multiplier": mechanism.noise_multiplier or None, "tuning": tuning_mode(settings),
@@ -566,6 +566,15 @@ class Account:
         """The event of what a run with this mechanism has still to be charged for; empty once it has begun to train."""
         parts = {"counts": accesses_event(mechanism.others), "training": training_event(mechanism)}
         return [part for what, event in parts.items() if not self.is_charged(what) for part in event]
+
+    def note_look(self):
+        """Note that somebody looked at the rows: every certificate of data of this name says so from now on."""
+        note_look(self.ledger, self.name)
+
+    @property
+    def looked(self):
+        """Whether somebody looked at the rows of data of this name before."""
+        return was_looked_at(self.ledger, self.name)
 
     def composed(self, mechanism):
         """The certificate's `composed` entry: all that was charged so far to data of this name with this unit, this run included.
@@ -694,10 +703,10 @@ def rehearse_certificate(mechanism, settings, base):
             write_certificate(make_certificate(mechanism, settings, base=base), scratch)
 
 
-def _finish(model, settings, mechanism, counts, base, composed, release):
+def _finish(model, settings, mechanism, counts, base, account, release):
     """Certificate, label shares and adapter; the adapter is renamed into place last: it marks the training as done."""
     if mechanism.private:
-        write_certificate(make_certificate(mechanism, settings, base=base, composed=composed), release)
+        write_certificate(make_certificate(mechanism, settings, base=base, composed=account.composed(mechanism), looked=account.looked), release)
     else:
         mark_not_private(settings, release)
     if "labels" in counts:

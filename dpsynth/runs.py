@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'STAGES', 'BEAT', 'write_text', 'write_json', 'read_json', 'way_back', 'read_facts', 'version_of',
-           'version_line', 'run_folder', 'prepare_folder', 'check_whole', 'read_settings', 'BusyError', 'locked',
-           'record', 'forget_scores', 'report_progress', 'read_progress', 'forget_progress', 'timed', 'now',
+           'version_line', 'run_folder', 'prepare_folder', 'check_whole', 'read_settings', 'same_package', 'BusyError',
+           'locked', 'record', 'forget_scores', 'report_progress', 'read_progress', 'forget_progress', 'timed', 'now',
            'write_status', 'is_alive', 'read_status', 'check_files']
 
 # %% ../nbs/13a_runs.ipynb #2c74ce7f
@@ -23,6 +23,7 @@ from importlib import metadata
 
 import psutil
 
+import dpsynth
 from .progress import REPORT, progress_line
 from .settings import DataError, SettingsError, dump_settings, load_settings, resolve
 
@@ -120,6 +121,15 @@ def read_settings(folder):
         raise SettingsError(f"{folder}: not a run folder (settings.yaml is missing)")
     check_whole(path)
     return resolve(load_settings(path))
+
+# %% ../nbs/13a_runs.ipynb #39c94215
+def same_package(code):
+    """`code` for `python -P -c`, run where `dpsynth` is the package that this process imported, whatever lies in the working directory."""
+    place = str(pathlib.Path(dpsynth.__file__).resolve())
+    return (f"import importlib.util, sys\n"
+            f"spec = importlib.util.spec_from_file_location('dpsynth', {place!r}, submodule_search_locations=[{os.path.dirname(place)!r}])\n"
+            f"sys.modules['dpsynth'] = importlib.util.module_from_spec(spec)\n"
+            f"spec.loader.exec_module(sys.modules['dpsynth'])\n{code}")
 
 # %% ../nbs/13a_runs.ipynb #5dca5b70
 class BusyError(SettingsError):
