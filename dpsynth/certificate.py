@@ -91,16 +91,17 @@ NOT_COVERED = [
 ]
 
 
-def make_certificate(mechanism, settings, *, base, composed=None, looked=False):
+def make_certificate(mechanism, settings, *, base, composed=None):
     """The certificate of one run, a `Certificate`.
 
     Args:
         mechanism: the `Mechanism` that ran. base: the entry that `base_model` gives.
         composed: `{"epsilon", "delta", "releases", "other_units", "without_privacy", "ledger"}` with earlier runs on data of the same name; None: no ledger was
-            asked, and this run is the only one known. looked: whether somebody looked at the rows before (`dpsynth check --look`).
+            asked, and this run is the only one known. With `looked`, somebody looked at the rows before (`dpsynth check --look`).
     """
     epsilon, delta = mechanism.epsilon, mechanism.delta
     composed = composed or {"epsilon": epsilon, "delta": delta, "releases": 1, "other_units": 0, "without_privacy": 0, "ledger": "a ledger of this run alone"}
+    looked, composed = composed.get("looked", False), {name: value for name, value in composed.items() if name != "looked"}
     return Certificate({
         "format": 1, "name": settings.experiment, "private": True,
         "setting": "central: one curator holds the rows, trains and releases; what is under release/ may leave, nothing else",

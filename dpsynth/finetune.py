@@ -489,7 +489,7 @@ def finetune_run(settings, splits, folder, progress=True):
                 trainer.rehearse()
             account.charge("training", training_event(mechanism))
             _train_into(model, trainer, private, progress)
-        _finish(model, settings, mechanism, counts, base, account, release)
+        _finish(model, settings, mechanism, counts, base, account.composed(mechanism), release)
     account.finish()
     load_adapter(model, adapter)
     return model, {"steps": mechanism.steps, "noise_multiplier": mechanism.noise_multiplier or None, "tuning": tuning_mode(settings),
@@ -577,13 +577,13 @@ class Account:
         return was_looked_at(self.ledger, self.name)
 
     def composed(self, mechanism):
-        """The certificate's `composed` entry: all that was charged so far to data of this name with this unit, this run included.
+        """The certificate's `composed` entry: all that was charged so far to data of this name with this unit, this run included; and `looked`.
 
         What the ledger knows about which data sets share rows, or have the same, is left out: it is private.
         """
         epsilon, runs, others, without = self.ledger.released_as(self.name, mechanism.delta, mechanism.unit)
         return {"epsilon": max(epsilon, mechanism.epsilon), "delta": mechanism.delta, "releases": runs, "other_units": others,
-                "without_privacy": without, "ledger": self.kept_in}
+                "without_privacy": without, "ledger": self.kept_in, "looked": self.looked}
 
     @contextlib.contextmanager
     def given_up_on(self, *errors):
@@ -703,10 +703,10 @@ def rehearse_certificate(mechanism, settings, base):
             write_certificate(make_certificate(mechanism, settings, base=base), scratch)
 
 
-def _finish(model, settings, mechanism, counts, base, account, release):
+def _finish(model, settings, mechanism, counts, base, composed, release):
     """Certificate, label shares and adapter; the adapter is renamed into place last: it marks the training as done."""
     if mechanism.private:
-        write_certificate(make_certificate(mechanism, settings, base=base, composed=account.composed(mechanism), looked=account.looked), release)
+        write_certificate(make_certificate(mechanism, settings, base=base, composed=composed), release)
     else:
         mark_not_private(settings, release)
     if "labels" in counts:
