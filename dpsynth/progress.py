@@ -80,7 +80,7 @@ class Progress:
             self._seen = now, seconds, self._facts(now)
         told_now, since, facts = self._seen
         mean = since / (told_now - self.begun) if told_now - self.begun >= self.grain else None
-        left = None if mean is None else max(0.0, (self.total - told_now) * mean - (seconds - since))
+        left = None if mean is None or told_now == self.total else max(0.0, (self.total - told_now) * mean - (seconds - since))
         return {"stage": self.stage, "done": told_now, "total": self.total, "unit": self.unit,
                 "facts": ", ".join(filter(None, [facts, self.note])), "left": left and round(left, -1)}
 
