@@ -157,10 +157,11 @@ def make_certificate(mechanism, settings, *, base, files, composed=None):
         mechanism: the `Mechanism` that ran. base: the entry that `base_model` gives.
         files: SHA-256 of the released files that it speaks of, by name: `adapter.npz`, and `label_prior.json` where shares are estimated.
         composed: `{"epsilon", "delta", "releases", "other_units", "without_privacy", "ledger"}` with earlier runs on data of the same name; None: no ledger was
-            asked, and this run is the only one known.
+            asked, and this run is the only one known. With `looked`, somebody looked at the rows before (`dpsynth check --look`).
     """
     epsilon, delta = mechanism.epsilon, mechanism.delta
-    composed = composed or {"epsilon": epsilon, "delta": delta, "releases": 1, "other_units": 0, "without_privacy": 0, "ledger": ALONE}
+    composed = composed or {"epsilon": epsilon, "delta": delta, "releases": 1, "other_units": 0, "without_privacy": 0,
+                            "ledger": ALONE, "looked": False}
     more = epsilon * (1 + 1e-6) if composed["releases"] > 1 else epsilon  # several cost more than one, by less than a ledger's rounding or by more
     return Certificate(complete({
         "name": settings.experiment, "unit": mechanism.unit, "num_units": mechanism.num_units, "canaries": settings.canaries,
@@ -195,7 +196,7 @@ def complete(facts):
         **{name: f[name] for name in ("epsilon", "epsilon_replace_one", "delta", "curve", "groups", "mechanism")},
         "accountant": _accountant(f), "accesses": f["accesses"],
         "composed": {**f["composed"], "delta": f["delta"], "basis": "what the ledger holds; it cannot be recomputed from this certificate alone"},
-        "hyper_parameters": _tuned_on(f["choices"]["tuned_on"]),
+        "hyper_parameters": _tuned_on(f["choices"]["tuned_on"], f["composed"]["looked"]),
         "base_model": {**f["base_model"], "contamination": contamination_text(f["base_model"]["found"], counts)},
         "randomness": _randomness(f, counts), **_implementation(f), "files": f["files"], "audit": f["audit"] and audit_entry(**f["audit"]),
         "not_covered": [*(item.format(**f["composed"]) for item in NOT_COVERED), *filter(None, [told_delta(f["delta"], f["num_units"])])],
@@ -252,8 +253,9 @@ def _copies(f):
     return f"dropped; the number of units is that {counted}" if f["unit"] == "row" else "dropped within a unit"
 
 
-def _tuned_on(data):
-    return f'chosen on "{data}", as the operator says' if data else "not stated where they were chosen"
+def _tuned_on(data, looked):
+    told = f'chosen on "{data}", as the operator says' if data else "not stated where they were chosen"
+    return f"{told}, after a look at the rows: what was counted in them has no noise, and no epsilon covers what was chosen by it" if looked else told
 
 
 def _accountant(f):

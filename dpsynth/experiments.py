@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'TEMPLATE', 'TYPES', 'RECORDS', 'OWN_ERRORS', 'QUOTABLE', 'COLUMNS', 'SCORES', 'CUT', 'COLORS', 'SECOND',
-           'reading_order', 'config_files', 'read_configs', 'check_template', 'first_difference', 'is_done',
+           'START', 'reading_order', 'config_files', 'read_configs', 'check_template', 'first_difference', 'is_done',
            'record_names', 'record_folder', 'one_line', 'describe', 'collect', 'results_table', 'embedder_name',
-           'plot_results', 'kernel_manager', 'seconds_left', 'outcome', 'execute', 'ending', 'run_template',
+           'plot_results', 'kernel_manager', 'seconds_left', 'outcome', 'watched', 'execute', 'ending', 'run_template',
            'note_old_scores', 'remove_times', 'run', 'preflight', 'check_writable', 'describe_end']
 
 # %% ../nbs/14_experiments.ipynb #8194b7f4
+import contextlib
 import csv
 import functools
 import importlib.resources
 import io
+import itertools
 import json
 import logging
 import os
@@ -21,6 +23,7 @@ import pathlib
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 
 import nbformat
@@ -32,7 +35,9 @@ from papermill.exceptions import PapermillExecutionError
 
 from .ledger import existing_part, known_names
 from .manifest import released_certificate
-from .runs import BusyError, locked, now, prepare_folder, read_json, read_settings, read_status, record, write_status, write_text
+from .progress import MINUTE, TICK, live_line, progress_line
+from .runs import (BusyError, check_files, locked, now, prepare_folder, read_facts, read_json, read_progress, read_settings, read_status,
+                          record, same_package, write_status, write_text)
 from .settings import (PrivacyError, Settings, SettingsError, evaluation_settings, load_settings, quiet_libraries, resolve,
                               result_settings)
 
@@ -93,8 +98,9 @@ def is_done(settings, folder):
     """Whether a run is complete; False where it is to be started, resumed or measured anew.
 
     Raises:
-        PrivacyError, SettingsError: the folder holds a run with other settings.
+        PrivacyError, SettingsError: the folder holds a run with other settings. DataError: one of its files is damaged.
     """
+    check_files(folder)
     if not (folder / "settings.yaml").exists():
         return False
     there = read_settings(folder)
@@ -151,7 +157,7 @@ def describe(folder):
 def _facts(folder):
     settings, status = read_settings(folder), read_status(folder)
     certificate = released_certificate(folder / "release") if settings.private else {}
-    return {**read_json(folder / "metrics.json"), "experiment": settings.experiment, "status": status["state"], "reason": status["reason"],
+    return {**read_facts(folder / "metrics.json"), "experiment": settings.experiment, "status": status["state"], "reason": status["reason"],
             "generator": settings.generator, **_guarantee(settings, certificate),
             **{name: certificate.get(name) for name in ("epsilon", "epsilon_replace_one", "delta")}}
 
@@ -320,9 +326,12 @@ def _label(row):
     return row["experiment"] + (f" ({row['status']})" if row["status"] != "done" and row["mauve_mean"] is not None else "")
 
 # %% ../nbs/14_experiments.ipynb #4bcfc4d2
+START = "from ipykernel.kernelapp import launch_new_instance; launch_new_instance()"
+
+
 def kernel_manager(folder, lock=None):
     """A kernel manager class for this interpreter, whose kernels write the run of `folder` and hold its open file `lock`."""
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=40"]
+    command = [sys.executable, "-P", "-c", same_package(START), "-f", "{connection_file}", "--log-level=40", "--IPKernelApp.ignore_cwd=True"]
     env = {"DPSYNTH_OUT": str(folder.parent.absolute())}
 
     class ThisPython(AsyncKernelManager):
@@ -353,25 +362,56 @@ def outcome(error, timeout):
     return "failed", one_line(type(error).__name__, str(error))
 
 # %% ../nbs/14_experiments.ipynb #7f388ca7
-def execute(settings, folder, timeout=None):
+@contextlib.contextmanager
+def watched(folder, started, title="", say=None):
+    """Inside, status.json has the completed updates, and `say`, if given, is told how far the run is; `title` begins the line.
+
+    On a terminal one line changes at each tick; elsewhere `say` gets a line a minute. All it knows is what the run tells on its own clock.
+    """
+    ended, live = threading.Event(), say is not None and sys.stdout.isatty()
+
+    def watch():
+        for turn in itertools.count(1):
+            if ended.wait(TICK):
+                return
+            write_status(folder, "running", started=started)
+            line = f"{title}: {progress_line(read_progress(folder))}"
+            if live:
+                print(live_line(line), end="", flush=True)
+            elif say is not None and turn % max(1, round(MINUTE / TICK)) == 0:
+                say(line)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        print(live_line(""), end="", flush=True) if live else None
+
+
+def execute(settings, folder, timeout=None, title="", say=None):
     """Run the template with these settings into a run folder; returns `(state, reason)`. Never raises but on interrupt.
 
-    The state is one of the status file, `done before`, or `running elsewhere`.
+    `title` and `say` are those of `watched`. The state is one of the status file, `done before`, or `running elsewhere`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder) as lock:
-            return ("done before", "") if is_done(settings, folder) else _execute_locked(settings, folder, timeout, lock)
+            return ("done before", "") if is_done(settings, folder) else _execute_locked(settings, folder, timeout, lock, title, say)
     except Exception as error:
         return outcome(error, timeout)
 
 
-def _execute_locked(settings, folder, timeout, lock):
-    started = now()
+def _execute_locked(settings, folder, timeout, lock, title, say):
+    started, progress = now(), folder / ".progress.json"
+    progress.unlink(missing_ok=True)  # of an attempt that was killed
     write_status(folder, "running", started=started)  # before the settings, which may be new: the run as it was is not done with them
     clean = lambda: remove_times(folder / "notebook.ipynb")
     try:
-        end = ending(lambda: run_template(settings, folder, timeout, lock), timeout)
+        with watched(folder, started, title, say):
+            end = ending(lambda: run_template(settings, folder, timeout, lock), timeout)
     except KeyboardInterrupt:
         write_status(folder, "killed", "interrupted; run again to resume", started)
         clean()
@@ -379,6 +419,7 @@ def _execute_locked(settings, folder, timeout, lock):
     cleaned = ending(clean, timeout)
     state, reason = end if end[0] != "done" else cleaned
     write_status(folder, state, reason, started)
+    progress.unlink(missing_ok=True)
     return state, reason
 
 
@@ -398,13 +439,12 @@ def run_template(settings, folder, timeout, lock):
     logging.getLogger("papermill").addHandler(logging.NullHandler())
     papermill.execute_notebook(
         TEMPLATE, _literal(folder / "notebook.ipynb"), settings.model_dump(), kernel_name="python3", progress_bar=False,
-        kernel_manager_class=kernel_manager(folder, lock), timeout_func=seconds_left(timeout),
-        stderr_file=sys.stderr if sys.stderr.isatty() else None)
+        kernel_manager_class=kernel_manager(folder, lock), timeout_func=seconds_left(timeout))
 
 
 def note_old_scores(settings, folder):
     """Let the scores that a run has, made with other settings, say so in its warnings, until the next evaluation replaces both."""
-    metrics, known = read_json(folder / "metrics.json"), (folder / "settings.yaml").exists()
+    metrics, known = read_facts(folder / "metrics.json"), (folder / "settings.yaml").exists()
     if "mauve_mean" in metrics and not (known and evaluation_settings(read_settings(folder)) == evaluation_settings(settings)):
         note = f"{settings.experiment}: the scores are those of an earlier evaluation, with other settings"
         record(folder, warnings=list(dict.fromkeys([*metrics.get("warnings", ()), note])))
@@ -461,7 +501,7 @@ def run(configs, out="runs", overrides=(), timeout=None, say=functools.partial(p
         state, reason = "done before", ""
         if settings in missing:
             say(f"[{place}/{len(experiments)}] {settings.experiment} ...")
-            state, reason = execute(settings, out / settings.experiment, timeout)
+            state, reason = execute(settings, out / settings.experiment, timeout, f"[{place}/{len(experiments)}] {settings.experiment}", say)
             _warn_of_untold(settings, out / settings.experiment, state)
         rows.append(_row(settings, out / settings.experiment, state, reason))
         say(describe_end(rows[-1], state))

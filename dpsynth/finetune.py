@@ -15,6 +15,7 @@ __all__ = ['CHUNK_SCORES', 'SAFETY', 'SMALLEST', 'NOT_PRIVATE', 'token_losses', 
 # %% ../nbs/07_finetune.ipynb #d14e2c03
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -29,12 +30,14 @@ from .canaries import CanaryCoins, with_canaries
 from .certificate import base_model, make_certificate, released_files, write_certificate
 from .data import Records, TokenStore, other_texts
 from .formats import TextFormat
-from .ledger import EXPOSED, HIDDEN, MORE, RUNS_LEDGER, Ledger, Newcomer, accesses_event, release_id
+from .ledger import (EXPOSED, HIDDEN, MORE, RUNS_LEDGER, Ledger, Newcomer, accesses_event, note_look, release_id,
+                            was_looked_at)
 from .manifest import checked_fit, file_hash, standing, write_release
-from .models import (check_spelling, divisible, everywhere, load_adapter, load_model, preset_hash, save_adapter, setup_tuning, spread,
-                            tuning_mode)
-from .privacy import (Randomness, Session, bind_run, count_accesses, load_secret, make_mechanism, noisy_counts, realised_noise_error,
-                             run_identity, stored_run)
+from .models import (check_spelling, divisible, everywhere, load_adapter, load_model, preset_hash, save_adapter, setup_tuning,
+                            spread, tuning_mode)
+from .privacy import (Randomness, Session, bind_run, count_accesses, load_secret, make_mechanism, noisy_counts,
+                             realised_noise_error, run_identity, stored_run)
+from .progress import Progress
 from .runs import write_text
 from .settings import PrivacyError, SettingsError, result_settings
 
@@ -43,7 +46,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pandas as pd
-from tqdm import tqdm
 
 # %% ../nbs/07_finetune.ipynb #360e8a4b
 CHUNK_SCORES = 1 << 21  # scores held at once for one row
@@ -340,30 +342,23 @@ def train(trainer, checkpoint, *, progress=True, seconds_between=30.0, log=None)
     mechanism = trainer.session.mechanism
     if pathlib.Path(checkpoint).exists():
         trainer.restore(checkpoint)
-    bar = tqdm(total=mechanism.steps, initial=trainer.session.step, unit="update", desc="fine-tune", disable=not progress)
-    begun, saved, first, shown = time.monotonic(), time.monotonic(), trainer.session.step, -1
-    while trainer.session.step < mechanism.steps:
-        trainer.update()
-        bar.update()
-        done = 10 * trainer.session.step // mechanism.steps
-        if progress and done != shown:
-            shown, facts = done, describe_progress(mechanism, trainer.session.step)
-        if progress:
-            rate = (trainer.session.step - first) * mechanism.expected_batch_size / (time.monotonic() - begun)
-            bar.set_postfix_str(f"{facts}, {rate:.3g} examples/s")
-        if time.monotonic() - saved > seconds_between or trainer.session.step == mechanism.steps:
-            trainer.save(checkpoint)
-            saved = time.monotonic()
-        if log is not None:
-            log(trainer)
-    bar.close()
+    saved, facts = time.monotonic(), functools.partial(describe_progress, mechanism)
+    with Progress("fine-tune", mechanism.steps, trainer.session.step, facts=facts, show=progress) as bar:
+        while trainer.session.step < mechanism.steps:
+            trainer.update()
+            bar.update()
+            if time.monotonic() - saved > seconds_between or trainer.session.step == mechanism.steps:
+                trainer.save(checkpoint)
+                saved = time.monotonic()
+            if log is not None:
+                log(trainer)
 
 
 def describe_progress(mechanism, step):
-    """Public facts about a running training, for its progress bar: the noise and what is spent."""
+    """Public facts about a running training, for its progress bar: the noise, and what is spent, as of the next twentieth of the updates."""
     if not mechanism.private:
         return "not private"
-    spent = mechanism.epsilon_after(step)
+    spent = mechanism.epsilon_after(min(mechanism.steps, math.ceil(math.ceil(20 * step / mechanism.steps) * mechanism.steps / 20)))
     return f"sigma={mechanism.noise_multiplier:.3g} epsilon={spent:.3g}/{mechanism.target_epsilon:g}"
 
 
@@ -625,14 +620,23 @@ class Account:
         parts = {"counts": accesses_event(mechanism.others), "training": training_event(mechanism)}
         return [part for what, event in parts.items() if not self.is_charged(what) for part in event]
 
+    def note_look(self):
+        """Note that somebody looked at the rows: every certificate of data of this name says so from now on."""
+        note_look(self.ledger, self.name)
+
+    @property
+    def looked(self):
+        """Whether somebody looked at the rows of data of this name before."""
+        return was_looked_at(self.ledger, self.name)
+
     def composed(self, mechanism):
-        """The certificate's `composed` entry: all that was charged so far to data of this name with this unit, this run included.
+        """The certificate's `composed` entry: all that was charged so far to data of this name with this unit, this run included; and `looked`.
 
         What the ledger knows about which data sets share rows, or have the same, is left out: it is private.
         """
         epsilon, runs, others, without = self.ledger.released_as(self.name, mechanism.delta, mechanism.unit)
         return {"epsilon": max(epsilon, mechanism.epsilon), "delta": mechanism.delta, "releases": runs, "other_units": others,
-                "without_privacy": without, "ledger": self.kept_in}
+                "without_privacy": without, "ledger": self.kept_in, "looked": self.looked}
 
     def announcement(self, settings, mechanism):
         """What a run is about to charge to which data, in words that follow from no row; empty where it was charged before.

@@ -9,7 +9,7 @@ __all__ = ['LARGEST_GROUP', 'LARGEST_EPSILON', 'KINDS', 'EXPOSED', 'SCHEMA_VERSI
            'EpsilonDelta', 'Added', 'NotPrivate', 'read_event', 'known_names', 'event_from_dict', 'accesses_event',
            'Question', 'compose', 'default_path', 'existing_part', 'Dataset', 'Newcomer', 'Hashes', 'Release',
            'History', 'Unanswered', 'Limit', 'Total', 'release_id', 'Plan', 'Ledger', 'ledger_table', 'plot_ledger',
-           'ledger_command']
+           'ledger_command', 'note_look', 'was_looked_at']
 
 # %% ../nbs/05_ledger.ipynb #0e6d017c
 import collections
@@ -1458,3 +1458,25 @@ def _save(figure, path):
 def _text(table, empty):
     """A DataFrame as aligned text with four significant digits."""
     return table.to_string(index=False, float_format=lambda value: f"{value:.4g}") if len(table) else empty
+
+# %% ../nbs/05_ledger.ipynb #c9d7aa05
+def note_look(ledger, name):
+    """Note that somebody looked at the rows of the data set of this name; the ledger is made if need be. The first look stays."""
+    if ledger._key is None:
+        ledger._open()
+    ledger._write(_insert_look, name)
+
+
+def _insert_look(db, name):
+    db.execute("CREATE TABLE IF NOT EXISTS looks (dataset TEXT PRIMARY KEY, first TEXT NOT NULL)")
+    db.execute("INSERT OR IGNORE INTO looks VALUES (?, datetime('now'))", [name])
+
+
+def was_looked_at(ledger, name):
+    """Whether `note_look` was called for a data set of this name."""
+    return ledger._read(_find_look, name)
+
+
+def _find_look(db, name):
+    there = db.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'looks'").fetchone()
+    return bool(there and db.execute("SELECT 1 FROM looks WHERE dataset = ?", [name]).fetchone())

@@ -30,11 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
-from tqdm import tqdm
 
 from .formats import Rejected
 from .manifest import SAMPLED, add_to_manifest, check_listed, entry, manifest_of, read_sealed, seal
 from .models import adapted_layers, control_ids, everywhere, spread
+from .progress import Progress
 from .settings import DataError, ModelError, SettingsError, result_settings
 
 # %% ../nbs/08_sampling.ipynb #abe72471
@@ -438,8 +438,8 @@ class Decoder:
 
 
 def progress_bar(total, done, show):
-    """A bar of rows, with the time left."""
-    return tqdm(total=total, initial=done, unit="row", disable=not show, mininterval=1.0)
+    """A bar of rows, with the time left. No private row is read while rows are made, so each may be told."""
+    return Progress("sample", total, done, unit="rows", grain=1, tick=2.0, show=show)
 
 # %% ../nbs/08_sampling.ipynb #5d47a2c5
 def sample_stream(model, prompts, assignment, *, seed, max_length, batch_size, temperature=1.0, top_p=1.0, top_k=0,
@@ -621,7 +621,7 @@ def decode_block(decoder, fmt, first, assignment, bar):
     for sample in decoder.block(first, assignment):
         pairs.append((sample, to_row(sample, fmt)))
         tokens, rejected = tokens + sample.tokens, rejected + ("reason" in pairs[-1][1])
-        bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):.0f} tokens/s, {rejected} rejected in this block", refresh=False)
+        bar.note = f"{tokens / (time.perf_counter() - started):.0f} tokens/s, {rejected} rejected in this block"
         bar.update("text" in pairs[-1][1])
     return zip(*sorted(pairs, key=lambda pair: pair[0].index))
 

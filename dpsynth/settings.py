@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EXPERIMENT', 'LISTS', 'SIGNS', 'NOT_SETTINGS', 'ELSEWHERE', 'UNDECIDED', 'EARLIER', 'SMOKE_CAPS', 'UNCAPPED',
            'DpsynthError', 'SettingsError', 'DataError', 'ModelError', 'BudgetError', 'PrivacyError', 'Settings',
-           'make_settings', 'load_settings', 'read_yaml', 'parse_overrides', 'dump_settings', 'load_all_settings',
-           'resolve', 'affects_result', 'result_settings', 'evaluation_settings', 'settings_table', 'parameters_cell',
-           'quiet_libraries']
+           'make_settings', 'load_settings', 'read_yaml', 'parse_overrides', 'dump_settings', 'load_earlier', 'resolve',
+           'affects_result', 'result_settings', 'evaluation_settings', 'settings_table', 'parameters_cell',
+           'quiet_libraries', 'check_backend']
 
 # %% ../nbs/00_settings.ipynb #61d03bc6
 import contextlib
@@ -464,22 +464,14 @@ def dump_settings(settings, path):
     pathlib.Path(path).write_text(yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 # %% ../nbs/00_settings.ipynb #83ead435
-EARLIER = {"columns": "ignore", "header": "yes", "sep": "auto", "quoting": "auto", "missing": "refuse"}  # name -> value before it was a setting
+EARLIER = {"columns": "ignore"}  # setting -> value where a file is from before it was one, and its default is another today
 
 
-def load_all_settings(path):
-    """The settings of a file as `dump_settings` writes it.
-
-    Raises:
-        SettingsError: naming the file and what is wrong, or the first setting that it lacks.
-    """
+def load_earlier(path):
+    """The settings of a file as `dump_settings` writes it, maybe an earlier version of it. Raises SettingsError, naming the file."""
     path = pathlib.Path(path)
     try:
-        values = {**EARLIER, **read_yaml(path)}
-        lost = [name for name in Settings.model_fields if name not in values]
-        if lost and values.keys() <= Settings.model_fields.keys():
-            raise SettingsError(f"it lacks {len(lost)} settings, {lost[0]!r} first")
-        return make_settings(values)
+        return make_settings({**EARLIER, **read_yaml(path)})
     except SettingsError as error:
         reason = str(error).removeprefix(str(path)).lstrip(":, ")
         raise SettingsError(f"{path}: damaged ({reason}); restore it, or start in another folder") from None
@@ -549,3 +541,13 @@ def quiet_libraries(keep=lambda line: False):
             os.close(stderr)
             held.seek(0)
             os.write(2, b"".join(filter(keep, held)))
+
+# %% ../nbs/00_settings.ipynb #e1cacd37
+def check_backend():
+    """Raise SettingsError where Keras has, or is to have, another backend than JAX."""
+    wanted, imported = os.environ.get("KERAS_BACKEND", "jax"), sys.modules.get("keras")
+    if wanted != "jax":
+        raise SettingsError(f"environment variable KERAS_BACKEND: dpsynth computes with jax, not with {wanted!r}; unset it, or set it to jax")
+    if hasattr(imported, "config") and imported.config.backend() != "jax":
+        raise SettingsError(f"keras: it was imported with the backend {imported.config.backend()} before dpsynth, which needs jax; import dpsynth "
+                            "first, or set the environment variable KERAS_BACKEND to jax")

@@ -21,6 +21,7 @@ from .evaluation import evaluate
 from .finetune import finetune_run, with_prior
 from .formats import TextFormat
 from .manifest import statement_of
+from .models import check_environment
 from .pipeline import announce, guarantee, load_generator, load_stage, survey, warn_of_untold
 from .privacy import write_private
 from .runs import locked, read_settings, record, timed
@@ -44,6 +45,7 @@ class Synthesizer:
     """
 
     def __init__(self, folder=None, **settings):
+        check_environment()
         prompt = "[{label}]:" if settings.get("label_column", "label") else "[text]:"
         name = pathlib.Path(folder).resolve().name if folder else ""
         name = name if re.fullmatch(EXPERIMENT, name) else "synthesizer"

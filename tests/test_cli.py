@@ -297,7 +297,7 @@ def test_version_and_settings(dpsynth):
 
 def test_check_reports_and_writes_nothing(dpsynth, repo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, err = dpsynth("check", repo / "configs" / "demo")
+    code, out, err = dpsynth("check", repo / "configs" / "demo", "--no-time")
     assert (code, err) == (0, "")
     assert (
         out.count("8,000 to train on, 1,200 to test on") == 6
@@ -357,7 +357,7 @@ def test_check_of_imdb_tiny_with_files(dpsynth, repo, tmp_path, unreachable):
         pd.DataFrame(reviews).to_parquet(tmp_path / f"{name}.parquet")
     before = sorted(tmp_path.iterdir())
     files = ["--set", f"data={tmp_path / 'train.parquet'}", "--set", f"test_data={tmp_path / 'test.parquet'}"]
-    code, out, err = dpsynth("check", repo / "configs" / "imdb_tiny", *files, "--set", "batch_size=40")
+    code, out, err = dpsynth("check", repo / "configs" / "imdb_tiny", *files, "--set", "batch_size=40", "--no-time")
     assert (code, err) == (0, "") and sorted(tmp_path.iterdir()) == before
     assert out.count("120 to train on, 60 to test on") == 8 and "not checked" not in out
     assert out.count(" of 256 tokens") == 5 and out.count(" of 1024 tokens") == 1
@@ -574,10 +574,13 @@ def test_a_cap_can_be_set_before_anything_is_charged(config, dpsynth, refused, t
 
 
 def test_a_check_says_for_whom_it_counts_and_leaves_out_what_is_paid_to_be_hidden(config, dpsynth):
-    code, out, _ = dpsynth("check", config)
+    code, out, _ = dpsynth("check", config, "--no-time", "--look")
     assert code == 0 and "device" in out and "for you only" in out and "48 to train on" in out and "copies" in out
-    assert "outright" not in out and "delta is 0.48/n: so many units" in dpsynth("check", config, "--set", "delta=1e-2").out
-    code, out, _ = dpsynth("check", config, "--set", "unit_count=private", "--set", "delta=1e-3")
+    code, out, _ = dpsynth("check", config, "--no-time")
+    assert code == 0 and "48 to train on" in out and "for you only" not in out and "copies" not in out
+    told = "delta is 0.48/n: so many units"
+    assert "outright" not in out and told in dpsynth("check", config, "--no-time", "--set", "delta=1e-2").out
+    code, out, _ = dpsynth("check", config, "--no-time", "--set", "unit_count=private", "--set", "delta=1e-3")
     assert code == 0 and "to train on" not in out and "copies" not in out and "48" not in out
 
 

@@ -259,7 +259,80 @@ def test_two_experiments_of_one_name_are_refused(template, tmp_path):
         run([config(tmp_path / "c", "a"), config(tmp_path / "d", "a")], tmp_path / "runs")
 
 
+SHADOWED = "import dpsynth, sys; (folder / 'seen').write_text(dpsynth.__file__ + str('' in sys.path or os.getcwd() in sys.path))"
+
+
+def test_the_kernel_has_the_package_of_its_caller_whatever_lies_in_the_working_directory(template, tmp_path, monkeypatch):
+    template(SHADOWED)
+    for name in ("dpsynth", "psutil"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    assert execute(Settings(experiment="e"), tmp_path / "e") == ("done", "")
+    assert (tmp_path / "e" / "seen").read_text() == experiments.__file__.replace("experiments.py", "__init__.py") + "False"
+
+
+DAMAGED = {"empty": lambda whole: b"", "half": lambda whole: whole[:len(whole) // 2], "zeros": lambda whole: bytes(len(whole)), "no values": lambda whole: b"null\n"}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize("name", ["status.json", "metrics.json", ".clock.json", "settings.yaml"])
+def test_a_damaged_file_is_named_with_the_way_back(template, tmp_path, name, damage, capsys):
+    from dpsynth.cli import main
+
+    template("")
+    path, folder = config(tmp_path / "c", "a"), tmp_path / "runs" / "a"
+    prepare_folder(read_configs([path])[0], folder)
+    write_status(folder, "failed", "a full disk")
+    for file, content in (("metrics.json", {"seconds_fit": 3.5, "steps": 12}), (".clock.json", {"fit": 20.0})):
+        write_json(folder / file, content)
+    (folder / name).write_bytes(DAMAGED[damage]((folder / name).read_bytes()))
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    for command in (["run", path, "--out", tmp_path / "runs"], ["fit", folder], ["sample", folder], ["evaluate", folder]):
+        assert main([str(part) for part in command]) == 2
+        out, err = capsys.readouterr()
+        assert err.count("\n") == 1 and err.startswith("error: ") and name in err and "remove it" in err, err
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    if name != ".clock.json":
+        (row,) = collect(folder)
+        assert row["status"] == "unreadable" and name in row["reason"] and "remove it" in row["reason"]
+    for file in {name, *(("status.json",) if name == "metrics.json" else ())}:
+        (folder / file).unlink()
+    assert [row["status"] for row in run([path], tmp_path / "runs", say=lambda line: None)] == ["done"]  # the way back is one
+
+
 # status
+
+
+RUNNING = """
+from dpsynth import progress
+from dpsynth.runs import timed
+import time
+progress.TICK = 0.1
+with timed(folder, "fit"), progress.Progress("fine-tune", 32, facts=lambda now: f"epsilon={now}", show=False) as bar:
+    while bar.done < 32:
+        time.sleep(0.1)
+        bar.update()
+"""
+
+
+def test_a_waiting_user_and_status_json_see_completed_updates(template, tmp_path, monkeypatch):
+    template(RUNNING)
+    monkeypatch.setattr(experiments, "TICK", 0.2)
+    monkeypatch.setattr(experiments, "MINUTE", 0.2)
+    lines, seen, folder = [], [], tmp_path / "runs" / "a"
+
+    def say(line):
+        lines.append(line)
+        seen.append(read_json(folder / "status.json"))
+
+    (tmp_path / "a.yaml").write_text("epsilon: 3\n")
+    (row,) = experiments.run([tmp_path / "a.yaml"], tmp_path / "runs", say=say)
+    assert row["status"] == "done" and not (folder / ".progress.json").exists()
+    told_lines = [line for line in lines if "updates" in line]
+    assert told_lines and all(re.match(r"\[1/1\] a: fit, \d+ of 32 updates, epsilon=\d+", line) for line in told_lines), lines
+    assert [s["updates"] for s in seen if s.get("updates")] and all(s["updates"]["done"] % 8 == 0 for s in seen if s.get("updates"))
+    assert read_json(folder / "status.json")["updates"] == {"done": 32, "total": 32}
 
 
 def test_running_counts_only_while_its_process_lives(tmp_path):
