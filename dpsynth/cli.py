@@ -86,6 +86,7 @@ def findings(survey):
             yield "units", describe_units(survey.splits.train, survey.settings)
         source = survey.splits.train.source
         yield "copies", f"{source['duplicates']:,} exact copies among the rows to train on; {source['train_rows_in_test']:,} of these rows are test rows too"
+        yield from (("written", line) for line in pipeline.written_differently(survey))
     if survey.tokenizer is not None:
         yield "prompt", f"{survey.prompt_length} of {survey.settings.sequence_length} tokens"
     if survey.tokenizer is not None and survey.splits is not None:
