@@ -97,6 +97,7 @@ def findings(survey):
         cost = pipeline.estimate(survey)
         yield "memory", f"about {cost['memory'] / 2**30:.1f} GiB for {cost['parameters']:,} parameters, {cost['trained']:,} of them trained"
         yield "time", f"about {math.ceil(cost['seconds'] / 60)} minutes here; expect a factor of two either way"
+    yield from (("embedder", line) for line in pipeline.describe_embedders(survey.settings))
     for line in survey.unknown:
         yield "not checked", line
 

@@ -6,9 +6,9 @@
 __all__ = ['ORDER', 'TEMPLATE', 'TYPES', 'RECORDS', 'OWN_ERRORS', 'COLUMNS', 'SCORES', 'CUT', 'UTILITY', 'MAJORITY', 'OLD',
            'LOSS', 'MEANINGS', 'COLORS', 'HATCHES', 'reading_order', 'config_files', 'read_configs', 'check_template',
            'first_difference', 'is_done', 'record_names', 'record_folder', 'one_line', 'describe', 'collect',
-           'results_table', 'embedder_name', 'score_columns', 'score_of', 'is_old', 'majority', 'real_rows_below',
-           'plot_results', 'kernel_manager', 'seconds_left', 'outcome', 'execute', 'ending', 'run_template',
-           'note_old_scores', 'remove_times', 'run', 'preflight', 'check_writable', 'describe_end']
+           'results_table', 'embedder_name', 'score_columns', 'score_of', 'is_old', 'majority', 'worth',
+           'real_rows_below', 'plot_results', 'kernel_manager', 'seconds_left', 'outcome', 'execute', 'ending',
+           'run_template', 'note_old_scores', 'remove_times', 'run', 'preflight', 'check_writable', 'describe_end']
 
 # %% ../nbs/14_experiments.ipynb #8194b7f4
 import csv
@@ -299,6 +299,14 @@ def _notes(rows):
     full = [f"{header}: embedded by {embedder_name(name)}" for header, (name, _, _) in score_columns(rows).items() if embedder_name(name) not in header]
     return [*full, *(f"{header}: {meaning}" for header, meaning in MEANINGS.items() if header in headers), *real_rows_below(rows),
             *(_named(*told) for told in [*warnings, *(told for told in verdicts if told[0])])]
+
+
+def worth(row):
+    """What stands beside the certificate of a run, in two lines of Markdown: what is promised, and what the rows teach. One says nothing of the other."""
+    value, verdict = row.get("utility_balanced_accuracy"), utility_verdict(row)
+    taught = "not measured" if value is None else (
+        f"balanced accuracy {value:.3f} of a classifier that is trained on them; naming one label always reaches {majority(row):.3f}")
+    return f"* **Privacy**: {row['guarantee']}\n* **Use**: {verdict or taught}"
 
 
 def _is_scored(row):

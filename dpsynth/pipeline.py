@@ -9,7 +9,8 @@ __all__ = ['SWEEP_PRIVATE', 'ERROR', 'ROWS_ERROR', 'BOUND_ERROR', 'DATA_SETTINGS
            'enough_rows', 'check_same_rows', 'promised_mechanism', 'replay_run', 'audit_hidden', 'check_same_canaries',
            'audit_rows', 'without_repeated', 'is_prepared', 'check_prompts', 'check_rows', 'remember', 'Survey',
            'survey', 'spending', 'bytes_kept', 'training_bytes', 'sampling_bytes', 'units_at_once', 'device_speed',
-           'written_differently', 'token_lengths', 'estimate_memory', 'estimate_operations', 'estimate']
+           'written_differently', 'describe_embedders', 'token_lengths', 'estimate_memory', 'estimate_operations',
+           'estimate']
 
 # %% ../nbs/13b_pipeline.ipynb #0b461507
 import dataclasses
@@ -26,7 +27,7 @@ from .audit import (CAVEAT, MIN_ROWS, Check, audit_canaries, audit_canaries_in_r
 from .canaries import CanaryCoins, canary_records
 from .certificate import read_certificate, write_certificate
 from .data import TokenStore, load, other_texts
-from .evaluation import check_sending, disjoint_halves, evaluate, open_embedder, private_folder
+from .evaluation import auto_embedder, check_sending, disjoint_halves, evaluate, open_embedder, private_folder
 from .finetune import (
     Account, begun_release, count_kept, example_loss, finetune_run, mark_not_private, mechanism_of, one_by_one, prepare_model, row_losses,
     some_rows, with_prior)
@@ -36,7 +37,7 @@ from .privacy import Mechanism, Randomness, bind_run, default_delta, load_secret
 from .runs import forget_scores, prepare_folder, read_json, record, timed
 from .sampling import position_axes, sample_to_file
 from .settings import DataError, DpsynthError, PrivacyError, SettingsError, quiet_libraries
-from .usefulness import writing_differences
+from .usefulness import no_evidence, writing_differences
 
 import jax
 import numpy as np
@@ -571,6 +572,12 @@ def device_speed(size=1024, repeats=4):
 def written_differently(survey):
     """Lines on how training and test rows are written differently, as line ends and blanks; what they say of training rows is private."""
     return writing_differences(list(survey.splits.train.texts), list(survey.splits.test.texts), ("training rows", "test rows"))
+
+
+def describe_embedders(settings):
+    """A line for each embedder: what `auto` stands for here, or that its scores will be no evidence."""
+    names = [auto_embedder() if name == "auto" else name for name in (settings.embedder, settings.second_embedder) if name]
+    return [no_evidence(name) or name for name in names]
 
 
 def token_lengths(survey, most=2000):

@@ -371,6 +371,7 @@ def test_check_tells_how_test_rows_are_written_differently(dpsynth, tmp_path):
     _, out, _ = dpsynth("check", tmp_path / "x.yaml")
     (line,) = [line for line in out.splitlines() if "CRLF" in line]
     assert "100% of the training rows and 0% of the test rows" in line and "Meier" not in out
+    assert "embedder     MAUVE through 'tiny' is no evidence" in out  # before hours are spent
     (tmp_path / "test.jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes())
     assert "CRLF" not in dpsynth("check", tmp_path / "x.yaml").out
 

@@ -229,7 +229,7 @@ def test_minilm_gives_the_vectors_of_its_weights_whatever_stands_beside_a_text()
     ids = embedder.tokens(texts)
     assert ids[0] == [101, 23812, 1529, 15743, 1029, 102] == embedder.tokens(["cafes \u2026 naive?"])[0] and ids[2] == [101, 102] and len(ids[3]) == 24
     for row, vector in zip(ids, vectors):
-        np.testing.assert_allclose(vector, plain_bert(evaluation.minilm_folder(), row), atol=2e-4)  # keras_hub has the tanh form of GELU
+        np.testing.assert_allclose(vector, plain_bert(evaluation.minilm_folder(), row), atol=5e-4)  # keras_hub has the tanh form of GELU
 
 
 @minilm
