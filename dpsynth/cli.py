@@ -113,6 +113,7 @@ def findings(survey):
             yield "attacker", plan.attacker_sentence(survey.mechanism)
             for line in plan.advice(survey.mechanism):
                 yield "instead", line
+    yield from (("embedder", line) for line in slow_import("pipeline").describe_embedders(survey.settings))
 
 
 def costs(survey, args):
@@ -159,6 +160,7 @@ def look_at_rows(survey, out):
     slow_import("finetune").Account(settings, records, "", pathlib.Path(out) / settings.experiment).note_look()
     yield "for you only", "what follows was counted in the rows, without noise; certificates of this data will say that somebody looked"
     yield "copies", f"{source['duplicates']:,} exact copies among the rows to train on; {source['train_rows_in_test']:,} of these rows are test rows too"
+    yield from (("written", line) for line in slow_import("pipeline").written_differently(survey))
     if settings.unit != "row":
         yield "units", describe_units(records, settings)
     if settings.label_column:

@@ -384,10 +384,13 @@ def some_rows(count, total, seed):
     return np.sort(np.random.default_rng([seed, 10]).permutation(total)[:count])
 
 
-def held_out_loss(model, records, fmt, settings):
-    """Mean loss in nats per token over `validation_size` test rows, or None if that is 0. Not covered by ε: test rows."""
+def held_out_loss(model, records, fmt, settings, trainable=None):
+    """Mean loss in nats per token over `validation_size` test rows, or None if that is 0. Not covered by ε: test rows.
+
+    `trainable` as in `row_losses`: with the weights from before the training, the loss that it has to be compared with.
+    """
     rows = some_rows(settings.validation_size, len(records), settings.seed)
-    return float(row_losses(model, records.take(rows), fmt, settings).mean()) if len(rows) else None
+    return float(row_losses(model, records.take(rows), fmt, settings, trainable).mean()) if len(rows) else None
 
 # %% ../nbs/07_finetune.ipynb #e6f33374
 def self_check(trainer, before):
@@ -479,6 +482,7 @@ def finetune_run(settings, splits, folder, progress=True):
     release.mkdir(parents=True, exist_ok=True)
     model, digest = prepare_with_hash(settings)
     check_spelling(model.tokenizer, splits.train)
+    untuned = model.trainable
     identity = run_identity(result_settings(settings), splits.train.fingerprint(secret), digest, computation(settings))
     randomness = Randomness(secret, bind_run(private, identity, adapter.exists()))
     state = randomness.state(private)
@@ -508,7 +512,8 @@ def finetune_run(settings, splits, folder, progress=True):
     load_adapter(model, checked_fit(release, "adapter.npz", settings.private))
     return model, {"steps": mechanism.steps, "noise_multiplier": mechanism.noise_multiplier or None, "tuning": tuning_mode(settings),
                    "trained_parameters": int(sum(a.size for a in model.trainable)),
-                   "held_out_loss": held_out_loss(model, splits.test, fmt, settings)}
+                   "held_out_loss": held_out_loss(model, splits.test, fmt, settings),
+                   "held_out_loss_untuned": held_out_loss(model, splits.test, fmt, settings, untuned)}
 
 
 def mechanism_of(settings, records, counts):

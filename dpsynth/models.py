@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TINY', 'CARD', 'PROBE_SECONDS', 'WEIGHTS', 'NETWORK_WORDS', 'REFUSAL_WORDS', 'check_environment', 'preset_path',
            'preset_hash', 'Unreachable', 'has_weights', 'in_hub_cache', 'check_hub', 'first_line', 'is_remote',
-           'load_model', 'is_embedding_preset', 'load_embedder', 'check_embedder_preset', 'spread', 'everywhere',
-           'divisible', 'called_as', 'recomputed', 'adapted_layers', 'takes_adapter_apart', 'call_apart',
-           'adapters_apart', 'control_ids', 'plain_ids', 'check_spelling', 'LanguageModel', 'tuning_mode',
+           'load_model', 'is_embedding_preset', 'load_embedder', 'load_sentence_encoder', 'check_embedder_preset',
+           'spread', 'everywhere', 'divisible', 'called_as', 'recomputed', 'adapted_layers', 'takes_adapter_apart',
+           'call_apart', 'adapters_apart', 'control_ids', 'plain_ids', 'check_spelling', 'LanguageModel', 'tuning_mode',
            'lora_layers', 'enable_lora', 'setup_tuning', 'refuse_cross_example_layers', 'load_tokenizer',
            'count_parameters', 'by_shapes', 'save_adapter', 'load_adapter', 'read_arrays']
 
@@ -242,6 +242,11 @@ def load_embedder(name, dtype="float32"):
     if not is_embedding_preset(name):
         return load_model(name, dtype)
     return LanguageModel(_from_preset("TextEmbedder", name, dtype=dtype), name)
+
+
+def load_sentence_encoder(folder):
+    """The backbone of a BERT in a Hugging Face folder: tokens to states. Raises ModelError."""
+    return _from_preset("BertBackbone", str(folder), dtype="float32")
 
 
 @functools.lru_cache(maxsize=4)

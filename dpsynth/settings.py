@@ -233,7 +233,8 @@ class Settings(pydantic.BaseModel):
 
     # evaluation
     embedder: str = _field(
-        "tiny", "text embedder: a keras_hub preset, `sentence-transformers:NAME`, or `vertex:text-embedding-005`", affects="evaluation")
+        "auto", "text embedder: `auto` (all-MiniLM-L6-v2 where it is installed, else `tiny`), `all-MiniLM-L6-v2`, a keras_hub preset, "
+        "`sentence-transformers:NAME`, or `vertex:text-embedding-005`", affects="evaluation")
     second_embedder: str = _field("", "a second embedder, reported beside the first; empty: none", affects="evaluation")
     pooling: Literal["mean", "last"] = _field(
         "mean", "how token states become one vector (keras_hub embedders)", affects="evaluation")
@@ -241,6 +242,8 @@ class Settings(pydantic.BaseModel):
     num_mauve_samples: int = _field(5000, "texts in each MAUVE comparison; num_samples where that is less than the default", tutorial="NUM_MAUVE_SAMPLES", affects="evaluation", ge=2)
     num_mauve_trials: int = _field(
         5, "number of MAUVE comparisons, each on a new subsample", tutorial="NUM_MAUVE_TRIALS", affects="evaluation", ge=1)
+    send_training_rows: bool = _field(
+        False, "whether `generator: real_train` may send training rows to the service of a `vertex:` embedder", affects="evaluation")
     utility: bool = _field(
         True, "also train a TF-IDF classifier on the samples and test it on real test rows", affects="evaluation")
 
@@ -489,7 +492,7 @@ def resolve(settings):
     values, spared = settings.model_dump(), UNCAPPED.get(settings.generator, ())
     spared = (*spared, "train_size") if settings.unit_count == "private" else spared  # so many of them: that takes their exact number
     caps = {k: min(values[k] or cap, cap) for k, cap in SMOKE_CAPS.items() if k not in spared}
-    return Settings(**{**values, **caps, "model": "tiny", "dtype": "float32", "embedder": "tiny", "second_embedder": ""})
+    return Settings(**{**values, **caps, "model": "tiny", "dtype": "float32", "embedder": "auto", "second_embedder": ""})
 
 # %% ../nbs/00_settings.ipynb #1bfe9c5d
 def affects_result(name):

@@ -24,9 +24,10 @@ from .manifest import statement_of
 from .models import check_environment
 from .pipeline import announce, guarantee, load_generator, load_stage, survey, warn_of_untold
 from .privacy import write_private
-from .runs import locked, read_settings, record, timed
+from .runs import locked, read_json, read_settings, record, timed
 from .sampling import sample_to_file
 from .settings import EXPERIMENT, UNDECIDED, DataError, SettingsError, make_settings, resolve
+from .usefulness import utility_verdict
 
 import pandas as pd
 
@@ -53,7 +54,7 @@ class Synthesizer:
         self._chooses_batch, self._decided = "batch_size" not in settings, "epsilon" in settings
         self._check()
         self.folder = pathlib.Path(folder or pathlib.Path(tempfile.mkdtemp(prefix="dpsynth-")) / self.settings.experiment)
-        self._model = self._splits = None
+        self._model = self._splits = self._verdict = None
 
     def __repr__(self):
         state = "fitted" if self._model is not None else "not fitted"
@@ -149,6 +150,8 @@ class Synthesizer:
         Raises:
             SettingsError: not fitted, or no reference where a run was reopened. DataError: a column is missing, a row is not what the
                 settings say, or there are fewer than 2 rows on a side.
+
+        Warns of all that makes the numbers doubtful, for example where a classifier learns nothing about the label from the rows.
         """
         self._fitted()
         rows = as_frame(rows, "rows")
@@ -157,15 +160,25 @@ class Synthesizer:
         reference, labels = self._reference(reference), [rows.label_names[label] for label in rows.labels]
         count = min(self.settings.num_mauve_samples, len(rows), len(reference))
         settings = self._with(num_samples=max(len(rows), 2), num_mauve_samples=max(count, 2))
-        return evaluate(rows.texts, labels, reference, settings, self.folder / "private" / "embeddings")
+        numbers = evaluate(rows.texts, labels, reference, settings, self.folder / "private" / "embeddings")
+        self._verdict = numbers["utility_verdict"]
+        for line in numbers["warnings"]:
+            warnings.warn(f"evaluate: {line}", stacklevel=2)
+        return numbers
 
     @property
     def certificate(self):
-        """The `Certificate`, which shows itself as a card. Raises SettingsError for a run without differential privacy."""
+        """The `Certificate`, which shows itself as a card. Raises SettingsError for a run without differential privacy.
+
+        Warns where the last evaluation found that a classifier learns nothing from the rows: a certificate speaks of privacy, not of use.
+        """
         self._fitted()
         path = self.folder / "release" / "certificate.json"
         if not path.exists():
             raise SettingsError("this run is not private (epsilon: inf), so there is no certificate")
+        verdict = self._verdict or utility_verdict(read_json(self.folder / "metrics.json"))
+        if verdict:
+            warnings.warn(f"beside this certificate: {verdict}", stacklevel=2)
         return read_certificate(path)
 
     @contextlib.contextmanager

@@ -38,6 +38,7 @@ SMALL = {
     "sample_batch_size": 4,
     "num_mauve_samples": 12,
     "num_mauve_trials": 2,
+    "embedder": "tiny",
     "embed_length": 32,
     "validation_size": 8,
 }
@@ -365,6 +366,21 @@ def test_check_of_imdb_tiny_with_files(dpsynth, repo, tmp_path, unreachable):
     assert sorted(round(float(epsilon), 1) for epsilon in found) == [1, 3, 10] and out.count("no noise: not private") == 1
 
 
+def test_check_tells_how_test_rows_are_written_differently(dpsynth, tmp_path):
+    for name, end in (("train", "\r\n"), ("test", "\n")):
+        rows = [{"text": f"Patient Meier{i}.{end}No fever.", "label": LABELS[i % 2]} for i in range(60)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump({**SMALL, "generator": "real_train", "train_size": 0, "test_size": 0,
+                                                     "data": str(tmp_path / "train.jsonl"), "test_data": str(tmp_path / "test.jsonl")}))
+    assert "CRLF" not in dpsynth("check", tmp_path / "x.yaml").out  # what training rows look like is shown on request alone
+    _, out, _ = dpsynth("check", tmp_path / "x.yaml", "--look")
+    (line,) = [line for line in out.splitlines() if "CRLF" in line]
+    assert "100% of the training rows and 0% of the test rows" in line and "Meier" not in out
+    assert "embedder     MAUVE through 'tiny' is no evidence" in out  # before hours are spent
+    (tmp_path / "test.jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes())
+    assert "CRLF" not in dpsynth("check", tmp_path / "x.yaml", "--look").out
+
+
 # a whole sweep
 
 
@@ -409,7 +425,8 @@ def test_results_have_the_numbers(sweep, dpsynth):
         assert row["unfinished"] is None if row["generator"].startswith("real") else 0 <= row["unfinished"] <= 1
         assert row["seconds"] == pytest.approx(sum(row.get(f"seconds_{s}", 0) for s in ("load", "fit", "sample", "evaluate")), abs=0.1)
     for form in ("table", "markdown", "csv"):
-        assert dpsynth("results", sweep[0], "--format", form).out.count("dp_ft") == 1
+        lines = dpsynth("results", sweep[0], "--format", form).out.splitlines()
+        assert sum(line.startswith(("dp_ft ", "| dp_ft |", "dp_ft,done")) for line in lines) == 1
 
 
 def test_nothing_of_the_training_rows_is_outside_private(sweep):
@@ -465,7 +482,7 @@ def test_the_secret_is_in_nothing_but_private(sweep):
     known = spellings((private / "secret").read_bytes())
     files = [p for folder in (sweep[0].parent, ledger.parent) for p in folder.rglob("*") if p.is_file()]
     told = [p for p in files if any(s in p.read_bytes() for s in known)]
-    assert ledger.is_file() and (sweep[0] / ".embeddings").is_dir()
+    assert ledger.is_file() and (sweep[0] / ".private" / "embeddings" / "key").is_file()
     assert private / "secret" in told and all(private in p.parents for p in told)
     assert not any(s in f"{sweep[1].stdout}{sweep[1].stderr}".encode() for s in known)
 

@@ -1,14 +1,18 @@
 """Line 11: nothing that is released holds anything else that was computed from private rows."""
 
 import json
+import stat
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from parts import RUN, groups_of_rows, splits
+from dpsynth import evaluation
 from dpsynth.data import from_frame
-from dpsynth.finetune import finetune_run
-from dpsynth.pipeline import fit_stage, load_stage
+from dpsynth.finetune import finetune_run, prepare_model, row_losses, some_rows
+from dpsynth.formats import TextFormat
+from dpsynth.pipeline import evaluate_stage, fit_stage, load_stage, sample_stage
 from dpsynth.settings import DataError
 
 
@@ -70,3 +74,45 @@ def test_monitoring_stays_private_and_is_certified(tmp_path):
     finetune_run(settings, splits(), tmp_path / "dp", progress=False)
     assert (tmp_path / "dp" / "private" / "losses.jsonl").exists()
     assert "operator" in json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())["monitor"]
+
+
+def test_the_loss_that_is_reported_is_of_test_rows(run):
+    rows = [{"text": f"row {i} was {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(40)]
+    others = pd.DataFrame({"text": [f"{i} ships under sail, far from any coast" for i in range(10)], "label": [0, 1] * 5})
+    data = from_frame(pd.DataFrame(rows), RUN, test=others)
+    model, figures = finetune_run(RUN, data, run, progress=False)
+    fmt, chosen = TextFormat(RUN.prompt, RUN.labels), data.test.take(some_rows(RUN.validation_size, 10, RUN.seed))
+    for name, weights in (("held_out_loss", model), ("held_out_loss_untuned", prepare_model(RUN))):
+        assert figures[name] == pytest.approx(row_losses(weights, chosen, fmt, RUN).mean(), rel=1e-5)
+        of_training = row_losses(weights, data.train.take(some_rows(RUN.validation_size, 40, RUN.seed)), fmt, RUN).mean()
+        assert figures[name] != pytest.approx(of_training, rel=1e-5)
+    assert figures["held_out_loss"] != figures["held_out_loss_untuned"]
+
+
+class Embedder:
+    name, length, key = "e", 8, ["e"]
+
+    def __call__(self, texts, progress):
+        return np.array([[len(text), text.count("o")] for text in texts], np.float32), "mean"
+
+
+def test_vectors_of_rows_lie_in_private_folders_under_names_that_nobody_can_guess(tmp_path, monkeypatch):
+    settings = RUN.model_copy(update={"generator": "real_train", "num_samples": 12, "num_mauve_samples": 8, "num_mauve_trials": 1, "experiment": "use_train"})
+    (tmp_path / ".embeddings").mkdir()
+    (tmp_path / ".embeddings" / "abc-mean.npy").write_bytes(b"of an earlier version")
+    names = []
+    monkeypatch.setattr(evaluation, "open_embedder", lambda *options: Embedder())
+    for name in ("use_train", "again"):
+        folder = tmp_path / name
+        data = load_stage(settings, folder, splits())
+        sample_stage(settings, folder, data, None)
+        evaluate_stage(settings, folder, data)
+        names.append({file.name for file in (folder / "private" / "embeddings").glob("*.npy")})
+    kept = [path for path in tmp_path.rglob("*") if path.suffix == ".npy"]
+    shared = tmp_path / ".private" / "embeddings"
+    assert sorted(path.parent for path in kept) == sorted([shared, *(tmp_path / name / "private" / "embeddings" for name in ("use_train", "again"))])
+    assert not names[0] & names[1] and not (tmp_path / ".embeddings").exists()
+    for folder in {path.parent for path in kept} | {shared.parent, tmp_path / "again" / "private"}:
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    for file in [*kept, *(path.parent / "key" for path in kept)]:
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600

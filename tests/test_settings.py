@@ -367,7 +367,8 @@ def test_every_setting_is_read_by_something(repo):
     assert [n for n in Settings.model_fields if not re.search(rf"settings\.{n}\b", source) and through.get(n, "\0") not in source] == []
 
 
-MEASURING = ["validation_size", "embedder", "second_embedder", "pooling", "embed_length", "num_mauve_samples", "num_mauve_trials", "utility"]
+MEASURING = ["validation_size", "embedder", "second_embedder", "pooling", "embed_length", "num_mauve_samples", "num_mauve_trials",
+             "send_training_rows", "utility"]
 
 
 def test_what_does_not_affect_the_result_is_memory_speed_bookkeeping_and_measuring():

@@ -4,6 +4,7 @@ import json
 import shutil
 import stat
 import types
+import warnings
 
 import pandas as pd
 import pytest
@@ -21,7 +22,7 @@ from dpsynth.synthesizer import Synthesizer
 
 SMALL = {
     "model": MICRO, "tuning": "lora", "lora_rank": 1, "lora_targets": "value", "sequence_length": 32, "microbatch_size": 8, "epochs": 0.4, "epsilon": 8,
-    "validation_size": 4, "num_mauve_trials": 1, "embed_length": 32, "ledger": "runs",
+    "validation_size": 4, "num_mauve_trials": 1, "embedder": "tiny", "embed_length": 32, "ledger": "runs",
 }  # fmt: skip
 
 
@@ -233,8 +234,16 @@ def test_a_reopened_run_needs_settings_and_release_only(fitted, tmp_path):
         again.evaluate(rows)
     real = table(30)
     made = pd.DataFrame({"text": real["text"].str.upper(), "label": real["label"].map({0: "negative", 1: "positive"})})
-    numbers = again.evaluate(made, real)
-    assert numbers["mauve_size"] == 30 and numbers["utility_accuracy"] > 0.9  # words are folded, so real labels are found again
+    with pytest.warns(UserWarning, match="'tiny' is no evidence"):
+        numbers = again.evaluate(made, real)
+    assert numbers["mauve_size"] == 30 and numbers["utility_balanced_accuracy"] > 0.9  # words are folded, so real labels are found again
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.certificate
+    with pytest.warns(UserWarning, match="evaluate: .* a classifier learns nothing about the label"):
+        again.evaluate(made.assign(label=made["label"].to_numpy()[::-1]), real)
+    with pytest.warns(UserWarning, match="beside this certificate: .*about the label"):
+        again.certificate
 
 
 @pytest.fixture
@@ -249,7 +258,7 @@ def named(caught, monkeypatch, tmp_path):
         return {"unfinished": 0.0}
 
     monkeypatch.setattr(module, "sample_to_file", pretend)
-    monkeypatch.setattr(module, "evaluate", lambda *found: caught.__dict__.update(evaluated=found[:3]))
+    monkeypatch.setattr(module, "evaluate", lambda *found: caught.__dict__.update(evaluated=found[:3]) or {"utility_verdict": None, "warnings": []})
     names = {"text_column": "review", "label_column": "stars", "label_names": "bad,good"}
     return Synthesizer(tmp_path, **names, test_size=5, epsilon=8, columns="ignore").fit(rows, "films"), rows
 

@@ -368,6 +368,17 @@ BREAKS = [
     Break(3, "rows are merged by a stray quote", "data", 'if settings.quoting == "auto":', "if False:",
           "test_data.py::test_a_stray_quote_never_merges_rows"),
     Break(13, "the base model is not named", "certificate", '"base_model": base, ', "", "test_privacy_certificate.py::test_certificate_verifies_and_a_false_one_does_not"),
+    Break(11, "the loss that is reported is of training rows", "finetune", '"held_out_loss": held_out_loss(model, splits.test,',
+          '"held_out_loss": held_out_loss(model, splits.train,', "test_privacy_outputs.py::test_the_loss_that_is_reported_is_of_test_rows"),
+    Break(11, "the loss before the training is of training rows", "finetune", '"held_out_loss_untuned": held_out_loss(model, splits.test,',
+          '"held_out_loss_untuned": held_out_loss(model, splits.train,', "test_privacy_outputs.py::test_the_loss_that_is_reported_is_of_test_rows"),
+    Break(11, "vectors of real rows lie beside the runs", "pipeline", 'folder / "private" / "embeddings", sweep', 'sweep.parent / ".embeddings", sweep',
+          "test_privacy_outputs.py::test_vectors_of_rows_lie_in_private_folders_under_names_that_nobody_can_guess"),
+    Break(11, "names of vectors are hashes that a guess confirms", "evaluation", "digest = hmac.new(key, json.dumps([2, *embedder.key]).encode(), \"sha256\")",
+          "digest = hashlib.sha256(json.dumps([2, *embedder.key]).encode())",
+          "test_privacy_outputs.py::test_vectors_of_rows_lie_in_private_folders_under_names_that_nobody_can_guess"),
+    Break(11, "training rows are sent to a service unasked", "evaluation", "and not settings.send_training_rows:", "and False:",
+          "test_pipeline.py::test_training_rows_are_not_sent_to_a_service_unasked"),
 ]
 
 
