@@ -1,6 +1,7 @@
 """The audit: what must fail fails, what must pass passes, and every statistic is what it says it is."""
 import dataclasses
 import importlib.util
+import inspect
 import json
 import math
 import shutil
@@ -34,9 +35,9 @@ def tables():
 
 @pytest.fixture(scope="module")
 def texts():
-    rows = [row["text"] for row in reviews(2000, seed=1)]
-    order = np.random.default_rng(0).permutation(2000)
-    return [rows[i] for i in order[:1000]], [rows[i] for i in order[1000:]], [row["text"] for row in reviews(1000, seed=2)]
+    rows = [row["text"] for row in reviews(2400, seed=1)]
+    order = np.random.default_rng(0).permutation(2400)
+    return [rows[i] for i in order[:1200]], [rows[i] for i in order[1200:]], [row["text"] for row in reviews(1200, seed=2)]
 
 
 def mixed(copies, fresh, share):
@@ -59,8 +60,9 @@ def scored(top, pool=2000):
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.1, 0.01])
 @pytest.mark.parametrize("kind", ["tables", "texts"])
-def test_copies_fail(kind, share, request):
+def test_copies_fail_of_twelve_hundred_rows_on_each_side_from_one_percent_on(kind, share, request):
     train, holdout, fresh = request.getfixturevalue(kind)
+    assert len(train) == len(holdout) == len(fresh) == 1200  # 12 copies are the fewest that could be seen: fewer rows, or fewer kept out, need a larger share
     report = audit.audit_files(mixed(train, fresh, share), train, holdout)
     assert report.verdict == "fails" and not report.passed and report.summary.startswith("Fails")
     assert not report.warnings  # the division is random, whatever the synthetic rows are
@@ -68,13 +70,20 @@ def test_copies_fail(kind, share, request):
 
 def test_fresh_tables_pass():
     passed = [audit.audit_files(table(400, 3 * i), table(400, 3 * i + 1), table(400, 3 * i + 2)).passed for i in range(100, 120)]
-    assert sum(passed) >= 19
+    assert sum(passed) == 20
 
 
 def test_fresh_texts_pass(texts):
     train, holdout, _ = texts
     passed = [audit.audit_files([r["text"] for r in reviews(150, seed=100 + i)], train[:200], holdout[:200]).passed for i in range(20)]
-    assert sum(passed) >= 19
+    assert sum(passed) == 20
+
+
+def test_twenty_honest_audits_of_rows_pass_with_a_probability_of_four_in_five():
+    from dpsynth import pipeline
+
+    used = inspect.signature(audit.audit_files).parameters["level"].default
+    assert used == audit.LEVEL and pipeline.ROWS_ERROR <= audit.LEVEL and (1 - audit.LEVEL) ** 20 >= 0.8
 
 
 def test_the_verdict_is_the_worst_attack_not_the_average(tables):
@@ -361,7 +370,7 @@ def test_runs_end_with_their_row_and_leave_one_out_forgets_the_row():
 
 def test_the_reference_model_sharpens_the_attack(texts):
     train, holdout, fresh = texts
-    keep, member = np.random.default_rng(0), np.arange(2000) < 1000
+    keep, member = np.random.default_rng(0), np.arange(2400) < 1200
     rewritten = [" ".join(w for w in text.split() if keep.random() < 0.8) for text in train[:40]]
     ours, real = audit.Words.of(rewritten + fresh[40:]), audit.Words.of(train + holdout)
     with_reference = audit.top_test("", audit.text_membership(ours, real), member, level=0.01).p_value
@@ -581,7 +590,7 @@ def test_canaries_begin_like_a_public_text_and_end_in_random_words(texts):
 
 
 def test_canaries_of_records_keep_the_label_of_their_beginning(texts):
-    public = Records(pd.DataFrame({"text": texts[2], "label": np.arange(1000) % 2}), "public", ("a", "b"), {})
+    public = Records(pd.DataFrame({"text": texts[2], "label": np.arange(1200) % 2}), "public", ("a", "b"), {})
     made = canaries.make_canaries(50, public)
     label_of = {" ".join(text.split()[:12]): label for text, label in zip(public.texts, public.labels)}
     assert isinstance(made, Records) and made.name == "canaries" and len(made) == 50
