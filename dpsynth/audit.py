@@ -36,7 +36,7 @@ from .certificate import false_negatives
 from .data import Records, TokenStore, all_columns, as_frame, refuse_twice
 from .privacy import Randomness, Session, default_delta, promised_std, realised_noise_error, strategy, write_private
 from .settings import DataError, PrivacyError
-from .words import (NATURAL, WORD, Own, Words, chunks, folded, near_copies, own, own_identifiers, own_names, own_runs, shared_by_two, shares_run,
+from .words import (NATURAL, WORD, Words, chunks, folded, near_copies, own, own_identifiers, own_names, own_runs, shared_by_two, shares_run,
                            text_membership)
 
 # %% ../nbs/12_audit.ipynb #6fcfc4fe
