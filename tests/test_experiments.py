@@ -750,6 +750,13 @@ def test_results_can_be_read_from_a_file(sweep, tmp_path):
             collect(missing)
 
 
+def test_a_table_that_an_earlier_version_wrote_is_read(sweep, tmp_path):
+    new = set(experiments.NEW_COLUMNS)
+    assert len(new) == 6 and "utility_accuracy" not in new
+    write_json(tmp_path / "old.json", [{name: value for name, value in row.items() if name not in new} for row in collect(sweep)])
+    assert collect(tmp_path / "old.json") == collect(sweep)
+
+
 def test_a_folder_that_cannot_be_read_is_a_row(sweep):
     before = {r["experiment"]: r for r in collect(sweep)}
     (sweep / "use_train" / "settings.yaml").write_text("epsilom: 3\n")
