@@ -13,8 +13,8 @@ __all__ = ['LEVEL', 'POWER', 'Z_POWER', 'DRAWS', 'MIN_ROWS', 'TEXT_WORDS', 'CATE
            'table_evidence', 'AuditReport', 'audit_files', 'audit_command', 'roc', 'dp_region', 'plot_roc',
            'plot_distances', 'canary_scores', 'one_run_bound', 'gaussian_bound', 'largest_bound', 'CanaryAudit',
            'audit_scores', 'audit_canaries', 'audit_canaries_in_rows', 'Check', 'check_noise', 'check_inclusion',
-           'check_batches', 'check_independence', 'Replay', 'training_checks', 'differing', 'agreement',
-           'replay_checks', 'sensitivity_check', 'Contamination', 'contamination', 'loss_membership']
+           'check_batches', 'check_independence', 'Replay', 'training_checks', 'replay_checks', 'differing',
+           'agreement', 'sensitivity_check', 'Contamination', 'contamination', 'loss_membership']
 
 # %% ../nbs/12_audit.ipynb #742be8ea
 import bisect
@@ -34,7 +34,8 @@ from scipy import special, stats
 
 from .certificate import false_negatives
 from .data import Records, TokenStore, all_columns, as_frame, refuse_twice
-from .privacy import Randomness, Session, default_delta, promised_std, realised_noise_error, strategy, write_private
+from .privacy import (
+    Randomness, Session, default_delta, promised_std, realised_noise_error, strategy, write_private)
 from .settings import DataError, PrivacyError
 from .words import (NATURAL, WORD, Words, chunks, folded, near_copies, own, own_identifiers, own_names, own_runs, shared_by_two, shares_run,
                            text_membership)
@@ -1419,39 +1420,16 @@ def training_checks(mechanism, recorded, numbers):
 
     Args:
         mechanism: the promised `Mechanism`.
-        recorded: dict of `updates`, `noised_updates` and `realised_std`, in units of the sensitivity; what is missing counts as 0.
+        recorded: dict of `updates`, `noised_updates` and `realised_std`, in units of the sensitivity; what is missing
+            counts as 0.
         numbers: trained parameters, each of which got noise in every update.
     """
     updates, noised, std = (recorded.get(name) or 0 for name in ("updates", "noised_updates", "realised_std"))
     noise, limit = std / promised_std(mechanism), NOISE_ERRORS * realised_noise_error(mechanism, numbers)
-    return (Check("updates recorded by the training", updates, mechanism.steps, float(updates == mechanism.steps)),
-            Check("updates with noise recorded by the training", noised, mechanism.steps, float(noised == mechanism.steps)),
+    steps = mechanism.steps
+    return (Check("updates recorded by the training", updates, steps, float(updates == steps)),
+            Check("updates with noise recorded by the training", noised, steps, float(noised == steps)),
             Check("noise recorded by the training, over the promised one", noise, 1.0, float(abs(noise - 1) <= limit)))
-
-
-def differing(told, expected, tolerance, where=""):
-    """Paths, such as `mechanism.steps`, of what is not told as expected; numbers with a point may differ by a relative `tolerance`.
-
-    What is told beyond that is not looked at.
-    """
-    below = lambda name: f"{where}.{name}" if where else str(name)
-    if isinstance(told, dict) and isinstance(expected, dict):
-        return [path for name in expected for path in differing(told.get(name), expected[name], tolerance, below(name))]
-    if isinstance(told, (list, tuple)) and isinstance(expected, (list, tuple)) and len(told) == len(expected):
-        return [path for i, pair in enumerate(zip(told, expected)) for path in differing(*pair, tolerance, below(i))]
-    numbers = isinstance(expected, float) and isinstance(told, (int, float))
-    return [] if (math.isclose(told, expected, rel_tol=tolerance) if numbers else told == expected) else [where]
-
-
-def agreement(what, told, expected, tolerance=1e-6):
-    """Is everything told as expected? A `Check` that names what is not; no chance involved, so its p-value is 0 or 1.
-
-    Args:
-        told, expected: dicts, as `differing` compares them.
-    """
-    wrong = differing(told, expected, tolerance)
-    named = f": {', '.join(wrong[:5])}{', …' if len(wrong) > 5 else ''}" if wrong else ""
-    return Check(f"{what}{named}", len(wrong), 0, float(not wrong))
 
 
 def replay_checks(mechanism, randomness, num_units=None, *, steps=1000, noise_steps=16, noise_size=4096):
@@ -1474,6 +1452,33 @@ def replay_checks(mechanism, randomness, num_units=None, *, steps=1000, noise_st
         noise = _replayed_noise(mechanism, randomness, noise_steps, noise_size)
         checks += [*check_noise(noise, 1.0), *(check_independence(noise[:-1], noise[1:]) if noise_steps > 1 else ())]
     return Replay(tuple(checks), len(batches), noise_steps)
+
+# %% ../nbs/12_audit.ipynb #dee30050
+def differing(told, expected, tolerance, where=""):
+    """Paths, such as `mechanism.steps`, of what is not told as expected; what is told beyond that is not looked at.
+
+    Numbers that are expected with a point may differ by a relative `tolerance`.
+    """
+    below = lambda name: f"{where}.{name}" if where else str(name)
+    each = lambda pairs: [path for name, *pair in pairs for path in differing(*pair, tolerance, below(name))]
+    if isinstance(told, dict) and isinstance(expected, dict):
+        return each((name, told.get(name), expected[name]) for name in expected)
+    if isinstance(told, (list, tuple)) and isinstance(expected, (list, tuple)) and len(told) == len(expected):
+        return each((i, *pair) for i, pair in enumerate(zip(told, expected)))
+    if isinstance(expected, float) and isinstance(told, (int, float)):
+        return [] if math.isclose(told, expected, rel_tol=tolerance) else [where]
+    return [] if told == expected else [where]
+
+
+def agreement(what, told, expected, tolerance=1e-6):
+    """Is everything told as expected? A `Check` that names what is not; no chance involved: its p-value is 0 or 1.
+
+    Args:
+        told, expected: dicts, as `differing` compares them.
+    """
+    wrong = differing(told, expected, tolerance)
+    named = f": {', '.join(wrong[:5])}{', …' if len(wrong) > 5 else ''}" if wrong else ""
+    return Check(f"{what}{named}", len(wrong), 0, float(not wrong))
 
 # %% ../nbs/12_audit.ipynb #28d6cb06
 EXTREME = 50.0  # how many times as large the trained weights are made

@@ -70,27 +70,29 @@ class CanaryCoins:
 
     @classmethod
     def flip(cls, count, folder, randomness):
-        """The coins of a run in its private folder, thrown on first use: file `canary_coins` (mode 0600), sealed.
+        """The coins of a run in its private folder, thrown on first use: file `canary_coins`, sealed.
 
         Args:
             randomness: the run's `Randomness`, which decides them.
 
         Raises:
-            PrivacyError: the folder holds coins of another run or for another number of canaries, or damaged ones.
+            PrivacyError: the folder holds damaged coins, or those of another run or number of canaries.
         """
         if not count:
             return cls(np.zeros(0, bool))
         state = randomness.state(folder)
         if not state.has("canary_coins"):
-            state.write("canary_coins", "".join("01"[int(word) & 1] for word in randomness.integers("canaries", 0, count)))
+            words = randomness.integers("canaries", 0, count)
+            state.write("canary_coins", "".join("01"[int(word) & 1] for word in words))
         return cls.read(count, state)
 
     @classmethod
     def read(cls, count, state):
-        """The coins that a run was made with, from its `State`. Raises PrivacyError: there are none, or not those of this run, or of another number."""
+        """The coins that a run was made with, from its `State`. Raises PrivacyError, as `flip`, and where there are none."""
         stored = state.read("canary_coins").decode("ascii")
         if len(stored) != count or set(stored) - {"0", "1"}:
-            raise PrivacyError(f"{state.folder / 'canary_coins'}: not the coins of {count} canaries; use the number of canaries the run was started with")
+            raise PrivacyError(f"{state.folder / 'canary_coins'}: not the coins of {count} canaries; use the number of "
+                               "canaries the run was started with")
         return cls(np.array([bit == "1" for bit in stored]))
 
 # %% ../nbs/05a_canaries.ipynb #52c1b83d

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DELTAS', 'BASE_MODELS', 'UNKNOWN', 'FORMAT', 'ALONE', 'NOT_COVERED', 'CHOICES', 'ADJACENCY', 'FACTS', 'GROUPS',
            'LEDGER_AWAY', 'MADE_ELSEWHERE', 'privacy_curve', 'false_negatives', 'right_guesses', 'group_guarantee',
-           'holds_for_group', 'base_model', 'known_model', 'contamination_text', 'make_certificate', 'complete',
-           'paid_accesses', 'audit_entry', 'Certificate', 'refutation', 'plain_words', 'schema', 'write_certificate',
-           'read_certificate', 'first_difference', 'contradiction', 'released_files', 'verify']
+           'holds_for_group', 'base_model', 'known_model', 'contamination_text', 'make_certificate', 'choices_of',
+           'complete', 'paid_accesses', 'audit_entry', 'Certificate', 'refutation', 'plain_words', 'schema',
+           'write_certificate', 'read_certificate', 'first_difference', 'contradiction', 'released_files', 'verify']
 
 # %% ../nbs/04a_certificate.ipynb #bfd9d19c
 import dataclasses
@@ -166,7 +166,7 @@ def make_certificate(mechanism, settings, *, base, files, composed=None):
     return Certificate(complete({
         "name": settings.experiment, "unit": mechanism.unit, "num_units": mechanism.num_units, "canaries": settings.canaries,
         "max_records_per_unit": 1 if mechanism.unit == "row" else settings.max_records_per_unit,
-        "choices": {name: _one_line(getattr(settings, name)) for name in CHOICES},
+        "choices": choices_of(settings),
         "epsilon": epsilon, "epsilon_replace_one": mechanism.epsilon_after(mechanism.steps, "epsilon_replace_one"), "delta": delta,
         "curve": privacy_curve(mechanism.accesses), "groups": [group_guarantee(mechanism, k) for k in GROUPS],
         "mechanism": mechanism.describe(), "accesses": _costs(mechanism),
@@ -174,8 +174,10 @@ def make_certificate(mechanism, settings, *, base, files, composed=None):
         "settings_hash": hashlib.sha256(result_settings(settings).encode()).hexdigest(), "files": files, "audit": None}))
 
 
-def _one_line(value):
-    return " ".join(value.split()) if isinstance(value, str) else value
+def choices_of(settings):
+    """What a certificate states of the settings of a run, a dict of name to value; texts are in one line."""
+    values = {name: getattr(settings, name) for name in CHOICES}
+    return {name: " ".join(value.split()) if isinstance(value, str) else value for name, value in values.items()}
 
 
 def _costs(mechanism):
@@ -308,7 +310,7 @@ def _implementation(f):
 
 # %% ../nbs/04a_certificate.ipynb #fa0f18b7
 LEDGER_AWAY = "what the ledger says of this run: the ledger is not at hand"
-MADE_ELSEWHERE = "whether noise multiplier, bands and delta are what the settings give: other code or libraries made this run"
+MADE_ELSEWHERE = "whether noise multiplier, bands and delta follow from the settings: other code or libraries made this run"
 
 
 def audit_entry(reasons, checks, broken, unchecked=(), summary=None, refuted=None, **canaries):
@@ -323,7 +325,7 @@ def audit_entry(reasons, checks, broken, unchecked=(), summary=None, refuted=Non
     """
     said = [f"REFUTED: {'; '.join(reasons)}."] if reasons else []
     said += [f"The larger bound of two audits. {_canaries_text(canaries)}" if canaries else "Without canaries no attack was made that can be told of here.",
-             f"{broken} of {checks} promises about sampling, noise, sensitivity and their accounting were found broken."]
+             f"{broken} of {checks} promises about sampling, noise, sensitivity and accounting were found broken."]
     said += [f"Not checked: {note}." for note in unchecked]
     return {"summary": " ".join(said), "refuted": bool(reasons), "reasons": reasons, "checks": checks, "broken": broken,
             "unchecked": list(unchecked), **canaries}

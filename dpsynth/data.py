@@ -1116,7 +1116,7 @@ class TokenStore:
 
         Args:
             rows: any iterable of pairs of lists of int; it is read once and never held as a whole.
-            before: called with the path of the finished store, before it is renamed to `folder`: to seal it, for one.
+            before: called with the path of the finished store before it is renamed to `folder`, to seal it.
 
         Raises:
             DataError: if there are no rows, or a row has no tokens.

@@ -305,12 +305,15 @@ class Trainer:
 
     def save(self, path):
         """Write everything the next update needs, atomically, with the seal of the run."""
-        leaves, path = [np.asarray(x) for x in jax.tree.leaves((self.trainable, self.state))], pathlib.Path(path)
+        path, leaves = pathlib.Path(path), [np.asarray(x) for x in jax.tree.leaves((self.trainable, self.state))]
         write = lambda file: np.savez(file, *leaves, notes=self.notes, **self.session.state())
         self.randomness.state(path.parent).write(path.name, write)
 
     def restore(self, path):
-        """Continue from a checkpoint of this run: the same batches and the same noise come again. Raises PrivacyError for any other."""
+        """Continue from a checkpoint of this run: the same batches and the same noise come again.
+
+        Raises PrivacyError for any other.
+        """
         tree, path = jax.tree.structure((self.trainable, self.state)), pathlib.Path(path)
         with np.load(self.randomness.state(path.parent).check(path.name)) as file:
             leaves = [jnp.asarray(file[f"arr_{i}"]) for i in range(tree.num_leaves)]
@@ -320,9 +323,9 @@ class Trainer:
 
 # %% ../nbs/07_finetune.ipynb #98cc9f1a
 def tokenize(model, records, fmt, folder, sequence_length, batch=2000, before=None):
-    """Write a TokenStore of prompt and response ids, cut at `sequence_length`; `before` is that of `TokenStore.write`.
+    """Write a TokenStore of prompt and response ids, cut at `sequence_length`.
 
-    Raises SettingsError if a prompt leaves no room for a response.
+    `before` is that of `TokenStore.write`. Raises SettingsError if a prompt leaves no room for a response.
     """
     prompts = [model.prompt_ids(p) for p in fmt.prompts]
     longest = max(len(p) for p in prompts)
@@ -394,10 +397,11 @@ def held_out_loss(model, records, fmt, settings, trainable=None):
 
 # %% ../nbs/07_finetune.ipynb #e6f33374
 def self_check(trainer, before):
-    """What a finished private training has to show, as a dict for private/; `before` are the trained arrays at the start.
+    """What a finished private training has to show, a dict for private/; `before` are the trained arrays at the start.
 
     Raises:
-        PrivacyError: an update is missing or had no noise, nothing was learnt, or the noise is not what was promised (by more than 6 standard errors).
+        PrivacyError: an update is missing or had no noise, nothing was learnt, or the noise is not what was promised
+            (by more than 6 standard errors).
     """
     session, mechanism = trainer.session, trainer.session.mechanism
     if session.step != mechanism.steps:
@@ -411,13 +415,15 @@ def self_check(trainer, before):
         raise PrivacyError(f"self-check: {session.noised} of {session.step} updates had noise; nothing is released")
     drawn = mechanism.steps * mechanism.expected_batch_size
     return {"updates": session.step, "noised_updates": session.noised, "realised_std": session.realised_std,
-            "realised_over_promised_noise": session.realised_noise, "grid": session.grid, "mechanism": describe_mechanism(mechanism),
+            "realised_over_promised_noise": session.realised_noise, "grid": session.grid,
+            "mechanism": describe_mechanism(mechanism),
             "clipped": float(trainer.notes[0] / drawn), "unusable": float(trainer.notes[1] / drawn)}
 
 
 def describe_mechanism(mechanism):
-    """What ran, in absolute numbers, a dict: what the certificate says of the mechanism, with units, δ and every paid access."""
-    return {**mechanism.describe(), "num_units": mechanism.num_units, "delta": mechanism.delta, "unit": mechanism.unit,
+    """What ran, in absolute numbers, a dict: the certificate's `mechanism`, with units, δ and every paid access."""
+    return {**mechanism.describe(), "num_units": mechanism.num_units, "delta": mechanism.delta,
+            "unit": mechanism.unit,
             "accesses": [dataclasses.asdict(access) for access in mechanism.accesses]}
 
 # %% ../nbs/07_finetune.ipynb #ee72c930
@@ -543,7 +549,10 @@ def training_event(mechanism):
 
 
 def begun_release(folder):
-    """The `release_id` of the run that was begun in a run folder; an empty text where none was. Raises PrivacyError, as `stored_run`."""
+    """The `release_id` of the run that was begun in a run folder; an empty text where none was.
+
+    Raises PrivacyError, as `stored_run`.
+    """
     private = pathlib.Path(folder) / "private"
     if not all((private / name).exists() for name in ("secret", "identity.json")):
         return ""
@@ -556,7 +565,7 @@ def ledger_of(settings, folder):
 
 
 def charges(settings, folder):
-    """What a run was charged for, by its ledger: a dict of `counts` and `training` to lists of events, empty where it was not.
+    """What a run was charged for, by its ledger: a dict of `counts` and `training` to lists of events, some empty.
 
     None where the ledger is not at hand: it is not there, cannot be read, or is an owner's that does not know this run.
     """
@@ -567,7 +576,8 @@ def charges(settings, folder):
     found = {what: ledger.release(f"{begun_release(folder)} {what}") for what in ("counts", "training")}
     if not ledger.path.exists() or settings.ledger == "user" and not any(found.values()):
         return None
-    return {what: [json.loads(part) for part in release.parts] if release and release.charged else [] for what, release in found.items()}
+    events = lambda release: map(json.loads, release.parts) if release and release.charged else ()
+    return {what: list(events(release)) for what, release in found.items()}
 
 
 def untold_spending(ledger, run_id, composed):
@@ -682,7 +692,7 @@ def check_counts(settings, path, begun):
 def estimate_counts(settings, records, units, state, model):
     """The counts that are estimated out of ε, those that the settings ask for, by name; each a list of int.
 
-    Each unit counts once; its label is that of its first row that takes part. Drawn once, then read from the `State` of the run.
+    Each unit counts once; its label is that of its first row that takes part. Drawn once, then read from the run's `State`.
     """
     if state.has("counts.json"):
         return state.read_json("counts.json")
@@ -721,7 +731,8 @@ def likelier_units(settings, records, model):
 def _make_trainer(model, fmt, settings, records, units, mechanism, randomness, state):
     tokens = state.folder / "tokens"
     if not tokens.exists():
-        tokenize(model, records, fmt, tokens, settings.sequence_length, before=lambda partial: state.seal("tokens", partial))
+        seal = lambda partial: state.seal("tokens", partial)
+        tokenize(model, records, fmt, tokens, settings.sequence_length, before=seal)
         state.settle("tokens")
     return Trainer(model, TokenStore(tokens), settings, mechanism, randomness, units)
 
@@ -738,7 +749,7 @@ def _train_into(model, trainer, state, progress):
 
 
 class LossLog:
-    """Adds the loss on a few training rows to `losses.jsonl` of a `State` after each update. Not noised: never leaves private/."""
+    """Adds the loss on a few training rows to `losses.jsonl` of a `State` after each update; not noised: for private/ only."""
     name = "losses.jsonl"
 
     def __init__(self, state, trainer, rows=64):

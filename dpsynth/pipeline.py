@@ -6,12 +6,11 @@
 __all__ = ['SWEEP_PRIVATE', 'ERROR', 'ROWS_ERROR', 'BOUND_ERROR', 'DATA_SETTINGS', 'LIBRARIES', 'COMPILED', 'NOT_FUSED',
            'device_name', 'load_stage', 'guarantee', 'fit_stage', 'load_generator', 'rows_file', 'read_rows',
            'rows_of_run', 'real_rows', 'write_rows', 'sample_stage', 'sample_again', 'reference_rows', 'evaluate_stage',
-           'Findings', 'audit_stage', 'enough_rows', 'keep', 'check_same_rows', 'promised_mechanism', 'made_elsewhere',
-           'recorded_mechanism', 'replay_run', 'expected_certificate', 'audit_hidden', 'check_same_canaries',
-           'check_release', 'audit_rows', 'without_repeated', 'is_prepared', 'check_prompts', 'check_rows', 'remember',
-           'Survey', 'survey', 'spending', 'announce', 'warn_of_untold', 'bytes_kept', 'training_bytes',
-           'sampling_bytes', 'units_at_once', 'functions_compiled', 'written_differently', 'describe_embedders',
-           'estimate_memory']
+           'Findings', 'audit_stage', 'enough_rows', 'keep', 'read_kept', 'check_same_rows', 'audit_hidden',
+           'check_same_canaries', 'check_release', 'audit_rows', 'without_repeated', 'replay_run', 'promised_mechanism',
+           'made_elsewhere', 'expected_certificate', 'is_prepared', 'check_prompts', 'check_rows', 'remember', 'Survey',
+           'survey', 'spending', 'announce', 'warn_of_untold', 'bytes_kept', 'training_bytes', 'sampling_bytes',
+           'units_at_once', 'functions_compiled', 'written_differently', 'describe_embedders', 'estimate_memory']
 
 # %% ../nbs/13b_pipeline.ipynb #0b461507
 import dataclasses
@@ -24,10 +23,11 @@ import shutil
 import sys
 import warnings
 
-from .audit import (CAVEAT, MIN_ROWS, Check, agreement, audit_canaries, audit_canaries_in_rows, audit_files, replay_checks, sensitivity_check,
-                           training_checks)
+from .audit import (
+    CAVEAT, MIN_ROWS, Check, agreement, audit_canaries, audit_canaries_in_rows, audit_files, replay_checks,
+    sensitivity_check, training_checks)
 from .canaries import CanaryCoins, canary_records
-from .certificate import LEDGER_AWAY, MADE_ELSEWHERE, audit_entry, privacy_curve, read_certificate
+from .certificate import LEDGER_AWAY, MADE_ELSEWHERE, audit_entry, choices_of, privacy_curve, read_certificate
 from .data import TokenStore, load, other_texts
 from .evaluation import auto_embedder, check_sending, disjoint_halves, evaluate, open_embedder, private_folder
 from .finetune import (
@@ -319,7 +319,7 @@ def enough_rows(settings, folder, splits):
 
 
 def keep(folder, name, value):
-    """Write a JSON file under private/, with the seal of the run where it is one that was trained."""
+    """Write a JSON file under private/, with the seal of the run where one was trained there."""
     private, text = folder / "private", json.dumps(value, indent=1) + "\n"
     if (private / "identity.json").exists():
         stored_run(private).state(private).write(name, text)
@@ -327,90 +327,21 @@ def keep(folder, name, value):
         write_private(private / name, text)
 
 
+def read_kept(folder, name):
+    """The value of a file that `keep` wrote. Raises PrivacyError where the run did not seal it."""
+    private = folder / "private"
+    trained = (private / "identity.json").exists()
+    return stored_run(private).state(private).read_json(name) if trained else read_json(private / name)
+
+
 def check_same_rows(settings, folder, splits):
-    """Raise PrivacyError if a fine-tuned run was made with other rows or settings: an audit would look for the wrong ones."""
+    """Raise PrivacyError if a trained run has other rows or settings: an audit would look for the wrong ones."""
     if settings.generator != "finetune":
         return
-    private, rows = folder / "private", {"data": splits.train.fingerprint(load_secret(folder / "private"))}
-    if differing_parts(read_identity(private), rows):
+    private = folder / "private"
+    if differing_parts(read_identity(private), {"data": splits.train.fingerprint(load_secret(private))}):
         raise PrivacyError(f"{folder}: {settings.data} has other rows now than the run was made with; audit it with those")
     bind_run(private, {"settings": result_settings(settings)}, finished=True)
-
-
-def promised_mechanism(settings, folder, splits):
-    """The `Mechanism` that settings, rows and the counts of a run give; nothing that was released is asked.
-
-    Code and libraries of another version may calibrate otherwise. What was left to them, noise multiplier, bands and δ, is then what the run
-    recorded under its seal, and is refused if it costs more than the settings allow. Raises PrivacyError.
-    """
-    private = folder / "private"
-    state = stored_run(private).state(private)
-    counts = state.read_json("counts.json") if count_accesses(settings) else {}
-    left = {name: recorded_mechanism(state)[name] for name in ("noise_multiplier", "bands", "delta")} if made_elsewhere(private) else {}
-    return mechanism_of(settings.model_copy(update=left), splits.train, counts)
-
-
-def made_elsewhere(private):
-    """Whether a run was made by other code or libraries than are here."""
-    return bool(differing_parts(read_identity(private), software()))
-
-
-def recorded_mechanism(state):
-    """What a training recorded of its mechanism in its `State`, as `describe_mechanism`. Raises PrivacyError."""
-    return state.read_json("checks.json").get("mechanism", {})
-
-
-def replay_run(settings, folder, splits, model):
-    """`Replay` of the batches and the noise of a run, with checks of the sensitivity, of what its training recorded, and of what the certificate
-    and the ledger say; also written to `private/replay.json`.
-    """
-    private, mechanism = folder / "private", promised_mechanism(settings, folder, splits)
-    randomness = stored_run(private)
-    state = randomness.state(private)
-    with np.load(folder / "release" / "adapter.npz") as adapter:
-        numbers = sum(adapter[name].size for name in adapter.files)
-    recorded = state.read_json("checks.json") if state.has("checks.json") else {}
-    replay, charged = replay_checks(mechanism, randomness), charges(settings, folder)
-    checks = (*replay.checks, *training_checks(mechanism, recorded, numbers), sensitivity_check(model, settings, mechanism),
-              agreement("what the training recorded of its mechanism", recorded.get("mechanism", {}), describe_mechanism(mechanism)),
-              *_certificate_checks(settings, folder, mechanism), *_ledger_checks(mechanism, charged))
-    notes = [LEDGER_AWAY] * (charged is None) + [MADE_ELSEWHERE] * made_elsewhere(private)
-    replay = dataclasses.replace(replay, checks=checks, notes=tuple(notes))
-    keep(folder, "replay.json", dataclasses.asdict(replay))
-    return replay
-
-
-def _certificate_checks(settings, folder, mechanism):
-    """`Check`s that there is a certificate, and that it says of the mechanism what the run's private folder says."""
-    path = folder / "release" / "certificate.json"
-    there = Check("certificates of the run", path.exists(), 1, float(path.exists()))
-    if not path.exists():
-        return [there]
-    certificate = read_certificate(path)
-    paid = [access for access in certificate["accesses"] if access["epsilon"] != "public"]
-    expected = expected_certificate(settings, mechanism, read_identity(folder / "private"))
-    tolerance = 1e-3 if made_elsewhere(folder / "private") else 1e-6
-    return [there, agreement("what the certificate says and settings, rows and counts do not", {**certificate, "accesses": paid}, expected, tolerance)]
-
-
-def expected_certificate(settings, mechanism, identity):
-    """What a certificate has to say of the mechanism and of what ran, a dict: all that follows from settings, identity and counts."""
-    return {
-        **{claim: mechanism.epsilon_after(mechanism.steps, claim) for claim in ("epsilon", "epsilon_replace_one")},
-        "delta": mechanism.delta, "mechanism": mechanism.describe(), "num_units": mechanism.num_units, "unit": settings.unit, "canaries": settings.canaries,
-        "max_records_per_unit": 1 if settings.unit == "row" else settings.max_records_per_unit, "curve": privacy_curve(mechanism.accesses),
-        "accesses": [dataclasses.asdict(access) for access in mechanism.accesses], "base_model": {"name": settings.model, "hash": identity["base_model"]},
-        "code_hash": identity["code"], "versions": json.loads(identity["libraries"]),
-        "settings_hash": hashlib.sha256(identity["settings"].encode()).hexdigest()}
-
-
-def _ledger_checks(mechanism, charged):
-    """A `Check` that the ledger charged what the mechanism costs; none where there is no ledger at hand."""
-    if charged is None:
-        return []
-    owed = {"counts": accesses_event(mechanism.others), "training": training_event(mechanism)}
-    events = {what: [read_event(entry).model_dump() for entry in event] for what, event in owed.items()}
-    return [agreement("what the ledger charged this run for", charged, events)]
 
 
 def audit_hidden(settings, folder, splits, model):
@@ -428,7 +359,7 @@ def audit_hidden(settings, folder, splits, model):
 
 
 def check_same_canaries(settings, state, canaries, included, model):
-    """Raise PrivacyError if a run, by its `State`, was trained with other canaries than these `Records`: an audit would look for the wrong ones."""
+    """Raise PrivacyError if a run, known by its `State`, was trained with other canaries than these `Records`."""
     there = canaries.take(np.repeat(np.flatnonzero(included), settings.canary_copies))
     store = TokenStore(state.check("tokens"))
     for row, ids in zip(range(len(store) - len(there), len(store)), model.response_ids(there.texts)):
@@ -480,6 +411,86 @@ def audit_rows(settings, folder, splits):
 def without_repeated(records):
     """The training rows of which there were no copies, where copies were dropped: only such rows were kept out too."""
     return records.take(np.setdiff1d(np.arange(len(records)), records.source.get("repeated", [])))
+
+# %% ../nbs/13b_pipeline.ipynb #ea4e0974
+def replay_run(settings, folder, splits, model):
+    """`Replay` of the batches and the noise of a run; also written to `private/replay.json`.
+
+    With checks of the sensitivity, and of what the training recorded, the certificate says and the ledger charged.
+    """
+    private, mechanism = folder / "private", promised_mechanism(settings, folder, splits)
+    randomness, charged = stored_run(private), charges(settings, folder)
+    state = randomness.state(private)
+    with np.load(folder / "release" / "adapter.npz") as adapter:
+        numbers = sum(adapter[name].size for name in adapter.files)
+    recorded = state.read_json("checks.json") if state.has("checks.json") else {}
+    replay, known = replay_checks(mechanism, randomness), describe_mechanism(mechanism)
+    checks = (*replay.checks, *training_checks(mechanism, recorded, numbers),
+              agreement("what the training recorded of its mechanism", recorded.get("mechanism", {}), known),
+              sensitivity_check(model, settings, mechanism),
+              *_certificate_checks(settings, folder, mechanism), *_ledger_checks(mechanism, charged))
+    notes = [LEDGER_AWAY] * (charged is None) + [MADE_ELSEWHERE] * made_elsewhere(private)
+    replay = dataclasses.replace(replay, checks=checks, notes=tuple(notes))
+    keep(folder, "replay.json", dataclasses.asdict(replay))
+    return replay
+
+
+def promised_mechanism(settings, folder, splits):
+    """The `Mechanism` that settings, rows and the counts of a run give; nothing that was released is asked.
+
+    Code and libraries of another version may calibrate otherwise. What was left to them, noise multiplier, bands and δ, is
+    then what the run recorded under its seal, and is refused if it costs more than the settings allow.
+
+    Raises:
+        PrivacyError: that; or counts or records are missing, damaged or of another run.
+    """
+    private, left = folder / "private", {}
+    state = stored_run(private).state(private)
+    counts = state.read_json("counts.json") if count_accesses(settings) else {}
+    if made_elsewhere(private):
+        recorded = state.read_json("checks.json").get("mechanism", {})
+        left = {name: recorded[name] for name in ("noise_multiplier", "bands", "delta") if name in recorded}
+    return mechanism_of(settings.model_copy(update=left), splits.train, counts)
+
+
+def made_elsewhere(private):
+    """Whether a run was made by other code or libraries than are here."""
+    return bool(differing_parts(read_identity(private), software()))
+
+
+def _certificate_checks(settings, folder, mechanism):
+    """`Check`s that there is a certificate, and that it says what the run's private folder says."""
+    path = folder / "release" / "certificate.json"
+    there = Check("certificates of the run", path.exists(), 1, float(path.exists()))
+    if not path.exists():
+        return [there]
+    certificate, private = read_certificate(path), folder / "private"
+    paid = [access for access in certificate["accesses"] if access["epsilon"] != "public"]
+    expected = expected_certificate(settings, mechanism, read_identity(private))
+    what, tolerance = "what the certificate says and settings, rows and counts do not", 1e-3 if made_elsewhere(private) else 1e-6
+    return [there, agreement(what, {**certificate, "accesses": paid}, expected, tolerance)]
+
+
+def expected_certificate(settings, mechanism, identity):
+    """What a certificate has to say of the mechanism and of what ran, a dict; `identity` is that of the run."""
+    return {
+        "epsilon": mechanism.epsilon, "epsilon_replace_one": mechanism.epsilon_after(mechanism.steps, "epsilon_replace_one"),
+        "delta": mechanism.delta, "curve": privacy_curve(mechanism.accesses), "mechanism": mechanism.describe(),
+        "accesses": [dataclasses.asdict(access) for access in mechanism.accesses],
+        "num_units": mechanism.num_units, "unit": settings.unit, "canaries": settings.canaries,
+        "max_records_per_unit": 1 if settings.unit == "row" else settings.max_records_per_unit,
+        "base_model": {"name": settings.model, "hash": identity["base_model"]},
+        "code_hash": identity["code"], "versions": json.loads(identity["libraries"]),
+        "settings_hash": hashlib.sha256(identity["settings"].encode()).hexdigest(), "choices": choices_of(settings)}
+
+
+def _ledger_checks(mechanism, charged):
+    """A `Check` that the ledger charged what the mechanism costs; none where there is no ledger at hand."""
+    if charged is None:
+        return []
+    owed = {"counts": accesses_event(mechanism.others), "training": training_event(mechanism)}
+    events = {what: [read_event(entry).model_dump() for entry in event] for what, event in owed.items()}
+    return [agreement("what the ledger charged this run for", charged, events)]
 
 # %% ../nbs/13b_pipeline.ipynb #9e46471d
 def is_prepared(settings):

@@ -318,8 +318,9 @@ def realised_noise_error(mechanism, numbers):
 
 
 def promised_std(mechanism):
-    """Root mean square of the standard deviation of the noise over all updates, in units of the sensitivity; see `Session.realised_std`."""
-    return mechanism.noise_multiplier * math.sqrt(np.cumsum(noise_filter(mechanism.steps, mechanism.bands)**2).mean())
+    """What `Session.realised_std` should be: root mean square over the updates, in units of the sensitivity."""
+    squares = np.cumsum(noise_filter(mechanism.steps, mechanism.bands) ** 2)
+    return mechanism.noise_multiplier * math.sqrt(squares.mean())
 
 
 def prefix_error(mechanism):
@@ -391,11 +392,13 @@ def load_secret(folder):
     path = folder / "secret"
     if not path.exists():
         if begun := kept(folder):
-            raise PrivacyError(f"{path}: missing, and {begun[0]} was made with it; restore it from a backup, or use another folder")
+            raise PrivacyError(f"{path}: missing, and {begun[0]} was made with it; restore it from a backup, or use "
+                               "another folder")
         write_private(path, os.urandom(SECRET_BYTES))
     secret = path.read_bytes()
     if len(secret) != SECRET_BYTES or len(set(secret)) < DISTINCT_BYTES:
-        raise PrivacyError(f"{path}: damaged, it does not hold {SECRET_BYTES} random bytes; restore it from a backup, or use another folder")
+        raise PrivacyError(f"{path}: damaged, it does not hold {SECRET_BYTES} random bytes; restore it from a backup, or "
+                           "use another folder")
     return secret
 
 # %% ../nbs/04_privacy.ipynb #dfe6ebc6
@@ -464,7 +467,7 @@ class Session:
         return noise
 
     def _watch(self, noised, total):
-        """Add up the squares of the noise that was really added, and of the noise that was promised, and count the updates that had any."""
+        """Add up the squares of the noise that was really added and of that which was promised; count the updates with any."""
         added = (noised - total).astype(np.float64)
         spread = np.sum(noise_filter(self.mechanism.steps, self.mechanism.bands)[:self.step + 1] ** 2)
         promised = spread * (self.mechanism.noise_multiplier * 2.0**self.bits) ** 2
@@ -479,15 +482,18 @@ class Session:
 
     @property
     def realised_std(self):
-        """Standard deviation of the noise that was added so far, in units of the sensitivity; 0 before the first update."""
-        return math.sqrt(self._realised[0] / (self.step * self._numbers)) / 2.0**self.bits if self._numbers else 0.0
+        """Standard deviation of the noise that was added so far, in units of the sensitivity; 0 before any."""
+        drawn = self.step * self._numbers
+        return math.sqrt(self._realised[0] / drawn) / 2.0**self.bits if drawn else 0.0
 
     # what a checkpoint must hold
 
     def state(self):
         """The arrays that the next update needs: part of the private checkpoint, and of nothing else."""
-        counted = {"step": np.int64(self.step), "noised": np.int64(self.noised), "numbers": np.int64(self._numbers), "realised": self._realised}
-        return {**counted, "strategy": strategy(self.mechanism.steps, self.mechanism.bands), **{f"noise_{i}": row for i, row in enumerate(self._recent)}}
+        counted = {"step": self.step, "noised": self.noised, "numbers": self._numbers}
+        return {**{name: np.int64(count) for name, count in counted.items()}, "realised": self._realised,
+                "strategy": strategy(self.mechanism.steps, self.mechanism.bands),
+                **{f"noise_{i}": row for i, row in enumerate(self._recent)}}
 
     def restore(self, state):
         """Continue after the updates of a saved state. Raises PrivacyError if its noise was correlated by another matrix."""
@@ -547,8 +553,8 @@ def bind_run(folder, identity, finished=False):
     A finished run draws nothing any more: it may be read by other code, with other libraries and on other devices than trained it.
 
     Raises:
-        PrivacyError: the folder belongs to another run, and the message says what differs; or it holds what a run left and no identity, or
-            a damaged one.
+        PrivacyError: the folder belongs to another run, and the message says what differs; or it holds what a run left
+            and no identity, or a damaged one.
     """
     folder = pathlib.Path(folder)
     if not (folder / "identity.json").exists():
@@ -557,8 +563,9 @@ def bind_run(folder, identity, finished=False):
     stored = read_identity(folder)
     changed = differing_parts(stored, identity, ("code", "libraries", "computation") if finished else ())
     if changed:
-        raise PrivacyError(f"{folder.parent}: this run was started with other {_difference(changed[0], stored, identity)}; "
-                           "use another output folder, or restore them to resume")
+        what = _difference(changed[0], stored, identity)
+        raise PrivacyError(f"{folder.parent}: this run was started with other {what}; use another output folder, or "
+                           "restore them to resume")
     return run_id(stored)
 
 
@@ -573,7 +580,10 @@ def run_id(identity):
 
 
 def read_identity(folder):
-    """The identity that is stored in a private folder. Raises PrivacyError where there is none, or it is damaged or not of this secret."""
+    """The identity that is stored in a private folder.
+
+    Raises PrivacyError where there is none, or it is damaged or not of this secret.
+    """
     path = pathlib.Path(folder) / "identity.json"
     if not path.exists():
         raise PrivacyError(f"{path}: missing; restore it from a backup, or use another folder: it says which run this is")
@@ -581,12 +591,12 @@ def read_identity(folder):
         return _identity_state(folder).read_json("identity.json")
     except PrivacyError:
         load_secret(folder)  # says so where it is the secret that is damaged
-        raise PrivacyError(f"{path}: damaged, or not of a run with the secret beside it; restore both and {SEALS}/ from a backup, or use another "
-                           "folder") from None
+        raise PrivacyError(f"{path}: damaged, or not of a run with the secret beside it; restore both and {SEALS}/ from "
+                           "a backup, or use another folder") from None
 
 
 def stored_run(folder):
-    """The `Randomness` of the run whose identity is stored in a private folder. Raises PrivacyError, as `read_identity`."""
+    """The `Randomness` of the run whose identity is stored in a private folder. Raises as `read_identity` does."""
     return Randomness(load_secret(folder), run_id(read_identity(folder)))
 
 
@@ -599,10 +609,12 @@ RELEASED = ("adapter.npz", "certificate.json", "label_prior.json", "synthetic.js
 
 def _refuse_left_over(folder, finished):
     """Raise PrivacyError where a folder without identity holds what a run left there, private or released."""
-    left = [folder / name for name in kept(folder)] + [path for name in RELEASED if (path := folder.parent / "release" / name).exists()]
+    places = [folder / name for name in kept(folder)] + [folder.parent / "release" / name for name in RELEASED]
+    left = [path for path in places if path.exists()]
     if left or finished:
         what = f"{left[0]}: left by a run" if left else f"{folder}: of a finished run"
-        raise PrivacyError(f"{what}, and private/identity.json, which says by which, is missing; restore that from a backup, or use another folder")
+        raise PrivacyError(f"{what}, and private/identity.json, which says by which, is missing; restore that from a "
+                           "backup, or use another folder")
 
 
 def _difference(part, stored, identity):
