@@ -13,7 +13,8 @@ import pytest
 
 from parts import IMDB, RUN, certificate_of, certified, splits
 from dpsynth.certificate import (
-    FORMAT, Certificate, audit_entry, base_model, complete, contradiction, false_negatives, read_certificate, right_guesses, verify, write_certificate)
+    FORMAT, Certificate, audit_entry, base_model, complete, contradiction, false_negatives, read_certificate, right_guesses, verify,
+    write_certificate)
 from dpsynth.ledger import accesses_event, compose, group_privacy
 from dpsynth.privacy import make_mechanism
 from dpsynth.settings import PrivacyError, Settings, SettingsError

@@ -341,6 +341,22 @@ def test_a_file_cut_anywhere_is_made_whole(model, small_blocks, tmp_path, monkey
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
+def test_what_was_changed_while_a_sampling_was_interrupted_is_made_again(model, small_blocks, tmp_path, monkeypatch):
+    make(model, tmp_path / "whole")
+    killed_after(model, tmp_path / "changed", monkeypatch, 5)
+    part, state = (tmp_path / "changed" / name for name in ("synthetic.jsonl.part", "sampling.json"))
+    written = part.read_bytes()
+    part.write_bytes(written.replace(b'"text": "', b'"text": "not ', 1))  # a whole line still
+    kept = state.read_text()
+    for damaged in (kept[:-20], "", "\0" * len(kept), kept.replace('"rows": ', '"rows": 1', 1), "[]"):
+        state.write_text(damaged)
+        with pytest.raises(DataError, match="sampling.json: damaged; restore it, or remove it and sample again, which gives the same rows"):
+            make(model, tmp_path / "changed")
+    state.write_text(kept)
+    make(model, tmp_path / "changed")
+    assert contents(tmp_path / "changed") == contents(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("step", ["replace_file", "save_state"])
 def test_a_run_killed_while_it_finishes(model, small_blocks, tmp_path, monkeypatch, step):
     make(model, tmp_path / "whole")
