@@ -33,7 +33,7 @@ from .finetune import (
     row_losses, some_rows, untold_spending, with_prior)
 from .formats import TextFormat
 from .models import Unreachable, by_shapes, count_parameters, load_adapter, load_model, load_tokenizer
-from .privacy import Mechanism, Randomness, bind_run, default_delta, load_secret, make_mechanism, write_private
+from .privacy import Mechanism, Randomness, bind_run, default_delta, load_secret, write_private
 from .runs import forget_scores, on_terminal, prepare_folder, read_json, record, timed
 from .sampling import position_axes, sample_to_file
 from .settings import DataError, DpsynthError, PrivacyError, SettingsError, quiet_libraries
