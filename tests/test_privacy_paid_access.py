@@ -141,10 +141,10 @@ def told_before_a_run(settings, count, folder, capfd):
     return found.mechanism, found.unknown, lines, capfd.readouterr(), shown
 
 
-@pytest.mark.parametrize("changes", [{}, {"batch_size": 1000}, {"delta": 0.03}, {"noise_multiplier": 0.4}, {"epochs": 1e-4}, {"bands": "8"}])
+@pytest.mark.parametrize("changes", [{}, {"batch_size": 1000}, {"delta": 0.03, "noise_multiplier": 0.4, "epochs": 1e-4, "bands": "8"}])
 def test_before_it_is_paid_for_nothing_follows_from_a_number_of_units_that_is_private(tmp_path, capfd, changes):
     settings = HIDDEN.model_copy(update=changes)
-    told = [told_before_a_run(settings, count, tmp_path / str(count), capfd) for count in (1, 29, 30, 31, 500)]
+    told = [told_before_a_run(settings, count, tmp_path / str(count), capfd) for count in (1, 29, 30)]
     assert all(one == told[0] for one in told)
     mechanism, unknown, lines, seen, shown = told[0]
     assert mechanism is None and lines == ["privacy: dp_ft on frame, whose number of units is private, will spend at most epsilon 8; "
