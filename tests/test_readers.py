@@ -564,9 +564,9 @@ def test_a_run_folder_whose_settings_were_emptied_or_cut_is_refused(refused, dps
     folder = prepare_folder(Settings(experiment="dp_ft"), pathlib.Path("runs/dp_ft"))
     content = (folder / "settings.yaml").read_text()
     (folder / "settings.yaml").write_text(content[:keep])
+    assert "settings.yaml: damaged" in refusal(Synthesizer.load, folder, kind=SettingsError)
     for verb in (["fit"], ["sample"], ["sample", "--rows", 5], ["evaluate"], ["audit"]):
         assert "settings.yaml: damaged" in refused(*verb, folder)
-    assert "settings.yaml: damaged" in refusal(Synthesizer.load, folder, kind=SettingsError)
     write("dp_ft.yaml", "epsilon: 10\n")
     assert "settings.yaml: damaged" in refused("run", "dp_ft.yaml")
     code, out, _ = dpsynth("results", "runs")
