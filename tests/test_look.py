@@ -116,7 +116,7 @@ def test_an_estimate_is_measured_and_reads_no_training_row(monkeypatch):
 
 
 def test_a_trial_that_fails_is_a_line_of_the_check():
-    with pytest.raises(SettingsError, match="model"):
+    with pytest.raises(SettingsError, match="no such folder"):
         estimate.measure(RUN.model_copy(update={"model": "./no/such/preset"}), 1, [32], [])
 
 
