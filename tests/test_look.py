@@ -42,7 +42,7 @@ def test_a_check_tells_nothing_that_was_counted_in_the_rows_but_their_number(con
 
 def test_a_look_is_shown_on_demand_and_noted_first(configs, dpsynth, refused, tmp_path):
     out = dpsynth("check", configs[1], "--no-time", "--look").out
-    assert "59 exact copies" in out and re.search(r"labels .*negative 98.3%.*fewer than 20 rows: positive \\(1\\)".replace("\\\\", "\\"), out)
+    assert "58 exact copies" in out and "negative 98.3%" in out and "fewer than 20 rows: positive (1)" in out
     assert "48% of the samples of another label" in out and "100% are cut" in out and "single bytes" in out
     assert was_looked_at(Ledger(tmp_path / "two.sqlite"), "rows.csv") and not (tmp_path / "one.sqlite").exists()
     told = refused("check", configs[0], "--no-time", "--look", "--set", "unit_count=private")
@@ -116,7 +116,7 @@ def test_an_estimate_is_measured_and_reads_no_training_row(monkeypatch):
 
 
 def test_a_trial_that_fails_is_a_line_of_the_check():
-    with pytest.raises(SettingsError, match="model"):
+    with pytest.raises(SettingsError, match="no such folder"):
         estimate.measure(RUN.model_copy(update={"model": "./no/such/preset"}), 1, [32], [])
 
 
