@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class Break:
-    line: int
+    line: int | str
     what: str
     module: str
     old: str
@@ -361,12 +361,32 @@ BREAKS = [
           "test_readers.py::test_a_notebook_keeps_no_message_that_may_quote_a_row"),
     Break(3, "rows that are left out for a gap do not count", "data", 'self.num_units + self.source.get("units_dropped", 0)', "self.num_units",
           "test_readers.py::test_gaps_are_left_out_on_request_and_move_no_other_row"),
-    Break(7, "an emptied settings file is one of defaults", "settings", "if lost and values.keys()", "if False and values.keys()",
+    Break(7, "an emptied settings file is one of defaults", "runs", "    check_whole(path)\n    return resolve", "    return resolve",
           "test_readers.py::test_a_run_folder_whose_settings_were_emptied_or_cut_is_refused"),
     Break(12, "epsilon has a default for every data set", "settings", 'settings.data != "demo" and "epsilon" not in values', "False",
           "test_readers.py::test_epsilon_is_a_decision_outside_the_demo"),
     Break(3, "rows are merged by a stray quote", "data", 'if settings.quoting == "auto":', "if False:",
           "test_data.py::test_a_stray_quote_never_merges_rows"),
+    Break("§4", "what two units have counts as one's own", "words", "    alone = holders(hashes, owners) == 1\n", "    alone = holders(hashes, owners) >= 1\n",
+          "test_audit_words.py::test_what_two_units_have_is_nobodys_own"),
+    Break("§4", "training units are compared as if half of the units had been trained on", "audit", "float(stats.hypergeom.sf(a - 1, train + held, a + b, train))",
+          "float(stats.binom.sf(a - 1, a + b, 0.5))", "test_audit_words.py::test_names_and_numbers_that_come_from_everybody_alike_are_no_leak"),
+    Break("§4", "what occurs of held-out rows is not counted", "audit", "x, y = int(hits[member].sum()), int(hits[~member].sum())",
+          "x, y = int(hits[member].sum()), 0", "test_audit_words.py::test_names_and_numbers_that_come_from_everybody_alike_are_no_leak"),
+    Break("§4", "a text is its own near copy", "words", "            common.data[owners[rows] == owners[common.indices]] = 0\n", "            pass\n",
+          "test_audit_words.py::test_near_copies_are_measured_by_the_texts_of_other_units"),
+    Break("§4", "the other rows of a unit are not searched", "audit", "        kept = row_of[names] >= 0", "        kept = np.isin(np.arange(len(names)), ours)",
+          "test_audit_words.py::test_all_rows_of_a_unit_are_searched_and_the_unit_counts_once"),
+    Break("§4", "an attack is not counted in the level", "audit", "p[order] * np.arange(len(p), 0, -1)", "p[order] * np.maximum(np.arange(len(p), 0, -1) - 4, 1)",
+          "test_audit_words.py::test_the_level_of_all_attacks_together_counts_the_new_ones"),
+    Break("§4", "the verdict names a share that does not follow from the rows", "audit", "    seen = None if needed is None else _rate_seen(needed, base, train)\n",
+          "    seen = 0.01\n", "test_audit_words.py::test_the_smallest_share_that_is_seen_follows_from_the_rows_and_the_level"),
+    Break("§4", "a pass says nothing of what could not have been seen", "audit", "at level {self.level:g}. {self.unseen}\"", "at level {self.level:g}.\"",
+          "test_audit_words.py::test_the_verdict_says_what_could_not_have_been_seen"),
+    Break("§4", "honest audits of rows fail one time in four", "audit", "LEVEL = 0.01  #", "LEVEL = 0.05  #",
+          "test_privacy_audit.py::test_twenty_honest_audits_of_rows_pass_with_a_probability_of_four_in_five"),
+    Break("§4", "infinite numbers are audited", "audit", "frame[name].abs() > LARGEST", "frame[name].abs() > np.inf",
+          "test_audit_words.py::test_infinite_and_huge_numbers_are_refused_and_the_file_the_column_and_the_row_are_named"),
     Break(13, "the base model is not named", "certificate", '"base_model": base, ', "", "test_privacy_certificate.py::test_certificate_verifies_and_a_false_one_does_not"),
     Break(11, "the loss that is reported is of training rows", "finetune", '"held_out_loss": held_out_loss(model, splits.test,',
           '"held_out_loss": held_out_loss(model, splits.train,', "test_privacy_outputs.py::test_the_loss_that_is_reported_is_of_test_rows"),
