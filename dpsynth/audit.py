@@ -489,8 +489,9 @@ def _check_sizes(frames, kinds, places):
         for what, frame in frames.items():
             bad = np.flatnonzero(frame[name].abs() > LARGEST)
             if len(bad):
-                raise DataError(f"column {name}: {len(bad):,} of {len(frame):,} values in {places[what]} are infinite or beyond ±{LARGEST:g}, the first in "
-                                f"row {bad[0]} (from 0); leave such cells empty, or leave the column out with columns (--columns)")
+                raise DataError(f"column {name}: {len(bad):,} of {len(frame):,} values in {places[what]} are infinite or beyond "
+                                f"±{LARGEST:g}, the first in row {bad[0]} (from 0); leave such cells empty, or leave the column out with "
+                                "columns (--columns)")
 
 
 def _place(name, source):
@@ -768,7 +769,7 @@ def _telling(pool, name, salt):
 
 
 def own_values(pool):
-    """`Own` of values in columns where a value is mostly one row's own, and hardly ever that of two rows, such as a name or a number of an account."""
+    """`Own` of values in columns where a value is mostly one row's own and hardly ever that of two rows: names, or numbers of accounts."""
     salts = pd.util.hash_array(np.array(pool.others, dtype=object))
     found = [telling for name, salt in zip(pool.others, salts) if (telling := _telling(pool, name, salt))]
     none = np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.uint64)
@@ -838,7 +839,7 @@ class Evidence:
     plans: list
     scores: np.ndarray
     distance: np.ndarray
-    vectors: object
+    vectors: object  # makes them, when called
     look: dict
 
 
@@ -854,7 +855,7 @@ def text_evidence(pool, max_rows):
              *own_plans(pool, ours, looked)]
     copied = (real.lengths >= LOOK_WORDS) & np.isin(folded(real), folded(ours))
     look = {f"texts of at least {LOOK_WORDS} words": copied, f"rows with {looked.what} that no other row has": looked.found}
-    return Evidence("text", plans, scores, near.distance, _text_vectors(some[:CHECK_ROWS]), look)
+    return Evidence("text", plans, scores, near.distance, functools.partial(_text_vectors, some[:CHECK_ROWS]), look)
 
 
 def table_evidence(pool, max_rows):
@@ -865,7 +866,7 @@ def table_evidence(pool, max_rows):
     scores = table_membership(real, near.distance)
     plans = [*table_copies(pool), *nearest_plan(near, few.member), *membership_plan("nearest synthetic row", scores, few.member)]
     keys, hit = _copied_rows(pool, True)
-    return Evidence("table", plans, scores, near.distance, real, {"rows that occur once": hit & _once(keys)})
+    return Evidence("table", plans, scores, near.distance, lambda: real, {"rows that occur once": hit & _once(keys)})
 
 # %% ../nbs/12_audit.ipynb #684de5b9
 CAVEAT = "An audit refutes an epsilon, it never confirms one: these are the attacks that were tried, not all there are."
@@ -1043,7 +1044,7 @@ def audit_files(synthetic, train, holdout, *, text_column=None, columns=None, tr
     attacks = holm([plan(level=level / len(plans)) for plan in plans])
     delta = delta or default_delta(int(pool.member.sum()))
     bound = max(_bound(part, pool, delta, 1 - (1 - confidence) / len(parts)) for part in parts)
-    division = min((exchangeability(part.vectors, pool.member[:len(part.distance)]) for part in parts), key=lambda attack: attack.p_value)
+    division = min((exchangeability(part.vectors(), pool.member[:len(part.distance)]) for part in parts), key=lambda attack: attack.p_value)
     sizes = {"synthetic": len(pool.synthetic), "train": int(pool.member.sum()), "holdout": int((~pool.member).sum())}
     read_as = {"text": pool.text, "numbers": pool.numbers, "categories": pool.categories}
     return AuditReport(attacks=attacks, level=level, rows=sizes, columns=read_as, epsilon_bound=bound, delta=delta,
@@ -1105,7 +1106,7 @@ def audit_command(synthetic, train, holdout, *, json_path=None, unit_column=None
         mark = "FAIL" if attack in report.failed else "ok"
         print(f"{mark:4} {attack.name}: {attack.detail}; p {_p_text(attack.adjusted_p)}; finds {attack.sees}")
     remarks = [*(f"warning: {w}" for w in report.warnings), *(f"notice: {n}" for n in report.notices)]
-    print("\n".join([*remarks, report.summary, CAVEAT, report.footing]))
+    print("\n".join([*remarks, report.summary, *([] if report.passed else [report.unseen]), CAVEAT, report.footing]))
     if json_path:
         write_private(json_path, json.dumps(report.to_dict(), indent=1) + "\n")
     return report.passed
