@@ -17,7 +17,7 @@ SYLLABLES = "ba de fi go ku la me ni po ru sa te vi wo zy ka".split()
 
 def invented(rng):
     """A name and a number of seven digits, as in `Bafeku Lamizo, 4711471`."""
-    name = " ".join("".join(rng.choice(SYLLABLES, 4)).capitalize() for _ in range(2))
+    name = " ".join("".join(SYLLABLES[i] for i in rng.integers(len(SYLLABLES), size=4)).capitalize() for _ in range(2))
     return f"{name}, {rng.integers(1_000_000, 10_000_000)}"
 
 
@@ -26,7 +26,7 @@ def signed(texts, who):
 
 
 def each_fifth_replaced(text, rng, vocabulary):
-    return " ".join(rng.choice(vocabulary) if i % 5 == 4 else word for i, word in enumerate(text.split()))
+    return " ".join(vocabulary[rng.integers(len(vocabulary))] if i % 5 == 4 else word for i, word in enumerate(text.split()))
 
 
 @pytest.fixture(scope="module")
