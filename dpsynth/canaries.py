@@ -7,15 +7,12 @@ __all__ = ['MIN_VOCABULARY', 'make_canaries', 'CanaryCoins', 'canary_records', '
 
 # %% ../nbs/05a_canaries.ipynb #49c5525d
 import dataclasses
-import os
-import pathlib
 
 import numpy as np
 import pandas as pd
 
 from .data import Records, other_texts
 from .demo import reviews
-from .privacy import write_private
 from .settings import DataError, PrivacyError
 
 # %% ../nbs/05a_canaries.ipynb #e1796334
@@ -72,40 +69,31 @@ class CanaryCoins:
         return f"CanaryCoins({len(self)} hidden)"
 
     @classmethod
-    def flip(cls, count, folder, randomness=None):
-        """The coins in the private folder, thrown on first use: file `canary_coins` (mode 0600) in `folder` (mode 0700).
+    def flip(cls, count, folder, randomness):
+        """The coins of a run in its private folder, thrown on first use: file `canary_coins`, sealed.
 
         Args:
-            randomness: the run's `Randomness`; None: operating-system entropy.
+            randomness: the run's `Randomness`, which decides them.
 
         Raises:
-            PrivacyError: the folder holds coins for another number of canaries.
+            PrivacyError: the folder holds damaged coins, or those of another run or number of canaries.
         """
         if not count:
             return cls(np.zeros(0, bool))
-        path = pathlib.Path(folder) / "canary_coins"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.parent.chmod(0o700)
-            write_private(path, "".join("01"[bit] for bit in _coins(count, randomness)))
-        return cls.read(count, folder)
+        state = randomness.state(folder)
+        if not state.has("canary_coins"):
+            words = randomness.integers("canaries", 0, count)
+            state.write("canary_coins", "".join("01"[int(word) & 1] for word in words))
+        return cls.read(count, state)
 
     @classmethod
-    def read(cls, count, folder):
-        """The coins that a run was made with. Raises PrivacyError if the folder holds none, or those of another number of canaries."""
-        path = pathlib.Path(folder) / "canary_coins"
-        if not path.exists():
-            raise PrivacyError(f"{path}: no coins; which canaries took part cannot be known without them")
-        stored = path.read_text(encoding="ascii")
+    def read(cls, count, state):
+        """The coins that a run was made with, from its `State`. Raises PrivacyError, as `flip`, and where there are none."""
+        stored = state.read("canary_coins").decode("ascii")
         if len(stored) != count or set(stored) - {"0", "1"}:
-            raise PrivacyError(f"{path}: not the coins of {count} canaries; use the number of canaries the run was started with")
+            raise PrivacyError(f"{state.folder / 'canary_coins'}: not the coins of {count} canaries; use the number of "
+                               "canaries the run was started with")
         return cls(np.array([bit == "1" for bit in stored]))
-
-
-def _coins(count, randomness):
-    """`count` fair bits."""
-    words = np.frombuffer(os.urandom(count), np.uint8) if randomness is None else randomness.integers("canaries", 0, count)
-    return [int(word) & 1 for word in words]
 
 # %% ../nbs/05a_canaries.ipynb #52c1b83d
 def canary_records(settings, records):
@@ -114,7 +102,8 @@ def canary_records(settings, records):
         return records.take([])
     texts = make_canaries(settings.canaries, _public_texts(settings), seed=settings.seed)
     labels = np.random.default_rng([settings.seed, 8]).integers(len(records.label_names), size=len(texts))
-    columns = {"text": texts, "label": labels, "unit": [f"canary {i}" for i in range(len(texts))]}
+    names = [f"canary {i}" for i in range(len(texts))]  # no row has a canonical form with a blank
+    columns = {"text": texts, "label": labels, "unit": names, "unit_name": names, "id": names}
     frame = pd.DataFrame({name: columns[name] for name in records.frame.columns})
     return dataclasses.replace(records, frame=frame, name="canaries", source={"kind": "canaries"})
 

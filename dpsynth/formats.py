@@ -50,6 +50,4 @@ class TextFormat:
             return Rejected("empty")
         if "\ufffd" in text:
             return Rejected("undecodable")
-        if any(token in text for token in CONTROL_TOKENS):
-            return Rejected("control")
         return text

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LLAMA3_RULE', 'FAMILIES', 'NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFINED', 'UNUSED', 'BYTE', 'SPARE', 'BLANK',
            'GPT2_SPLIT', 'LLAMA3_SPLIT', 'SPLITS', 'LEAST', 'ENGLISH', 'FACTS', 'HOW_TO_INSTALL', 'FORMAT', 'BUNDLES',
-           'gguf_package', 'Gguf', 'sha256_of', 'by_heads', 'halves_apart', 'Family', 'family_of', 'assign_weights',
-           'Vocabulary', 'read_vocabulary', 'sentencepiece_model', 'register_tokenizer', 'make_tokenizer',
-           'merge_ranks', 'on_the_way', 'keep_pieces', 'public_texts', 'used_pieces', 'pack_pieces', 'english_pieces',
-           'whole_folder', 'describe_vocabulary', 'card_text', 'build_model', 'choose_pieces', 'import_gguf',
-           'write_preset', 'Bundle', 'assemble', 'cache_folder', 'only_one', 'packaged', 'packaged_preset',
-           'provenance']
+           'STATED', 'gguf_package', 'Gguf', 'sha256_of', 'by_heads', 'halves_apart', 'Family', 'family_of',
+           'assign_weights', 'Vocabulary', 'read_vocabulary', 'sentencepiece_model', 'register_tokenizer',
+           'make_tokenizer', 'merge_ranks', 'on_the_way', 'keep_pieces', 'public_texts', 'used_pieces', 'pack_pieces',
+           'english_pieces', 'whole_folder', 'kept_of', 'describe_vocabulary', 'card_text', 'build_model',
+           'choose_pieces', 'import_gguf', 'write_preset', 'Bundle', 'assemble', 'cache_folder', 'only_one', 'packaged',
+           'packaged_preset', 'fewer_pieces', 'provenance', 'describe_import', 'goes_together', 'is_a_choice']
 
 # %% ../nbs/06a_imports.ipynb #8e5f20e5
 import contextlib
@@ -648,9 +648,26 @@ def whole_folder(folder):
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def describe_vocabulary(full, kept, chosen):
-    """What is said of the pieces that were kept."""
-    return f"{len(kept):,} of {full:,} pieces, {chosen}" if len(kept) < full else f"all {full:,} pieces"
+def kept_of(full, kept, chosen="", texts=()):
+    """What is stated of the pieces that were kept, a dict: the name of a `list`, or names of public `texts`,
+    or neither where all were."""
+    some = len(kept) < full
+    return {
+        "kept": len(kept),
+        "of": full,
+        "list": chosen if some else "",
+        "texts": list(texts) if some else [],
+    }
+
+
+def describe_vocabulary(stated):
+    """What is said of the pieces that were kept, of `kept_of`."""
+    if stated["kept"] == stated["of"]:
+        return f"all {stated['of']:,} pieces"
+    chosen = f"chosen from public texts: {', '.join(stated['texts'])}"
+    if stated["list"]:
+        chosen = f"dpsynth's list `{stated['list']}`, chosen from public novels and encyclopedia articles"
+    return f"{stated['kept']:,} of {stated['of']:,} pieces, {chosen}"
 
 
 def card_text(facts):
@@ -666,7 +683,7 @@ def card_text(facts):
             "",
             f"**Licence**: {facts['licence']}",
             "",
-            f"**Vocabulary**: {facts['vocabulary']}",
+            f"**Vocabulary**: {describe_vocabulary(facts['vocabulary'])}",
             "",
             "**Differential privacy**: none is known of its pre-training.",
             "",
@@ -674,16 +691,21 @@ def card_text(facts):
     )
 
 
+def _line(text, most=120):
+    """A text without signs that would end a line."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())[:most]
+
+
 def _facts(file, digest, licence, vocabulary):
     kinds = sorted({tensor.tensor_type.name for tensor in file.tensors.values()})
-    stated = " ".join(str(file.get("general.license") or "").split())
+    stated = _line(file.get("general.license") or "")
     return {
-        "name": " ".join(str(file.get("general.name") or file.path.stem).split())[:120],
-        "source": file.path.name,
+        "name": _line(file.get("general.name") or file.path.stem),
+        "source": _line(file.path.name),
         "sha256": digest,
         "architecture": file.architecture,
         "stored_as": ", ".join(kinds),
-        "licence": licence or stated[:120] or "not stated in the file",
+        "licence": licence or stated or "not stated in the file",
         "vocabulary": vocabulary,
     }
 
@@ -706,20 +728,16 @@ def build_model(file, vocabulary, kept, word, progress=False):
 
 
 def choose_pieces(file, vocabulary, word, chosen, public):
-    """(sorted ids of the pieces to keep, how they were chosen).
+    """(sorted ids of the pieces to keep, what is stated of them).
 
     `chosen`: `full` or `english`; `public`: files of texts, or none.
     """
+    names, full = [_line(pathlib.Path(path).name) for path in public], len(vocabulary)
     if public:
-        used = used_pieces(public_texts(public), make_tokenizer(vocabulary, word))
-        return keep_pieces(vocabulary, used), "chosen from public texts: " + ", ".join(
-            pathlib.Path(path).name for path in public
-        )
-    if chosen == "english":
-        return english_pieces(
-            vocabulary
-        ), "dpsynth's list `english`, chosen from public novels and encyclopedia articles"
-    return np.arange(len(vocabulary)), ""
+        kept = keep_pieces(vocabulary, used_pieces(public_texts(public), make_tokenizer(vocabulary, word)))
+        return kept, kept_of(full, kept, texts=names)
+    kept = english_pieces(vocabulary) if chosen == "english" else np.arange(full)
+    return kept, kept_of(full, kept, chosen)
 
 
 def import_gguf(
@@ -745,8 +763,8 @@ def import_gguf(
     file = Gguf(path)
     pieces = read_vocabulary(file)
     word = family_of(file).classes[pieces.kind]
-    kept, how = choose_pieces(file, pieces, word, vocabulary, public)
-    facts = _facts(file, digest, licence, describe_vocabulary(len(pieces), kept, how))
+    kept, stated = choose_pieces(file, pieces, word, vocabulary, public)
+    facts = _facts(file, digest, licence, stated)
     with whole_folder(folder) as scratch:
         write_preset(build_model(file, pieces, kept, word, progress), scratch, facts, extra)
     return facts
@@ -778,7 +796,7 @@ def write_preset(causal_lm, folder, facts, extra=()):
 
 # %% ../nbs/06a_imports.ipynb #943dfb15
 HOW_TO_INSTALL = "pip install 'dpsynth[gemma]'"
-FORMAT = 1  # of the presets in the cache; another number makes them anew
+FORMAT = 2  # of the presets in the cache; another number makes them anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -891,13 +909,65 @@ def _make_preset(name, bundle, vocabulary, target):
         )
 
 
+def fewer_pieces(settings, full):
+    """Lines that say what `vocabulary: english` would spare, where a model has such a list and keeps all its
+    `full` pieces."""
+    if settings.model not in BUNDLES or settings.vocabulary != "full":
+        return []
+    with np.load(ENGLISH) as packed:
+        kept = len(packed["gaps"])
+    first = "" if packaged(settings.model) else f" (first {HOW_TO_INSTALL})"
+    return [
+        f"for English rows `vocabulary: english` keeps {kept:,} of {full:,} pieces: {1 - kept / full:.0%} fewer "
+        f"scores to compute and to hold for each token{first}"
+    ]
+
+
+STATED = ("source", "sha256", "licence", "vocabulary")
+
+
 def provenance(name):
-    """What the certificate says of an imported model, a folder or a package; an empty text where it is
-    none."""
+    """What the certificate states of an imported model, a folder or a package: a dict of `STATED`; None where
+    it is no such model.
+
+    Raises:
+        ModelError: the folder's `import.json` is damaged.
+    """
     path = pathlib.Path(packaged_preset(name) or name) / FACTS
-    if not path.is_file():
-        return ""
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    return "imported from {source} (SHA-256 {sha256}); licence: {licence}; vocabulary: {vocabulary}".format(
-        **facts
+    if name == "tiny" or not path.is_file():
+        return None
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return {key: facts[key] for key in STATED}
+    except (ValueError, KeyError, TypeError):
+        raise ModelError(f"{path}: damaged, or of an earlier version; import the model again") from None
+
+
+def describe_import(stated):
+    """The sentence on `provenance`."""
+    if stated is None:
+        return "not by dpsynth"
+    vocabulary = describe_vocabulary(stated["vocabulary"])
+    return (
+        f"from {stated['source']} (SHA-256 {stated['sha256']}); licence: {stated['licence']}; "
+        f"vocabulary: {vocabulary}"
     )
+
+
+def goes_together(name, stated):
+    """Whether `provenance` may be that of a model whose training dpsynth knows by this `name`: none, or that of
+    its `Bundle`."""
+    base, _, chosen = name.partition(":")
+    bundle = BUNDLES.get(base) if chosen in ("", "english") else None
+    if stated is None or bundle is None:
+        return stated is None and not (bundle and chosen)
+    known = (bundle.file, bundle.sha256, bundle.licence, chosen, [])
+    vocabulary = stated["vocabulary"]
+    return known == (*(stated[key] for key in STATED[:3]), vocabulary["list"], vocabulary["texts"])
+
+
+def is_a_choice(vocabulary):
+    """Whether what is stated of pieces is possible: of all that there are, or of fewer by one way of
+    choosing."""
+    ways = bool(vocabulary["list"]) + bool(vocabulary["texts"])
+    return vocabulary["kept"] <= vocabulary["of"] and ways == (vocabulary["kept"] < vocabulary["of"])

@@ -9,11 +9,12 @@ __all__ = ['DRAW_BLOCK', 'OF_SLOTS', 'STEPS', 'ROUNDS', 'BLOCK', 'SPARE_BLOCK', 
            'merged_weights', 'adapters_off', 'product', 'evaluate', 'reorder_products', 'Slots', 'Block', 'refill',
            'record', 'token_key', 'decode_step', 'cut_cache', 'paste_cache', 'build_look', 'shrink', 'among_devices',
            'empty_slots', 'boundaries', 'Sample', 'Decoder', 'progress_bar', 'sample_stream', 'to_row', 'whole_lines',
-           'cut', 'append_lines', 'replace_file', 'Files', 'files_in', 'save_state', 'weights_hash', 'open_state',
-           'resume', 'block_record', 'decode_block', 'count_rows', 'sample_blocks', 'finish', 'summary', 'sample_rows',
-           'sample_to_file']
+           'read_blocks', 'block_hash', 'cut', 'append_lines', 'replace_file', 'Files', 'files_in', 'save_state',
+           'read_state', 'weights_hash', 'open_state', 'resume', 'block_record', 'decode_block', 'count_rows',
+           'sample_blocks', 'finish', 'summary', 'sample_rows', 'sample_to_file']
 
 # %% ../nbs/08_sampling.ipynb #2010983d
+import bisect
 import contextlib
 import dataclasses
 import functools
@@ -29,10 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
-from tqdm import tqdm
 
-from .formats import CONTROL_TOKENS, Rejected
-from .models import adapted_layers, everywhere, spread
+from .formats import Rejected
+from .manifest import SAMPLED, add_to_manifest, check_listed, entry, manifest_of, read_sealed, seal
+from .models import adapted_layers, control_ids, everywhere, spread
+from .progress import Progress
 from .settings import DataError, ModelError, SettingsError, result_settings
 
 # %% ../nbs/08_sampling.ipynb #abe72471
@@ -108,8 +110,7 @@ def sample_nucleus(key, weights, top_p):
 def samplable(model, size):
     """Mask [size] of the token ids that may be sampled: no control tokens and nothing beyond the vocabulary, except stop tokens."""
     mask = np.arange(size) < model.vocabulary_size
-    known = set(model.tokenizer.get_vocabulary()) if hasattr(model.tokenizer, "get_vocabulary") else ()
-    mask[[model.tokenizer.token_to_id(piece) for piece in CONTROL_TOKENS if piece in known] + [model.start_id]] = False
+    mask[[*control_ids(model.tokenizer).values(), model.start_id]] = False
     mask[model.pad_id] &= model.decode([model.pad_id]) != ""
     mask[list(model.stop_ids)] = True
     return mask
@@ -437,8 +438,8 @@ class Decoder:
 
 
 def progress_bar(total, done, show):
-    """A bar of rows, with the time left."""
-    return tqdm(total=total, initial=done, unit="row", disable=not show, mininterval=1.0)
+    """A bar of rows, with the time left. No private row is read while rows are made, so each may be told."""
+    return Progress("sample", total, done, unit="rows", grain=1, tick=2.0, show=show)
 
 # %% ../nbs/08_sampling.ipynb #5d47a2c5
 def sample_stream(model, prompts, assignment, *, seed, max_length, batch_size, temperature=1.0, top_p=1.0, top_k=0,
@@ -476,14 +477,39 @@ def to_row(sample, fmt):
 
 # %% ../nbs/08_sampling.ipynb #208b11ad
 def whole_lines(path):
-    """(index, end offset) of each line of a JSONL file, up to the first that was not written whole."""
+    """(index, end offset) of each line of a JSONL file, up to the first that is damaged or was not written whole."""
     lines, end = [], 0
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-        if not line.endswith(b"}\n"):
+        index = _index(line)
+        if index is None:
             break
         end += len(line)
-        lines.append((json.loads(line)["index"], end))
+        lines.append((index, end))
     return lines
+
+
+def _index(line):
+    """The index of a row, from its line; None where that is no whole row."""
+    try:
+        row = json.loads(line) if line.endswith(b"}\n") else None
+    except ValueError:
+        return None
+    index = row.get("index") if isinstance(row, dict) else None
+    return index if type(index) is int and index >= 0 else None
+
+
+def read_blocks(path, edges):
+    """The lines of a JSONL file, as bytes, in each of the blocks that begin at `edges`."""
+    content, begin, found = path.read_bytes() if path.exists() else b"", 0, [[] for _ in edges]
+    for index, end in whole_lines(path):
+        found[bisect.bisect_right(edges, index) - 1].append(content[begin:end])
+        begin = end
+    return list(map(b"".join, found))
+
+
+def block_hash(parts):
+    """SHA-256 of the lines of a block, one bytes for each file."""
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def cut(path, lines, index):
@@ -493,11 +519,13 @@ def cut(path, lines, index):
 
 
 def append_lines(path, rows):
-    """Append rows to a JSONL file and wait until they are on disk."""
+    """Append rows to a JSONL file and wait until they are on disk; returns the bytes."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     with path.open("ab") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        file.write(lines)
         file.flush()
         os.fsync(file.fileno())
+    return lines
 
 
 def replace_file(path, write):
@@ -526,10 +554,16 @@ def files_in(folder):
 
 def save_state(files, state):
     """Replace the state file."""
-    replace_file(files.state, lambda path: path.write_text(json.dumps(state, indent=1), encoding="utf-8"))
+    replace_file(files.state, lambda path: path.write_text(json.dumps(seal(state), indent=1), encoding="utf-8"))
+
+
+def read_state(files):
+    """What the state file holds. Raises DataError where it is damaged."""
+    also = f" and {files.rows}" if files.rows.exists() else ""
+    return read_sealed(files.state, f"restore it, or remove it{also} and sample again, which gives the same rows")
 
 # %% ../nbs/08_sampling.ipynb #6e4652b9
-DECIDING = ("model", "dtype", "sequence_length", "prompt", "label_column", "label_names", "label_prior", "seed", "num_samples",
+DECIDING = ("model", "vocabulary", "dtype", "sequence_length", "prompt", "label_column", "label_names", "label_prior", "seed", "num_samples",
             "temperature", "top_p", "top_k", "repetition_penalty")
 
 
@@ -553,7 +587,7 @@ def open_state(files, settings, model):
         if files.rows.exists():
             raise DataError(f"{files.rows}: exists, but {files.state.name} does not, so it cannot be checked; move it away to sample again")
         return fresh
-    state = json.loads(files.state.read_text(encoding="utf-8"))
+    state = read_state(files)
     for name, value in deciding.items():
         if state["settings"].get(name) != value:
             raise DataError(f"{files.state}: begun with {name} {state['settings'].get(name)!r}, not {value!r}; "
@@ -564,21 +598,21 @@ def open_state(files, settings, model):
 
 
 def resume(files, state, edges):
-    """Cut state and files back to the last complete block."""
-    lines = [whole_lines(path) for path in files.parts]
-    known = sorted(i for part in lines for i, _ in part)
-    complete = [k for k, edge in enumerate(edges[:len(state["blocks"]) + 1]) if known[:edge] == list(range(edge))]
-    state["blocks"] = state["blocks"][:complete[-1]]
-    for path, part in zip(files.parts, lines):
-        cut(path, part, edges[complete[-1]])
+    """Cut state and files back to the last block before which all are as they were written."""
+    parts = zip(*(read_blocks(path, edges) for path in files.parts))
+    whole = [block_hash(part) == block["sha256"] for part, block in zip(parts, state["blocks"])]
+    kept = [*whole, False].index(False)
+    state["blocks"] = state["blocks"][:kept]
+    for path in files.parts:
+        cut(path, whole_lines(path), edges[kept])
 
 # %% ../nbs/08_sampling.ipynb #15597b6e
-def block_record(samples, rows, most, seconds):
-    """What the state remembers of a block, of whose rows the first `most` are wanted."""
+def block_record(samples, rows, most, digest, seconds):
+    """What the state remembers of a block, of whose rows the first `most` are wanted; `digest` is its `block_hash`."""
     reasons = [row["reason"] for row in rows if "reason" in row]
     kept = [sample for sample, row in zip(samples, rows) if "text" in row][:most]
     return {"rows": len(kept), "tokens": sum(s.tokens for s in samples), "unfinished": sum(not s.finished for s in kept),
-            "rejected": {reason: reasons.count(reason) for reason in sorted(set(reasons))}, "seconds": seconds}
+            "rejected": {reason: reasons.count(reason) for reason in sorted(set(reasons))}, "sha256": digest, "seconds": seconds}
 
 
 def decode_block(decoder, fmt, first, assignment, bar):
@@ -587,7 +621,7 @@ def decode_block(decoder, fmt, first, assignment, bar):
     for sample in decoder.block(first, assignment):
         pairs.append((sample, to_row(sample, fmt)))
         tokens, rejected = tokens + sample.tokens, rejected + ("reason" in pairs[-1][1])
-        bar.set_postfix_str(f"{tokens / (time.perf_counter() - started):.0f} tokens/s, {rejected} rejected in this block", refresh=False)
+        bar.note = f"{tokens / (time.perf_counter() - started):.0f} tokens/s, {rejected} rejected in this block"
         bar.update("text" in pairs[-1][1])
     return zip(*sorted(pairs, key=lambda pair: pair[0].index))
 
@@ -605,19 +639,22 @@ def sample_blocks(decoder, fmt, num_samples, assignment, files, state, bar):
             break
         started = time.perf_counter()
         samples, lines = decode_block(decoder, fmt, first, assignment[first:last], bar)
-        for path, key in zip(files.parts, ("text", "reason")):
-            append_lines(path, [line for line in lines if key in line])
-        state["blocks"].append(block_record(samples, lines, num_samples - count_rows(state), time.perf_counter() - started))
+        digest = block_hash([append_lines(path, [line for line in lines if key in line]) for path, key in zip(files.parts, ("text", "reason"))])
+        state["blocks"].append(block_record(samples, lines, num_samples - count_rows(state), digest, time.perf_counter() - started))
         save_state(files, state)
 
 
-def finish(files, state, num_samples):
-    """Cut the rows to `num_samples`, write the Parquet file and give the files their names; the rows last."""
+def finish(files, state, settings, statement):
+    """Cut the rows to `num_samples`, write the Parquet file and the manifest, and give the files their names; the rows last."""
     rows, rejected = files.parts
-    os.truncate(rows, whole_lines(rows)[num_samples - 1][1])
+    os.truncate(rows, whole_lines(rows)[settings.num_samples - 1][1])
     frame = pd.DataFrame([json.loads(line) for line in rows.read_bytes().splitlines()])
     replace_file(files.rows.with_suffix(".parquet"), lambda path: frame.to_parquet(path, index=False))
     save_state(files, {**state, "blocks": [{k: v for k, v in block.items() if k != "seconds"} for block in state["blocks"]]})
+    parquet = files.rows.with_suffix(".parquet")
+    written = {files.rows: entry(rows, rows=settings.num_samples, seed=settings.seed), **{path: entry(path) for path in (files.state, parquet)},
+               files.rejected: entry(rejected)}
+    add_to_manifest(manifest_of(files.rows), statement, {path.name: told for path, told in written.items()})
     os.replace(rows, files.rows)
     os.replace(rejected, files.rejected)
 
@@ -651,17 +688,18 @@ def sample_rows(model, settings, fmt, files, state, progress):
                         f"{summary(state)['rejected']}; train longer, or change temperature or top_p")
 
 
-def sample_to_file(model, settings, fmt, folder, progress=True):
+def sample_to_file(model, settings, fmt, folder, progress=True, statement=None):
     """Make `settings.num_samples` rows: folder/synthetic.jsonl and .parquet, rejections in rejected.jsonl.
 
     Rows are {index, label, text} in the order of indices; without a label column there is no label. While it runs, the files end
-    in `.part`; a killed run continues, and ends with the same bytes. A complete folder is left as it is.
+    in `.part`; a killed run continues, and ends with the same bytes. A complete folder is compared with its `manifest.json` and left as it is; the
+    manifest says that the rows belong to `statement`, the one of a release (`dpsynth.manifest`).
 
     Returns: dict(rows, rejected {reason: n}, seconds, tokens, tokens_per_second, unfinished: share of rows cut at the length limit);
         `seconds` is 0 if nothing was left to do.
 
     Raises:
-        DataError: if the folder was begun with other settings or weights, or if too few samples make rows.
+        DataError: if the folder was begun with other settings or weights, if a file in it is damaged or shortened, or if too few samples make rows.
         SettingsError: if a prompt leaves no room for a text.
     """
     files = files_in(folder)
@@ -669,7 +707,8 @@ def sample_to_file(model, settings, fmt, folder, progress=True):
     state = open_state(files, settings, model)
     if not files.rows.exists():
         sample_rows(model, settings, fmt, files, state, progress)
-        finish(files, state, settings.num_samples)
+        finish(files, state, settings, statement)
     elif files.parts[1].exists():
         os.replace(files.parts[1], files.rejected)
+    check_listed([files.rows.with_name(name) for name in SAMPLED], statement)
     return summary(state)

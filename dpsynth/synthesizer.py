@@ -6,6 +6,9 @@
 __all__ = ['Synthesizer']
 
 # %% ../nbs/13c_synthesizer.ipynb #2871e993
+import contextlib
+import errno
+import os
 import pathlib
 import re
 import tempfile
@@ -13,15 +16,18 @@ import warnings
 from numbers import Integral
 
 from .certificate import read_certificate
-from .data import from_frame, load
+from .data import Records, as_frame, as_lines, from_frame, left_out, load, refuse_left_out
 from .evaluation import evaluate
 from .finetune import finetune_run, with_prior
 from .formats import TextFormat
-from .pipeline import guarantee, load_generator, load_stage, survey
+from .manifest import statement_of
+from .models import check_environment
+from .pipeline import announce, guarantee, load_generator, load_stage, survey, warn_of_untold
 from .privacy import write_private
-from .runs import locked, read_settings, record, timed
+from .runs import locked, read_json, read_settings, record, timed
 from .sampling import sample_to_file
-from .settings import EXPERIMENT, DataError, SettingsError, make_settings, resolve
+from .settings import EXPERIMENT, UNDECIDED, DataError, SettingsError, make_settings, resolve
+from .usefulness import utility_verdict
 
 import pandas as pd
 
@@ -40,14 +46,15 @@ class Synthesizer:
     """
 
     def __init__(self, folder=None, **settings):
+        check_environment()
         prompt = "[{label}]:" if settings.get("label_column", "label") else "[text]:"
         name = pathlib.Path(folder).resolve().name if folder else ""
         name = name if re.fullmatch(EXPERIMENT, name) else "synthesizer"
         self.settings = resolve(make_settings({"experiment": name, "prompt": prompt, **settings}))
-        self._chooses_batch = "batch_size" not in settings
+        self._chooses_batch, self._decided = "batch_size" not in settings, "epsilon" in settings
         self._check()
         self.folder = pathlib.Path(folder or pathlib.Path(tempfile.mkdtemp(prefix="dpsynth-")) / self.settings.experiment)
-        self._model = self._splits = None
+        self._model = self._splits = self._verdict = None
 
     def __repr__(self):
         state = "fitted" if self._model is not None else "not fitted"
@@ -60,26 +67,41 @@ class Synthesizer:
         synthesizer._model = load_generator(synthesizer.settings, folder)
         return synthesizer
 
-    def fit(self, data, progress=True):
-        """Fine-tune on a DataFrame, a file or a named dataset (see `dpsynth.data.load`); returns self.
+    def fit(self, data, name=None, progress=True):
+        """Fine-tune on a table, a file or a named dataset (see `dpsynth.data.load`); returns self.
+
+        A table is a DataFrame, a list of dicts, a dict of lists, an Arrow table, a Polars frame or a `datasets.Dataset`.
 
         The ε of the run is charged to the owner's ledger (setting `ledger`) before the first batch is drawn, and stays charged if
-        the run is stopped. Fitting again in the same folder resumes or reuses the run, and is not charged again.
+        the run is stopped. Fitting again in the same folder resumes or reuses the run, and is not charged again. What is about to be
+        charged is said on stderr; what is left of a cap, and that these rows have spent more than the certificate composes, on a terminal only.
+
+        Args:
+            name: what the rows are called in the ledger, which adds up what is released under one name, and nowhere follows from the rows;
+                a file or named dataset has one, rows in memory need it, the same one whenever these rows are fitted.
 
         Raises:
             BudgetError: the run would cross a cap of the ledger. DataError: the rows are not what the settings say. PrivacyError: the
             folder belongs to a run with other rows or settings. SettingsError: the settings do not fit the rows, or another process is
             at this run.
         """
+        data = data if isinstance(data, (str, os.PathLike)) else as_frame(data)
+        if not self._decided and str(data) != "demo":
+            raise SettingsError(UNDECIDED)
+        self.settings = self._with(data_name=self._data_name(data, name))
         splits = self._read(data)
+        if line := left_out(splits.train):
+            warnings.warn(line)
         settings = self._with(data=self._place(data), batch_size=self._batch_size(splits.train.public_units))
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder):
             if not (self.folder / "private" / "identity.json").exists():  # no run has begun here
                 self._prepare(settings, splits, data)
+            announce(settings, splits.train, self.folder)
             with timed(self.folder, "fit"):
                 model, figures = finetune_run(settings, splits, self.folder, progress)
             record(self.folder, **figures, **guarantee(self.folder))
+        warn_of_untold(settings, self.folder)
         self.settings, self._splits, self._model = settings, splits, model
         return self
 
@@ -87,7 +109,8 @@ class Synthesizer:
         """`num_rows` synthetic rows as a DataFrame. Costs no privacy.
 
         Columns are called as in the training table: the text first (setting `text_column`), then, if there are labels, the names of
-        the labels (setting `label_column`). In the files under `release/` they are always `text` and `label`.
+        the labels (setting `label_column`). In the files under `release/` they are always `text` and `label`. Where nothing can be written there, as on a
+        read-only disk, the rows are returned all the same, and kept nowhere.
 
         The seed decides (default: the setting `seed`): the same number of rows with the same seed gives the same rows again. Give
         another seed for other rows.
@@ -97,7 +120,7 @@ class Synthesizer:
 
         Raises:
             SettingsError: not fitted, no whole number of rows, no such label, or another process is at the same rows. DataError: too
-                few samples make rows.
+                few samples make rows, or a released file is damaged.
 
         Warns where many rows are cut at `sequence_length`.
         """
@@ -106,44 +129,71 @@ class Synthesizer:
             raise SettingsError(f"sample: {num_rows!r} rows were asked for; give a whole number, at least 1")
         settings = with_prior(self._with(seed=seed), self.folder).model_copy(update={"num_samples": int(num_rows), **self._only(label)})
         name = f"sample-{seed}-{num_rows}" + ("" if label is None else f"-label{settings.labels.index(label)}")
-        folder = self.folder / "release" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            cut = sample_to_file(model, settings, TextFormat(settings.prompt, settings.labels), folder, progress)["unfinished"]
+        with self._place_of_rows(name) as folder:
+            fmt, belongs_to = TextFormat(settings.prompt, settings.labels), statement_of(self.folder / "release")
+            cut = sample_to_file(model, settings, fmt, folder, progress, statement=belongs_to)["unfinished"]
+            made = pd.read_parquet(folder / "synthetic.parquet")
         if cut >= 0.05:
             warnings.warn(f"sample: {cut:.0%} of the rows had not ended at sequence_length, {settings.sequence_length} tokens, and are cut there")
-        made, names = pd.read_parquet(folder / "synthetic.parquet"), self._columns()
+        names = self._columns()
         return made[[name for name in names if name in made]].rename(columns=names)
 
     def evaluate(self, rows, reference=None):
         """Metrics of synthetic rows against real ones, a dict. Not covered by ε: see the certificate.
 
         Args:
-            rows: DataFrame with the columns of the training table, as `sample` gives it; or with `text` and `label`, as the files
+            rows: table with the columns of the training table, as `sample` gives it; or with `text` and `label`, as the files
                 under `release/` have it.
-            reference: DataFrame with the columns of the training table, or `Records`, of real rows that were not trained on; by default
+            reference: table with the columns of the training table, or `Records`, of real rows that were not trained on; by default
                 the rows that `fit` held out.
 
         Raises:
             SettingsError: not fitted, or no reference where a run was reopened. DataError: a column is missing, a row is not what the
                 settings say, or there are fewer than 2 rows on a side.
+
+        Warns of all that makes the numbers doubtful, for example where a classifier learns nothing about the label from the rows.
         """
         self._fitted()
+        rows = as_frame(rows, "rows")
         released = "text" in rows and self.settings.text_column not in rows
         rows = self._records(rows.rename(columns=self._columns()) if released else rows, "rows", test_size=0)
         reference, labels = self._reference(reference), [rows.label_names[label] for label in rows.labels]
         count = min(self.settings.num_mauve_samples, len(rows), len(reference))
         settings = self._with(num_samples=max(len(rows), 2), num_mauve_samples=max(count, 2))
-        return evaluate(rows.texts, labels, reference, settings, self.folder / "private" / "embeddings")
+        numbers = evaluate(rows.texts, labels, reference, settings, self.folder / "private" / "embeddings")
+        self._verdict = numbers["utility_verdict"]
+        for line in numbers["warnings"]:
+            warnings.warn(f"evaluate: {line}", stacklevel=2)
+        return numbers
 
     @property
     def certificate(self):
-        """The `Certificate`, which shows itself as a card. Raises SettingsError for a run without differential privacy."""
+        """The `Certificate`, which shows itself as a card. Raises SettingsError for a run without differential privacy.
+
+        Warns where the last evaluation found that a classifier learns nothing from the rows: a certificate speaks of privacy, not of use.
+        """
         self._fitted()
         path = self.folder / "release" / "certificate.json"
         if not path.exists():
             raise SettingsError("this run is not private (epsilon: inf), so there is no certificate")
+        verdict = self._verdict or utility_verdict(read_json(self.folder / "metrics.json"))
+        if verdict:
+            warnings.warn(f"beside this certificate: {verdict}", stacklevel=2)
         return read_certificate(path)
+
+    @contextlib.contextmanager
+    def _place_of_rows(self, name):
+        """The folder that sampled rows go to, held for the length of the block; one that is gone after it where none can be made."""
+        folder = self.folder / "release" / name
+        with contextlib.ExitStack() as held:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(folder))
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
+                folder = pathlib.Path(held.enter_context(tempfile.TemporaryDirectory(prefix="dpsynth-")))
+            yield folder
 
     def _check(self):
         if self.settings.generator != "finetune":
@@ -156,7 +206,9 @@ class Synthesizer:
         """`Splits` of the rows."""
         try:
             table = isinstance(data, pd.DataFrame)
-            return from_frame(data, self.settings, name=self._table_name()) if table else load(self._with(data=str(data)))
+            splits = from_frame(data, self.settings, name=self.settings.data_name) if table else load(self._with(data=str(data)))
+            refuse_left_out(splits.train, self.settings)
+            return splits
         except DataError as error:
             if "not one of " not in str(error):
                 raise
@@ -165,11 +217,15 @@ class Synthesizer:
 
     def _place(self, data):
         """Where the rows can be read again: the value of the setting `data`."""
-        return str((self.folder / "private" / self._table_name()).resolve() if isinstance(data, pd.DataFrame) else data)
+        return str((self.folder / "private" / "rows.jsonl").resolve() if isinstance(data, pd.DataFrame) else data)
 
-    def _table_name(self):
-        """What a table without a file is called, in the ledger too: after the run folder, and as it is called when read again."""
-        return f"{self.folder.resolve().name}.jsonl"
+    def _data_name(self, data, name):
+        """What rows are called in the ledger: the value of the setting `data_name`. Raises SettingsError where rows in memory have no name."""
+        name = self.settings.data_name if name is None else name
+        if not name and not isinstance(data, (str, os.PathLike)):
+            raise SettingsError('fit: rows in memory need a name, as in fit(data, name="patients"); the ledger adds up what is released under '
+                                "one name, so give these rows the same one whenever you fit them")
+        return name
 
     def _batch_size(self, num_units):
         return min(self.settings.batch_size, max(1, num_units // 8)) if self._chooses_batch else self.settings.batch_size
@@ -179,9 +235,7 @@ class Synthesizer:
         survey(settings, load=lambda _: splits)
         load_stage(settings, self.folder, splits)
         if isinstance(data, pd.DataFrame):
-            unit = "" if settings.unit == "row" else settings.unit
-            columns = dict.fromkeys(filter(None, (settings.text_column, settings.label_column, unit)))
-            write_private(settings.data, data[list(columns)].to_json(orient="records", lines=True, force_ascii=False))
+            write_private(settings.data, as_lines(data, settings))
 
     def _only(self, label):
         """The change of settings under which all rows have one label; none if no label is asked for."""
@@ -192,15 +246,15 @@ class Synthesizer:
 
     def _reference(self, reference):
         """`Records` to compare with."""
-        if isinstance(reference, pd.DataFrame):
-            return self._records(reference, "reference")
+        if not isinstance(reference, (Records, type(None))):
+            return self._records(as_frame(reference, "reference"), "reference")
         if reference is None and self._splits is None:
             raise SettingsError("evaluate: give reference=, real rows that were not trained on; a reopened run holds no rows")
         return self._splits.test if reference is None else reference
 
     def _records(self, frame, name, **changes):
         """`Records` of the rows of a DataFrame with the columns of the training table, in their order."""
-        settings = self._with(unit="row", test_data="", audit_fraction=0, **changes)
+        settings = self._with(unit="row", id_column="", test_data="", audit_fraction=0, **changes)
         return from_frame(frame, settings, test=frame, name=name).test
 
     def _columns(self):

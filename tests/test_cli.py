@@ -18,6 +18,8 @@ import yaml
 
 from parts import MICRO
 from dpsynth import __version__, demo
+from dpsynth.privacy import stored_run
+from dpsynth.manifest import add_to_manifest, entry
 from dpsynth.runs import locked, prepare_folder, read_json, read_status, record, write_status
 from dpsynth.settings import DpsynthError, ModelError, Settings
 
@@ -36,6 +38,7 @@ SMALL = {
     "sample_batch_size": 4,
     "num_mauve_samples": 12,
     "num_mauve_trials": 2,
+    "embedder": "tiny",
     "embed_length": 32,
     "validation_size": 8,
 }
@@ -164,7 +167,9 @@ def test_scores_stay_until_there_are_new_ones(tmp_path, monkeypatch, failure):
 
     settings = Settings(generator="prompt", **SMALL)
     folder = prepare_folder(settings, tmp_path / "dp_ft")
-    (folder / "release" / "synthetic.jsonl").write_text('{"index": 0, "label": "positive", "text": "Fine."}\n')
+    rows = folder / "release" / "synthetic.jsonl"
+    rows.write_text('{"index": 0, "label": "positive", "text": "Fine."}\n')
+    add_to_manifest(rows.with_name("manifest.json"), None, {rows.name: entry(rows)})
     record(folder, steps=5, mauve_mean=0.8, mauve2_mean=0.9, warnings=["small"])
 
     def evaluate(*arguments):
@@ -282,7 +287,7 @@ def test_help_imports_nothing_slow():
     probe = f"import sys; from dpsynth.cli import main; main(['--help']); print([m for m in {slow} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]"
-    assert all(verb in done.stdout for verb in ("demo", "run", "check", "fit", "sample", "evaluate", "results", "audit", "verify", "ledger", "settings"))
+    assert all(verb in done.stdout for verb in ("demo", "run", "check", "fit", "sample", "evaluate", "results", "audit", "verify", "sign", "ledger", "settings"))
 
 
 def test_version_and_settings(dpsynth):
@@ -293,7 +298,7 @@ def test_version_and_settings(dpsynth):
 
 def test_check_reports_and_writes_nothing(dpsynth, repo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, err = dpsynth("check", repo / "configs" / "demo")
+    code, out, err = dpsynth("check", repo / "configs" / "demo", "--no-time")
     assert (code, err) == (0, "")
     assert (
         out.count("8,000 to train on, 1,200 to test on") == 6
@@ -353,12 +358,27 @@ def test_check_of_imdb_tiny_with_files(dpsynth, repo, tmp_path, unreachable):
         pd.DataFrame(reviews).to_parquet(tmp_path / f"{name}.parquet")
     before = sorted(tmp_path.iterdir())
     files = ["--set", f"data={tmp_path / 'train.parquet'}", "--set", f"test_data={tmp_path / 'test.parquet'}"]
-    code, out, err = dpsynth("check", repo / "configs" / "imdb_tiny", *files, "--set", "batch_size=40")
+    code, out, err = dpsynth("check", repo / "configs" / "imdb_tiny", *files, "--set", "batch_size=40", "--no-time")
     assert (code, err) == (0, "") and sorted(tmp_path.iterdir()) == before
     assert out.count("120 to train on, 60 to test on") == 8 and "not checked" not in out
     assert out.count(" of 256 tokens") == 5 and out.count(" of 1024 tokens") == 1
     found = re.findall(r"9 updates of 40 expected rows .*, epsilon ([\d.]+), delta 1.5e-05", out)
     assert sorted(round(float(epsilon), 1) for epsilon in found) == [1, 3, 10] and out.count("no noise: not private") == 1
+
+
+def test_check_tells_how_test_rows_are_written_differently(dpsynth, tmp_path):
+    for name, end in (("train", "\r\n"), ("test", "\n")):
+        rows = [{"text": f"Patient Meier{i}.{end}No fever.", "label": LABELS[i % 2]} for i in range(60)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump({**SMALL, "generator": "real_train", "train_size": 0, "test_size": 0,
+                                                     "data": str(tmp_path / "train.jsonl"), "test_data": str(tmp_path / "test.jsonl")}))
+    assert "CRLF" not in dpsynth("check", tmp_path / "x.yaml").out  # what training rows look like is shown on request alone
+    _, out, _ = dpsynth("check", tmp_path / "x.yaml", "--look")
+    (line,) = [line for line in out.splitlines() if "CRLF" in line]
+    assert "100% of the training rows and 0% of the test rows" in line and "Meier" not in out
+    assert "embedder     MAUVE through 'tiny' is no evidence" in out  # before hours are spent
+    (tmp_path / "test.jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes())
+    assert "CRLF" not in dpsynth("check", tmp_path / "x.yaml", "--look").out
 
 
 # a whole sweep
@@ -391,7 +411,7 @@ def test_results_have_the_numbers(sweep, dpsynth):
     assert (
         dp["private"]
         and 1.9 < dp["epsilon"] <= 2
-        and dp["delta"] == pytest.approx(120**-1.2)
+        and dp["delta"] == 1e-5
         and dp["steps"] == 6
         and dp["noise_multiplier"] > 0
     )
@@ -405,7 +425,8 @@ def test_results_have_the_numbers(sweep, dpsynth):
         assert row["unfinished"] is None if row["generator"].startswith("real") else 0 <= row["unfinished"] <= 1
         assert row["seconds"] == pytest.approx(sum(row.get(f"seconds_{s}", 0) for s in ("load", "fit", "sample", "evaluate")), abs=0.1)
     for form in ("table", "markdown", "csv"):
-        assert dpsynth("results", sweep[0], "--format", form).out.count("dp_ft") == 1
+        lines = dpsynth("results", sweep[0], "--format", form).out.splitlines()
+        assert sum(line.startswith(("dp_ft ", "| dp_ft |", "dp_ft,done")) for line in lines) == 1
 
 
 def test_nothing_of_the_training_rows_is_outside_private(sweep):
@@ -461,7 +482,7 @@ def test_the_secret_is_in_nothing_but_private(sweep):
     known = spellings((private / "secret").read_bytes())
     files = [p for folder in (sweep[0].parent, ledger.parent) for p in folder.rglob("*") if p.is_file()]
     told = [p for p in files if any(s in p.read_bytes() for s in known)]
-    assert ledger.is_file() and (sweep[0] / ".embeddings").is_dir()
+    assert ledger.is_file() and (sweep[0] / ".private" / "embeddings" / "key").is_file()
     assert private / "secret" in told and all(private in p.parents for p in told)
     assert not any(s in f"{sweep[1].stdout}{sweep[1].stderr}".encode() for s in known)
 
@@ -514,14 +535,17 @@ def test_a_run_can_be_audited(sweep, dpsynth, refused):
     assert "--seed is for --synthetic" in refused("audit", folder, "--seed", 1)
 
 
-def test_a_run_without_a_record_of_its_noise_fails_its_audit(sweep, dpsynth):
-    checks = sweep[0] / "dp_ft" / "private" / "checks.json"
-    content = checks.read_text()
+def test_a_run_without_a_record_of_its_noise_fails_its_audit(sweep, dpsynth, refused):
+    private = sweep[0] / "dp_ft" / "private"
+    state = stored_run(private).state(private)
+    content = state.read("checks.json")
     try:
-        checks.write_text("{}")
+        (private / "checks.json").write_text("{}")
+        assert "checks.json: it is damaged, or was changed" in refused("audit", sweep[0] / "dp_ft")
+        state.write("checks.json", "{}")
         code, out, _ = dpsynth("audit", sweep[0] / "dp_ft")
     finally:
-        checks.write_text(content)
+        state.write("checks.json", content)
     assert code == 1 and "BROKEN: updates recorded by the training is 0 instead of 6; " in out.replace(" (p < 1e-6)", "")
 
 
@@ -567,9 +591,13 @@ def test_a_cap_can_be_set_before_anything_is_charged(config, dpsynth, refused, t
 
 
 def test_a_check_says_for_whom_it_counts_and_leaves_out_what_is_paid_to_be_hidden(config, dpsynth):
-    code, out, _ = dpsynth("check", config)
+    code, out, _ = dpsynth("check", config, "--no-time", "--look")
     assert code == 0 and "device" in out and "for you only" in out and "48 to train on" in out and "copies" in out
-    code, out, _ = dpsynth("check", config, "--set", "unit_count=private", "--set", "delta=1e-3")
+    code, out, _ = dpsynth("check", config, "--no-time")
+    assert code == 0 and "48 to train on" in out and "for you only" not in out and "copies" not in out
+    told = "delta is 0.48/n: so many units"
+    assert "outright" not in out and told in dpsynth("check", config, "--no-time", "--set", "delta=1e-2").out
+    code, out, _ = dpsynth("check", config, "--no-time", "--set", "unit_count=private", "--set", "delta=1e-3")
     assert code == 0 and "to train on" not in out and "copies" not in out and "48" not in out
 
 

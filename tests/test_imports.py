@@ -1,9 +1,11 @@
 """GGUF files as models: they compute what the file says, a smaller vocabulary changes nothing it need not,
 and broken files leave nothing behind."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +17,7 @@ pytest.importorskip("gguf", reason="the package gguf is not installed: pip insta
 import keras_hub
 
 import dpsynth.imports as imports
-from dpsynth.certificate import base_model
+from dpsynth.certificate import UNKNOWN, base_model, known_model, read_certificate, verify
 from dpsynth.finetune import finetune_run
 from dpsynth.imports import (
     BUNDLES,
@@ -23,6 +25,7 @@ from dpsynth.imports import (
     Bundle,
     Gguf,
     english_pieces,
+    fewer_pieces,
     import_gguf,
     keep_pieces,
     packaged_preset,
@@ -39,9 +42,10 @@ from dpsynth.models import (
     load_tokenizer,
     preset_hash,
 )
+from dpsynth.privacy import make_mechanism
 from dpsynth.sampling import sample_stream
-from dpsynth.settings import ModelError, Settings, make_settings, resolve
-from parts import RUN, splits
+from dpsynth.settings import ModelError, PrivacyError, Settings, make_settings, resolve
+from parts import IMDB, RUN, certified, splits
 from small_gguf import HEAD, Slow, write
 
 HOSTILE = [
@@ -144,7 +148,8 @@ def test_a_smaller_vocabulary_changes_nothing_for_texts_of_its_pieces(made, name
     assert (
         kept == sorted(kept)
         and len(kept) == cut.vocabulary_size < full.vocabulary_size
-        and f"{len(kept):,} of " in facts["vocabulary"]
+        and facts["vocabulary"]
+        == {"kept": len(kept), "of": full.vocabulary_size, "list": "", "texts": ["novel.txt"]}
     )
     for text in ("the rows", "reading hello there", "hell", "hello\nthe row\n\nthere"):
         ids = full.encode([text])[0]
@@ -231,8 +236,27 @@ def test_another_file_than_was_meant_is_refused(refused, dpsynth, tmp_path):
     assert "is there already" in refused("model", "import", file, tmp_path / "m")
     assert (
         sha256_of(file) in (tmp_path / "m" / "README.md").read_text()
-        and sha256_of(file) in base_model(str(tmp_path / "m"), "h", "none")["trained_on"]
+        and base_model(str(tmp_path / "m"), "h")["import"]["sha256"] == sha256_of(file)
     )
+
+
+def test_facts_of_an_import_that_cannot_be_stated_are_refused_before_anything_is_paid(tmp_path):
+    import_gguf(write(tmp_path / "m.gguf"), tmp_path / "m", progress=False)
+    path = tmp_path / "m" / "import.json"
+    whole = json.loads(path.read_text())
+    for harm in (
+        "{",
+        "[]",
+        json.dumps({k: v for k, v in whole.items() if k != "sha256"}),
+        json.dumps({**whole, "sha256": "none"}),
+        json.dumps({**whole, "licence": "free\nfor all"}),
+        json.dumps({**whole, "vocabulary": "english"}),
+        json.dumps({**whole, "vocabulary": {**whole["vocabulary"], "kept": 1}}),
+    ):
+        path.write_text(harm)
+        with pytest.raises(ModelError, match=r"import\.json.*import the model again") as error:
+            base_model(str(tmp_path / "m"), 64 * "0")
+        assert "\n" not in str(error.value)
 
 
 def test_without_the_package_that_reads_the_format_one_line_says_so(refused, tmp_path, monkeypatch):
@@ -242,9 +266,9 @@ def test_without_the_package_that_reads_the_format_one_line_says_so(refused, tmp
 
 
 def test_a_llama_with_a_byte_level_tokenizer_is_trained_and_sampled(made, tmp_path):
-    model = made("llama")[1]
+    place = shutil.copytree(made("llama")[1].name, tmp_path / "llama")
     settings = RUN.model_copy(
-        update={"model": model.name, "sequence_length": 48, "lora_targets": "query,value"}
+        update={"model": str(place), "sequence_length": 48, "lora_targets": "query,value"}
     )
     tuned, figures = finetune_run(settings, splits(settings=settings), tmp_path / "run", progress=False)
     assert figures["steps"] >= 2 and np.isfinite(figures["held_out_loss"])
@@ -254,8 +278,10 @@ def test_a_llama_with_a_byte_level_tokenizer_is_trained_and_sampled(made, tmp_pa
         )
     )
     assert len(rows) == 3 and all(isinstance(row.text, str) for row in rows)
-    certificate = json.loads((tmp_path / "run" / "release" / "certificate.json").read_text())
-    assert "imported from m.gguf" in certificate["base_model"]["trained_on"]
+    certificate = read_certificate(tmp_path / "run" / "release" / "certificate.json")
+    assert verify(certificate) and "from m.gguf (SHA-256 " in certificate.markdown()
+    shutil.rmtree(place)  # as on another machine
+    assert verify(tmp_path / "run" / "release" / "certificate.json")
 
 
 # models that come as packages
@@ -306,9 +332,40 @@ def test_a_model_in_packages_is_made_ready_once_and_names_its_terms(package, tmp
     ids = model.prompt_ids("the rows")
     assert np.abs(scores(model, ids) - Slow(package).logits(ids)).max() < 1e-3
     assert (
-        "Subject to the Terms of Small" in base_model("small", "hash", "not checked")["trained_on"]
-        and provenance("tiny") == ""
+        base_model("small", "hash")["import"]["licence"] == "Subject to the Terms of Small"
+        and provenance("tiny") is None
     )
+
+
+def test_what_is_stated_of_a_packaged_model_holds_where_it_is_not_installed(package, tmp_path, monkeypatch):
+    monkeypatch.setitem(BUNDLES, "gemma3_270m", BUNDLES["small"])
+    entry = base_model("gemma3_270m", 64 * "0")
+    certificate = certified(make_mechanism(IMDB, 25000), IMDB, entry)
+    monkeypatch.setattr(imports, "_package_folder", lambda package: None)
+    verify(certificate)
+    monkeypatch.setitem(BUNDLES, "gemma3_270m", dataclasses.replace(BUNDLES["small"], sha256=64 * "0"))
+    with pytest.raises(PrivacyError, match="not the one of this name"):
+        verify(certificate)
+
+
+def test_check_recommends_fewer_pieces_where_there_is_a_list_of_them(
+    package, dpsynth, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(BUNDLES, "gemma3_270m", BUNDLES["small"])
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "experiment: c\ndata: demo\ngenerator: prompt\nmodel: gemma3_270m\nprompt: '[{label}]'\n"
+        "embedder: tiny\nepsilon: 8\n"
+    )
+    code, out, err = dpsynth("check", config, "--no-time")
+    assert code == 0, err
+    (line,) = [line for line in out.splitlines() if line.split()[0] == "vocabulary"]
+    assert "`vocabulary: english` keeps 71,713 of " in line
+    assert fewer_pieces(Settings(model="gemma3_270m", vocabulary="english"), 262_144) == []
+    assert fewer_pieces(Settings(), 262_144) == []
+    monkeypatch.setattr(imports, "_package_folder", lambda package: None)
+    (line,) = fewer_pieces(Settings(model="gemma3_270m"), 262_144)
+    assert "73% fewer scores" in line and "pip install 'dpsynth[gemma]'" in line
 
 
 @pytest.mark.parametrize("harm", ["damaged", "missing"])
@@ -383,9 +440,8 @@ def test_the_vocabulary_is_a_setting_of_one_model(monkeypatch):
         ).vocabulary
         == "full"
     )
-    assert base_model("gemma3_270m:english", "hash", "none")["trained_on"].startswith(
-        "a mixture of web documents"
-    )
+    assert known_model("gemma3_270m:english") == known_model("gemma3_270m") != UNKNOWN
+    assert known_model("gemma3_1b:english") == UNKNOWN
 
 
 def test_where_the_packages_are_missing_one_line_says_how_to_get_them(monkeypatch):

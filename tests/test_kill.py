@@ -37,6 +37,7 @@ SETTINGS = {
     "sample_batch_size": 16,
     "num_mauve_samples": 40,
     "num_mauve_trials": 3,
+    "embedder": "tiny",
     "embed_length": 32,
     "ledger": "runs",
 }

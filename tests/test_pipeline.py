@@ -7,7 +7,7 @@ from dpsynth import finetune, models, pipeline
 from dpsynth.finetune import make_plain_sum, make_private_sum
 from dpsynth.models import LanguageModel, Unreachable, by_shapes, load_model, setup_tuning
 from dpsynth.privacy import Mechanism, Randomness, Session
-from dpsynth.settings import ModelError, Settings
+from dpsynth.settings import ModelError, Settings, SettingsError
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,11 @@ def no_network(monkeypatch):
     monkeypatch.setattr("dpsynth.evaluation._require", lambda *names: None)
     monkeypatch.setattr(models, "in_hub_cache", lambda repository: False)
     monkeypatch.setattr(models, "_refusal", lambda repository: ConnectionError("Name or service not known"))
+
+
+def test_training_rows_are_not_sent_to_a_service_unasked():
+    with pytest.raises(SettingsError, match="^x: setting send_training_rows: real_train would send training rows to the service 'vertex:x'"):
+        survey(generator="real_train", embedder="vertex:x")
 
 
 @pytest.mark.parametrize("setting", ["embedder", "second_embedder"])

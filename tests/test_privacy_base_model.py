@@ -8,10 +8,12 @@ import pandas as pd
 
 import dpsynth.finetune
 from parts import MICRO, RUN, splits
+from dpsynth.certificate import contamination_text
 from dpsynth.data import from_frame
 from dpsynth.demo import reviews
-from dpsynth.finetune import base_hash, contamination_note, finetune_run, likelier_units
+from dpsynth.finetune import base_hash, contamination_found, finetune_run, likelier_units
 from dpsynth.models import LanguageModel, load_model, preset_hash
+from dpsynth.privacy import LIKELIER, count_accesses
 
 
 def test_overlap_with_a_corpus_is_estimated_and_stated(tmp_path):
@@ -45,7 +47,7 @@ def test_rows_that_the_base_model_finds_likely_are_estimated_and_stated(tmp_path
     certificate = json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())
     likely, other = json.loads((tmp_path / "dp" / "private" / "counts.json").read_text())["likelier"]
     assert abs(likely - 40) < 20 and abs(other) < 20
-    assert "than the median text of fresh.jsonl (one-sided p = " in certificate["base_model"]["contamination"]
+    assert " texts of fresh.jsonl (one-sided p = " in certificate["base_model"]["contamination"]
     assert "units the base model finds likely" in [a["what"] for a in certificate["accesses"]]
     reference.write_text("".join(json.dumps(row) + "\n" for row in sense[40:]), encoding="utf-8")
     model = load_model("tiny")
@@ -73,5 +75,6 @@ def test_a_model_without_files_here_is_known_by_its_arrays(micro, tmp_path, monk
 
 def test_likelihood_under_the_base_model_proves_nothing_for_equal_shares():
     settings = RUN.model_copy(update={"contamination_reference": "demo"})
-    even, much = (contamination_note(settings, {"likelier": counts}) for counts in ([100, 100], [180, 20]))
-    assert even.startswith("50% of about 200 units") and "p = 0.5" in even and float(re.search(r"p = ([\d.e-]+)", much)[1]) < 1e-6
+    even, much = (contamination_text(contamination_found(settings, {"likelier": counts}), {LIKELIER: count_accesses(settings)["likelier"].noise_multiplier})
+                  for counts in ([100, 100], [180, 20]))
+    assert even.startswith("about 100 of about 200 units (50%)") and "p = 0.5" in even and float(re.search(r"p = ([\d.e-]+)", much)[1]) < 1e-6

@@ -71,3 +71,12 @@ def test_norm_is_bounded_in_the_programs_that_sum_many_arrays_of_many_units(many
     clipped = jax.jit(many(lambda unit: clip_to_grid(unit, "normalize", 1.0, grid)[0]))(units)
     norms = np.sqrt(sum((np.asarray(array, np.float64) ** 2).reshape(4, -1).sum(1) for array in clipped)) / grid
     assert (norms <= 1).all() and (norms > 0.999).all()
+
+
+@pytest.mark.parametrize("clip, bound", [("normalize", 1.0), ("bound", 0.02), ("bound", 300.0)])
+@pytest.mark.parametrize("arrays", [1, 6, 300])
+def test_squares_that_float32_drops_from_the_norm_stay_below_the_bound(clip, bound, arrays):
+    small = 2.0**-12.5  # its square is half of what the next float32 above 1 is away: 1 + small² is 1, each time it is added
+    gradient = [jnp.array([bound * 2], "float32"), *([jnp.array([bound * 2 * small], "float32")] * arrays)]
+    points = [int(n) for array in clip_to_grid(gradient, clip, bound, 2.0**20 / bound)[0] for n in np.asarray(array)]
+    assert len(set(points)) > 1 and sum(n * n for n in points) <= 2**40

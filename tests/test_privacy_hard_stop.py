@@ -53,8 +53,8 @@ def test_changed_settings_data_or_code_refuse_to_resume(tmp_path, part, value, w
 
 def test_every_module_that_decides_a_release_is_in_the_identity_of_a_run():
     names = {file.name for file in dpsynth.privacy.code_modules()}
-    assert {f"{name}.py" for name in ("audit", "demo", "ledger", "runs", "pipeline", "canaries", "finetune", "privacy", "__init__")} <= names
-    assert not names & {"cli.py", "experiments.py", "evaluation.py", "synthesizer.py", "_modidx.py"}
+    assert {f"{name}.py" for name in ("state", "audit", "demo", "ledger", "runs", "pipeline", "canaries", "finetune", "privacy", "__init__")} <= names
+    assert not names & {"cli.py", "experiments.py", "evaluation.py", "usefulness.py", "synthesizer.py", "_modidx.py"}
 
 
 def test_every_update_beyond_the_last_is_refused(micro, store):
@@ -77,18 +77,30 @@ def test_resume_ends_with_the_same_bits(micro, store, tmp_path):
     assert (flatten(straight.trainable) == flatten(resumed.trainable)).all()
 
 
+@pytest.mark.parametrize("other", [{"run": "other rows"}, {"secret": bytes(range(32, 64))}])
+def test_a_checkpoint_of_another_run_is_not_restored(micro, store, tmp_path, other):
+    theirs, mine = trainer(micro, store, **other), trainer(micro, store)
+    theirs.update()
+    theirs.save(tmp_path / "checkpoint.npz")
+    with pytest.raises(PrivacyError, match="checkpoint.npz: it is of another run"):
+        train(mine, tmp_path / "checkpoint.npz", progress=False)
+    assert mine.session.step == 0
+
+
 def test_self_check_finds_missing_noise_missing_updates_and_an_idle_model(micro, store):
-    good, silent, halved, short = (trainer(micro, store) for _ in range(4))
+    good, silent, halved, short, made_up_for = (trainer(micro, store) for _ in range(5))
     before = good.trainable
     silent.session._grid_noise = lambda count: np.zeros(count, np.int32)
     whole = halved.session._grid_noise
     halved.session._grid_noise = lambda count: whole(count) // 2
-    for one in (good, silent, halved):
+    made_up_for.session._grid_noise = lambda count: np.rint(whole(count) * (0 if made_up_for.session.step == 0 else (4 / 3) ** 0.5)).astype(np.int32)
+    for one in (good, silent, halved, made_up_for):
         for _ in range(4):
             one.update()
     short.update()
     assert self_check(good, before)["unusable"] == 0
-    for bad, start, words in ((silent, before, "noise was 0 "), (halved, before, "noise was 0.5"), (short, before, "1 of 4 updates"),
+    for bad, start, words in ((silent, before, "noise was 0 "), (halved, before, "noise was 0.5"),
+                              (made_up_for, before, "3 of 4 updates had noise"), (short, before, "1 of 4 updates"),
                               (good, good.trainable, "changed no weight")):
         with pytest.raises(PrivacyError, match=words):
             self_check(bad, start)

@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import shutil
+import sys
 
 import pytest
 
@@ -10,9 +13,9 @@ import dpsynth.privacy
 from parts import RUN, groups_of_rows, splits
 from dpsynth.certificate import read_certificate, verify
 from dpsynth.data import from_frame
-from dpsynth.finetune import Trainer, finetune_run
-from dpsynth.ledger import RUNS_LEDGER, Ledger
-from dpsynth.pipeline import Survey, spending
+from dpsynth.finetune import Account, Trainer, finetune_run
+from dpsynth.ledger import RUNS_LEDGER, Ledger, ledger_command
+from dpsynth.pipeline import Survey, announce, spending, warn_of_untold
 from dpsynth.settings import BudgetError, PrivacyError
 
 
@@ -60,7 +63,8 @@ def test_a_run_without_privacy_is_charged_and_certificates_of_the_same_data_say_
     assert release.parts == ['{"kind": "not_private"}'] and release.state == "finished"
     (line,) = spending([survey(RUN)], tmp_path)
     assert "1 run(s) on frame bring what is spent to epsilon 8" in line or "epsilon 7.99" in line
-    assert line.endswith("0 earlier run(s) included; and 1 run(s) WITHOUT privacy on frame: with those there is no guarantee")
+    assert re.search(r"0 earlier run\(s\) included; these charge (8|7.99\d) of it, and it has no cap; and 1 run\(s\) WITHOUT privacy on frame: with those "
+                     "there is no guarantee$", line)
     finetune_run(RUN, splits(), tmp_path / "dp_ft", progress=False)
     assert spending([survey(PLAIN), survey(RUN)], tmp_path) == []
     certificate = read_certificate(tmp_path / "dp_ft" / "release" / "certificate.json")
@@ -146,3 +150,66 @@ def test_a_stopped_run_is_charged(tmp_path, monkeypatch):
         finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
     ledger = Ledger(tmp_path / ".ledger.sqlite")
     assert [r.state for r in ledger.charged(ledger.datasets()[0])] == ["started"]
+
+
+# what is said of it
+
+
+def on_a_terminal(monkeypatch, is_one):
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: is_one, raising=False)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_is_charged_is_said_before_and_what_is_left_on_a_terminal_only(tmp_path, monkeypatch, capsys, terminal):
+    on_a_terminal(monkeypatch, terminal)
+    data = splits()
+    ledger = Ledger(tmp_path / RUNS_LEDGER)
+    earlier = ledger.registered(Account(RUN, data.train, "", tmp_path / "dp_ft").dataset)
+    ledger.set_cap(earlier, 20.0)
+    ledger.plan("a", earlier, {"kind": "epsilon_delta", "epsilon": 3.0, "delta": 0.0})
+    ledger.start("a")
+    announce(RUN, data.train, tmp_path / "dp_ft")
+    public, *private = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"privacy: dp_ft will charge epsilon (8|7.99\d) at delta 1e-05 to frame in the ledger of this folder of runs", public)
+    if terminal:
+        assert re.fullmatch(r"privacy: 1 run\(s\) on frame bring what is spent to epsilon 1[01]\S* at delta 1e-05, 1 earlier run\(s\) included; these charge "
+                            r"(8|7.99\d) of it, and (9|9.0\d+|8.99\d) of the cap 20 is then left", private[0]) and len(private) == 1
+    else:
+        assert private == []
+    ledger.set_cap(earlier, 10.0)
+    with pytest.raises(BudgetError, match="over the cap 10"):
+        announce(RUN, data.train, tmp_path / "dp_ft")
+
+
+def test_a_run_that_was_charged_announces_nothing(run, capsys):
+    announce(RUN, splits().train, run)
+    assert capsys.readouterr().err == ""
+
+
+def test_rows_that_have_spent_more_than_the_certificate_composes_are_told_on_a_terminal_and_nowhere_else(run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run.parent, tmp_path / "runs")
+    folder = tmp_path / "runs" / run.name
+    ledger = Ledger(tmp_path / "runs" / RUNS_LEDGER)
+    on_a_terminal(monkeypatch, True)
+    warn_of_untold(RUN, folder)
+    assert capsys.readouterr().err == ""
+    other = ledger.register("elsewhere", splits().train.ledger_names()[:5], 1e-5)
+    ledger.plan("e", other, {"kind": "epsilon_delta", "epsilon": 3.0, "delta": 0.0})
+    ledger.start("e")
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    warn_of_untold(RUN, folder)
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(r"for you only: rows of frame have spent epsilon 1[01]\S* at delta 1e-05 in all; the certificate composes (8|7.99\d), "
+                                      r"of what was released as frame with the unit row; `dpsynth ledger` lists the rest\n", err)
+    on_a_terminal(monkeypatch, False)
+    warn_of_untold(RUN, folder)
+    assert capsys.readouterr() == ("", "") and files == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    text = ledger_command("frame", path=ledger.path)
+    told = next(line for line in text.splitlines() if line.split()[:3] == ["frame", "row", "1"])
+    assert float(told.split()[3]) == pytest.approx(8, abs=0.01) and "what certificates say" in text
+    assert re.search("the worst unit of frame has spent 1[01].*: this adds up all that touched it, under any name", text)
+
+
+def test_a_ledger_that_says_what_the_certificate_says_explains_no_difference(run):
+    text = ledger_command("frame", path=run.parent)
+    assert "what certificates say" in text and "the worst unit" not in text

@@ -30,7 +30,7 @@ REASONS = {"prompt": "a prompted model", "real_train": "real training rows", "re
 
 @pytest.mark.parametrize("generator", REASONS)
 def test_rows_that_no_guarantee_covers_are_marked_with_their_reason(tmp_path, monkeypatch, generator):
-    def sampled(model, settings, fmt, folder):
+    def sampled(model, settings, fmt, folder, statement):
         (folder / "synthetic.jsonl").write_text(json.dumps({"text": "a row", "label": "positive"}) + "\n")
         return {"rejected": {}}
     monkeypatch.setattr(pipeline, "sample_to_file", sampled)
@@ -44,7 +44,7 @@ def test_rows_that_no_guarantee_covers_are_marked_with_their_reason(tmp_path, mo
 
 @pytest.mark.parametrize("epsilon", [8.0, math.inf])
 def test_rows_of_a_fine_tuned_model_are_marked_if_it_was_trained_without_privacy(tmp_path, monkeypatch, epsilon):
-    monkeypatch.setattr(pipeline, "sample_to_file", lambda model, settings, fmt, folder: [
+    monkeypatch.setattr(pipeline, "sample_to_file", lambda model, settings, fmt, folder, statement: [
         (folder / "synthetic.jsonl").write_text('{"text": "a row"}\n'), {"rejected": {}}][1])
     settings = RUN.model_copy(update={"epsilon": epsilon})
     folder = pipeline.prepare_folder(settings, tmp_path / "run")

@@ -1,15 +1,30 @@
 """Line 11: nothing that is released holds anything else that was computed from private rows."""
 
 import json
+import stat
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from parts import RUN, groups_of_rows, splits
+from dpsynth import evaluation
 from dpsynth.data import from_frame
-from dpsynth.finetune import finetune_run
-from dpsynth.pipeline import fit_stage, load_stage
+from dpsynth.finetune import finetune_run, prepare_model, row_losses, some_rows
+from dpsynth.formats import TextFormat
+from dpsynth.manifest import file_hash, statement_of
+from dpsynth.pipeline import evaluate_stage, fit_stage, load_stage, sample_stage
 from dpsynth.settings import DataError
+
+
+def without_hashes(file):
+    """A file's content without the hashes of what is released with it, which follow from that alone; any other hash stays."""
+    content, release = file.read_bytes(), file.parent
+    if release.name == "release":
+        known = [*map(file_hash, release.iterdir()), statement_of(release), json.loads((release / "manifest.json").read_text())["sha256"]]
+        for digest in known:
+            content = content.replace(digest.encode(), b"")
+    return content
 
 
 def test_an_outlier_row_changes_no_released_byte_that_is_not_a_dp_output(run, tmp_path):
@@ -17,8 +32,8 @@ def test_an_outlier_row_changes_no_released_byte_that_is_not_a_dp_output(run, tm
     (folder / "private").mkdir(parents=True)
     (folder / "private" / "secret").write_bytes((run / "private" / "secret").read_bytes())
     finetune_run(RUN, splits("\u2603 " * 500 + "a row of another world"), folder, progress=False)
-    for name in ("certificate.json", "certificate.md"):
-        assert (folder / "release" / name).read_bytes() == (run / "release" / name).read_bytes()
+    for name in ("certificate.json", "certificate.md", "manifest.json"):
+        assert without_hashes(folder / "release" / name) == without_hashes(run / "release" / name)
     assert (folder / "release" / "adapter.npz").stat().st_size == (run / "release" / "adapter.npz").stat().st_size
 
 
@@ -51,7 +66,7 @@ def test_an_outlier_unit_shows_in_no_file_but_in_dp_outputs(tmp_path, settings, 
         elif path.name == "adapter.npz":
             assert file.stat().st_size == shown[1][path].stat().st_size
         else:
-            assert file.read_bytes() == shown[1][path].read_bytes(), path
+            assert without_hashes(file) == without_hashes(shown[1][path]), path
 
 
 def test_a_label_outside_the_public_set_stops_the_run_before_anything_is_charged_or_released(tmp_path):
@@ -70,3 +85,45 @@ def test_monitoring_stays_private_and_is_certified(tmp_path):
     finetune_run(settings, splits(), tmp_path / "dp", progress=False)
     assert (tmp_path / "dp" / "private" / "losses.jsonl").exists()
     assert "operator" in json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())["monitor"]
+
+
+def test_the_loss_that_is_reported_is_of_test_rows(run):
+    rows = [{"text": f"row {i} was {'good' if i % 2 else 'bad'}", "label": i % 2} for i in range(40)]
+    others = pd.DataFrame({"text": [f"{i} ships under sail, far from any coast" for i in range(10)], "label": [0, 1] * 5})
+    data = from_frame(pd.DataFrame(rows), RUN, test=others)
+    model, figures = finetune_run(RUN, data, run, progress=False)
+    fmt, chosen = TextFormat(RUN.prompt, RUN.labels), data.test.take(some_rows(RUN.validation_size, 10, RUN.seed))
+    for name, weights in (("held_out_loss", model), ("held_out_loss_untuned", prepare_model(RUN))):
+        assert figures[name] == pytest.approx(row_losses(weights, chosen, fmt, RUN).mean(), rel=1e-5)
+        of_training = row_losses(weights, data.train.take(some_rows(RUN.validation_size, 40, RUN.seed)), fmt, RUN).mean()
+        assert figures[name] != pytest.approx(of_training, rel=1e-5)
+    assert figures["held_out_loss"] != figures["held_out_loss_untuned"]
+
+
+class Embedder:
+    name, length, key = "e", 8, ["e"]
+
+    def __call__(self, texts, progress):
+        return np.array([[len(text), text.count("o")] for text in texts], np.float32), "mean"
+
+
+def test_vectors_of_rows_lie_in_private_folders_under_names_that_nobody_can_guess(tmp_path, monkeypatch):
+    settings = RUN.model_copy(update={"generator": "real_train", "num_samples": 12, "num_mauve_samples": 8, "num_mauve_trials": 1, "experiment": "use_train"})
+    (tmp_path / ".embeddings").mkdir()
+    (tmp_path / ".embeddings" / "abc-mean.npy").write_bytes(b"of an earlier version")
+    names = []
+    monkeypatch.setattr(evaluation, "open_embedder", lambda *options: Embedder())
+    for name in ("use_train", "again"):
+        folder = tmp_path / name
+        data = load_stage(settings, folder, splits())
+        sample_stage(settings, folder, data, None)
+        evaluate_stage(settings, folder, data)
+        names.append({file.name for file in (folder / "private" / "embeddings").glob("*.npy")})
+    kept = [path for path in tmp_path.rglob("*") if path.suffix == ".npy"]
+    shared = tmp_path / ".private" / "embeddings"
+    assert sorted(path.parent for path in kept) == sorted([shared, *(tmp_path / name / "private" / "embeddings" for name in ("use_train", "again"))])
+    assert not names[0] & names[1] and not (tmp_path / ".embeddings").exists()
+    for folder in {path.parent for path in kept} | {shared.parent, tmp_path / "again" / "private"}:
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    for file in [*kept, *(path.parent / "key" for path in kept)]:
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600

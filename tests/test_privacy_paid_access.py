@@ -10,14 +10,14 @@ import pytest
 import pandas as pd
 
 import dpsynth.finetune
-from parts import IMDB, RUN, splits
-from dpsynth.certificate import base_model, make_certificate, verify
+from parts import IMDB, RUN, certified, splits
+from dpsynth.certificate import NOT_COVERED, verify
 from dpsynth.data import from_frame
 from dpsynth.finetune import Account, finetune_run, label_shares
-from dpsynth.ledger import RUNS_LEDGER, Ledger, accesses_event, compose as compose_events
-from dpsynth.pipeline import Survey, fit_stage, load_stage, spending
+from dpsynth.ledger import RUNS_LEDGER, Ledger, accesses_event, compose as compose_events, ledger_command
+from dpsynth.pipeline import Survey, announce, enough_rows, fit_stage, load_stage, spending
 from dpsynth.privacy import Access, calibrate_noise, compose, count_accesses, make_mechanism, noisy_counts
-from dpsynth.settings import BudgetError, PrivacyError, Settings, SettingsError, make_settings
+from dpsynth.settings import BudgetError, DataError, PrivacyError, Settings, SettingsError, make_settings
 
 
 def test_counts_and_training_together_meet_the_target():
@@ -27,7 +27,7 @@ def test_counts_and_training_together_meet_the_target():
     assert [(a.what, a.added) for a in paid.others] == [("label histogram", False)]
     assert paid.noise_multiplier > plain.noise_multiplier and 9.95 < paid.epsilon <= 10
     assert paid.epsilon == compose(paid.accesses, paid.delta) < sum(compose((a,), paid.delta) for a in paid.accesses)
-    certificate = make_certificate(paid, settings, base=base_model("tiny", "", "no"))
+    certificate = certified(paid, settings)
     assert sum(a["epsilon"] == "public" for a in certificate["accesses"]) == 4 and len(certificate["accesses"]) == 6
     verify(certificate)
 
@@ -41,7 +41,7 @@ def test_what_follows_from_the_number_of_units_is_added_to_it_and_not_composed()
     assert 8.95 < compose(rest, paid.delta) <= 9.0 and paid.epsilon_after(0) == pytest.approx(1.0 + compose((labels,), paid.delta))
     assert paid.epsilon == pytest.approx(1.0 + compose(rest, paid.delta))
     assert paid.epsilon > compose((*rest, dataclasses.replace(count, added=False)), paid.delta) + 0.05
-    certificate = make_certificate(paid, settings, base=base_model("tiny", "", "no"))
+    certificate = certified(paid, settings)
     assert certificate["epsilon"] == paid.epsilon == verify(certificate)["epsilon"]
     assert [a["epsilon"] for a in certificate["accesses"][:2]] == [compose((training,), paid.delta), pytest.approx(1.0)]
     for group in certificate["groups"][:1]:
@@ -121,17 +121,75 @@ def test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_cha
     assert sorted(a["noise_multiplier"] for a in paid if a["mechanism"] == "discrete_laplace") == pytest.approx(sorted(noises)) and len(paid) == 5
 
 
-def test_before_a_run_nothing_follows_from_a_number_of_units_that_is_to_be_hidden(tmp_path):
-    hidden = RUN.model_copy(update={"unit_count": "private", "delta": 1e-3})
-    found = Survey(hidden, load=lambda settings: splits(settings=settings))
-    lines = spending([found], tmp_path)
-    assert found.mechanism is None and lines == ["privacy: dp_ft on frame, whose number of units is private, will spend at most epsilon 8; "
-                                                 "whether a cap allows it is asked when it is charged"]
-    assert Account(hidden, splits(settings=hidden).train, "", tmp_path / "dp_ft").register().delta == 1e-3
-    for wrong in ({"batch_size": 41}, {"delta": 0.03}, {"noise_multiplier": 0.4}):
-        with pytest.raises(SettingsError, match="`unit_count: private` hides") as error:
-            Survey(hidden.model_copy(update=wrong), load=lambda settings: splits(settings=settings))
-        assert "40" not in str(error.value) and "0.025" not in str(error.value)
+HIDDEN = RUN.model_copy(update={"unit_count": "private", "delta": 1e-3, "batch_size": 30})
+
+
+def some(count, settings=HIDDEN):
+    rows = pd.DataFrame([{"text": f"row number {i} was good", "label": 1} for i in range(count)])
+    return from_frame(rows, settings, test=pd.DataFrame({"text": ["a", "b"], "label": [0, 1]}))
+
+
+def told_before_a_run(settings, count, folder, capfd):
+    """All that somebody sees who checks and begins a run on so many rows: lines, output, what the ledger says of the rows."""
+    data = some(count, settings)
+    found = Survey(settings, load=lambda settings: data)
+    lines = spending([found], folder)
+    announce(settings, data.train, folder / settings.experiment)
+    account = Account(settings, data.train, "", folder / settings.experiment)
+    account.register()
+    shown = [line.split() for line in ledger_command("frame", path=account.ledger.path).splitlines()]
+    return found.mechanism, found.unknown, lines, capfd.readouterr(), shown
+
+
+@pytest.mark.parametrize("changes", [{}, {"batch_size": 1000}, {"delta": 0.03, "noise_multiplier": 0.4, "epochs": 1e-4, "bands": "8"}])
+def test_before_it_is_paid_for_nothing_follows_from_a_number_of_units_that_is_private(tmp_path, capfd, changes):
+    settings = HIDDEN.model_copy(update=changes)
+    told = [told_before_a_run(settings, count, tmp_path / str(count), capfd) for count in (1, 29, 30)]
+    assert all(one == told[0] for one in told)
+    mechanism, unknown, lines, seen, shown = told[0]
+    assert mechanism is None and lines == ["privacy: dp_ft on frame, whose number of units is private, will spend at most epsilon 8; "
+                                           "whether a cap allows it is asked when it is charged"]
+    assert "privacy: dp_ft will charge at most epsilon 8" in seen.err and shown[1][:3] == ["frame", "private", "private"]
+
+
+@pytest.mark.parametrize("exact, estimate, goes_on", [(29, 30, True), (40, 29, False), (30, 30, True), (1, 35, True)])
+def test_whether_a_run_goes_on_depends_on_the_paid_estimate_alone(tmp_path, monkeypatch, exact, estimate, goes_on):
+    class Trained(Exception):
+        pass
+
+    def train(*arguments):
+        raise Trained
+    monkeypatch.setattr(dpsynth.finetune, "noisy_counts", lambda counts, scale: [estimate])
+    monkeypatch.setattr(dpsynth.finetune, "_make_trainer", train)
+    settings = HIDDEN.model_copy(update={"access_share": 0.1, "epochs": 2})
+    with pytest.raises(Trained if goes_on else SettingsError) as refused:
+        finetune_run(settings, some(exact, settings), tmp_path / "dp", progress=False)
+    ledger = Ledger(tmp_path / RUNS_LEDGER)
+    assert [release.title for release in ledger.charged(ledger.datasets()[0])] == ["dp_ft: counts"]
+    if not goes_on:
+        assert str(refused.value) == ("setting batch_size: 30 is more than the 29 training units (the number of units is the estimate that this run "
+                                      "was charged for)")
+
+
+def test_units_are_held_out_without_asking_how_many_there_are():
+    for count in range(1, 12):
+        split = HIDDEN.model_copy(update={"audit_fraction": 0.4})
+        frame = pd.DataFrame({"text": [f"row {i}" for i in range(count)], "label": 1})
+        try:
+            found = from_frame(frame, split, test=frame)
+            assert len(found.train) + len(found.kept_out) == count and len(found.train)
+        except DataError as error:
+            assert "no unit is" in str(error) and "1 row" not in str(error)
+
+
+def test_an_audit_asks_for_enough_units_by_the_estimate(tmp_path):
+    (tmp_path / "release").mkdir()
+    splits_of = lambda trained: dataclasses.replace(some(trained), kept_out=some(25).train)
+    for estimate, enough in ((19, False), (20, True)):
+        (tmp_path / "release" / "certificate.json").write_text(json.dumps({"num_units": estimate}), encoding="utf-8")
+        assert {enough_rows(HIDDEN, tmp_path, splits_of(count)) for count in (5, 19, 20, 400)} == {enough}
+    assert [enough_rows(RUN, tmp_path, splits_of(count)) for count in (19, 20)] == [False, True]
+    assert any("whether a run was refused" in line for line in NOT_COVERED)
 
 
 def test_noisy_counts_have_the_promised_noise():
@@ -162,7 +220,8 @@ def test_an_exact_number_of_units_that_was_paid_to_be_hidden_is_in_no_file(tmp_p
 
 
 def test_counts_are_estimated_once_and_used(tmp_path):
-    settings = RUN.model_copy(update={"label_prior": "private", "unit_count": "private", "delta": 1e-3, "access_share": 0.2})
+    noisy = {"access_share": 0.05}  # so that two draws are seldom the same
+    settings = RUN.model_copy(update={"label_prior": "private", "unit_count": "private", "delta": 1e-3, **noisy})
     finetune_run(settings, splits(), tmp_path / "dp", progress=False)
     certificate = json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())
     counts = json.loads((tmp_path / "dp" / "private" / "counts.json").read_text())

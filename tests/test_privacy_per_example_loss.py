@@ -34,7 +34,8 @@ def test_loss_is_normalised_by_the_rows_own_length(micro):
 def test_large_vocabularies_are_scored_in_chunks_with_the_same_loss(micro, monkeypatch):
     row = jnp.array(micro.prompt_ids("[x]:") + micro.response_ids(["some words here, quite a few of them"])[0])
     whole = loss_of(micro)(row, 4, len(row))
-    monkeypatch.setattr("dpsynth.finetune.CHUNK_SCORES", 3 * micro.vocabulary_size)
+    for name in ("CHUNK_SCORES", "ALONE_SCORES"):
+        monkeypatch.setattr(f"dpsynth.finetune.{name}", 3 * micro.vocabulary_size)
     assert loss_of(micro)(row, 4, len(row)) == pytest.approx(whole, abs=1e-5)
 
 

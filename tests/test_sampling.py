@@ -283,7 +283,7 @@ def test_files_hold_the_rows_and_the_rejections(model, small_blocks, tmp_path):
     made = make(model, tmp_path / "a")
     rows = [json.loads(line) for line in (tmp_path / "a" / "synthetic.jsonl").read_bytes().splitlines()]
     rejected = [json.loads(line) for line in (tmp_path / "a" / "rejected.jsonl").read_bytes().splitlines()]
-    assert [*contents(tmp_path / "a")] == ["rejected.jsonl", "sampling.json", "synthetic.jsonl", "synthetic.parquet"]
+    assert [*contents(tmp_path / "a")] == ["manifest.json", "rejected.jsonl", "sampling.json", "synthetic.jsonl", "synthetic.parquet"]
     assert len(rows) == made["rows"] == 33 and sum(made["rejected"].values()) == len(rejected) and made["rejected"]["multiple of 4"] > 0
     assert [row["index"] for row in rows] == sorted(row["index"] for row in rows) and [*rows[0]] == ["index", "label", "text"]
     assert {row["index"] for row in rows}.isdisjoint(row["index"] for row in rejected)
@@ -298,11 +298,12 @@ def killed_after(model, folder, monkeypatch, writes):
     real, count = sampling.append_lines, iter(range(1000))
 
     def torn(path, rows):
-        real(path, rows)
+        written = real(path, rows)
         if next(count) == writes:
             with path.open("ab") as file:
                 file.write(b'{"index": 99, "te')
             raise KeyboardInterrupt
+        return written
     with monkeypatch.context() as patch:
         patch.setattr(sampling, "append_lines", torn)
         with pytest.raises(KeyboardInterrupt):
@@ -338,6 +339,22 @@ def test_a_file_cut_anywhere_is_made_whole(model, small_blocks, tmp_path, monkey
     part.write_bytes(part.read_bytes()[:int(keep * part.stat().st_size)])
     make(model, tmp_path / "cut")
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_what_was_changed_while_a_sampling_was_interrupted_is_made_again(model, small_blocks, tmp_path, monkeypatch):
+    make(model, tmp_path / "whole")
+    killed_after(model, tmp_path / "changed", monkeypatch, 5)
+    part, state = (tmp_path / "changed" / name for name in ("synthetic.jsonl.part", "sampling.json"))
+    written = part.read_bytes()
+    part.write_bytes(written.replace(b'"text": "', b'"text": "not ', 1))  # a whole line still
+    kept = state.read_text()
+    for damaged in (kept[:-20], "", "\0" * len(kept), kept.replace('"rows": ', '"rows": 1', 1), "[]"):
+        state.write_text(damaged)
+        with pytest.raises(DataError, match="sampling.json: damaged; restore it, or remove it and sample again, which gives the same rows"):
+            make(model, tmp_path / "changed")
+    state.write_text(kept)
+    make(model, tmp_path / "changed")
+    assert contents(tmp_path / "changed") == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("step", ["replace_file", "save_state"])

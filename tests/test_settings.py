@@ -190,8 +190,9 @@ def test_yaml_numbers_are_numbers(tmp_path, text, value):
 )
 def test_a_setting_means_what_is_written(tmp_path, line, value):
     name, text = line.split(": ")
-    (tmp_path / "x.yaml").write_text(f"{line}\n")
-    (tmp_path / "y.yaml").write_text("")
+    more = "epsilon: 3\n" if name == "data" else ""
+    (tmp_path / "x.yaml").write_text(f"{line}\n{more}")
+    (tmp_path / "y.yaml").write_text(more)
     read = [load_settings(tmp_path / "x.yaml"), load_settings(tmp_path / "y.yaml", [f"{name}={text}"])]
     assert [getattr(s, name) for s in read] == [value, value] and type(getattr(read[0], name)) is type(value)
 
@@ -366,12 +367,13 @@ def test_every_setting_is_read_by_something(repo):
     assert [n for n in Settings.model_fields if not re.search(rf"settings\.{n}\b", source) and through.get(n, "\0") not in source] == []
 
 
-MEASURING = ["validation_size", "embedder", "second_embedder", "pooling", "embed_length", "num_mauve_samples", "num_mauve_trials", "utility"]
+MEASURING = ["validation_size", "embedder", "second_embedder", "pooling", "embed_length", "num_mauve_samples", "num_mauve_trials",
+             "send_training_rows", "utility"]
 
 
 def test_what_does_not_affect_the_result_is_memory_speed_bookkeeping_and_measuring():
     assert list(evaluation_settings(Settings())) == MEASURING
-    without = ["microbatch_size", "rematerialize", "ledger", "sample_batch_size", *MEASURING]
+    without = ["columns", "microbatch_size", "rematerialize", "ledger", "data_name", "id_column", "sample_batch_size", *MEASURING]
     assert sorted(n for n in Settings.model_fields if not affects_result(n)) == sorted(without)
 
 

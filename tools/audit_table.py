@@ -26,7 +26,7 @@ from dpsynth.audit import CHECK_LEVEL, audit_canaries, audit_canaries_in_rows, a
 from dpsynth.canaries import make_canaries
 from dpsynth.data import load
 from dpsynth.demo import reviews
-from dpsynth.pipeline import (BOUND_ERROR, ERROR, ROWS_ERROR, Findings, audit_stage, fit_stage, load_generator, load_stage,
+from dpsynth.pipeline import (BOUND_ERROR, ERROR, ROWS_ERROR, Findings, audit_stage, fit_stage, load_generator, load_stage, read_kept,
                               sample_stage)
 from dpsynth.runs import read_json
 from dpsynth.settings import make_settings, parse_overrides
@@ -69,7 +69,7 @@ def run(name, settings, folder, again=False):
     numbers = read_json(folder / "metrics.json")
     return {"run": name, "epsilon": settings.epsilon if settings.private and name != "noise_off" else None,
             "canaries": numbers["audit"], "canaries_in_rows": numbers["audit_in_rows"],
-            "rows": read_json(folder / "private" / "audit.json"), **read_json(folder / "private" / "findings.json")}
+            "rows": read_kept(folder, "audit.json"), **read_kept(folder, "findings.json")}
 
 
 def attack(report, word):
