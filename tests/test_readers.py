@@ -331,7 +331,7 @@ def test_check_and_run_and_fit_tell_which_columns_are_left_out(dpsynth, refused,
     for given in (table, "x.csv"):
         assert line in refusal(Synthesizer("run", epsilon=8).fit, given)
         with pytest.warns(UserWarning, match="column 2 of 3"):
-            Synthesizer("run", epsilon=8, columns="ignore").fit(given)
+            Synthesizer("run", epsilon=8, columns="ignore").fit(given, "rows")
 
 
 # ---- tables in memory -------------------------------------------------------------------------------------------------------
@@ -364,18 +364,18 @@ TABLES = {
 
 @pytest.mark.parametrize("kind", TABLES)
 def test_fit_takes_every_table(caught, kind):
-    Synthesizer("run", epsilon=8).fit(TABLES[kind](TABLE))
+    Synthesizer("run", epsilon=8).fit(TABLES[kind](TABLE), "rows")
     first = caught.splits
-    Synthesizer("other", epsilon=8).fit(TABLE)
+    Synthesizer("other", epsilon=8).fit(TABLE, "rows")
     assert first.train.texts == caught.splits.train.texts and first.train.labels.tolist() == caught.splits.train.labels.tolist()
     assert load(read_settings("run")).train.fingerprint(bytes(16)) == first.train.fingerprint(bytes(16))
 
 
 def test_fit_takes_columns_that_are_numbers(caught):
     table = pd.DataFrame([[f"row {i} a film", i % 2] for i in range(40)])
-    Synthesizer("run", text_column=0, label_column=1, epsilon=8).fit(table)
+    Synthesizer("run", text_column=0, label_column=1, epsilon=8).fit(table, "rows")
     assert caught.settings.text_column == "0" and load(read_settings("run")).train.texts == caught.splits.train.texts
-    synthesizer = Synthesizer("run2", text_column=0, label_column=1, epsilon=8).fit(table)
+    synthesizer = Synthesizer("run2", text_column=0, label_column=1, epsilon=8).fit(table, "rows")
     assert synthesizer._records(table, "rows").texts == table[0].tolist()
 
 
