@@ -329,7 +329,7 @@ def test_check_and_run_and_fit_tell_which_columns_are_left_out(dpsynth, refused,
 
     assert preflight([load_settings("x.yaml", ["columns=ignore"])], pathlib.Path("runs"))[0] == f"x.csv: {line}"
     for given in (table, "x.csv"):
-        assert line in refusal(Synthesizer("run", epsilon=8).fit, given)
+        assert line in refusal(Synthesizer("run", epsilon=8).fit, given, "rows")
         with pytest.warns(UserWarning, match="column 2 of 3"):
             Synthesizer("run", epsilon=8, columns="ignore").fit(given, "rows")
 
@@ -484,7 +484,7 @@ def test_no_reader_quotes_a_row(case, refused, capfd):
     pd.DataFrame({"text": pd.Categorical([SECRET]), "label": pd.Categorical([KEY])}), pd.DataFrame(), pd.DataFrame({"text": [], "label": []})],
     ids=lambda given: type(given).__name__)  # fmt: skip
 def test_fit_quotes_no_row(given, capfd):
-    told = [refusal(Synthesizer("run", epsilon=8).fit, given), *capfd.readouterr()]
+    told = [refusal(Synthesizer("run", epsilon=8).fit, given, "rows"), *capfd.readouterr()]
     assert not [(said, quoted(said)) for said in told if quoted(said)]
     assert not (pathlib.Path("run") / "private").exists()
 
