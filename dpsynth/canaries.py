@@ -50,7 +50,7 @@ def make_canaries(count, public, *, seed=0, prefix_words=12, suffix_words=8):
     if not isinstance(public, Records):
         return canaries
     frame = public.frame.iloc[rows].reset_index(drop=True).assign(text=canaries)
-    return dataclasses.replace(public, frame=frame, name="canaries", source={"kind": "canaries", "from": public.name, "rows": count})
+    return dataclasses.replace(public, frame=frame, name="canaries", source={"kind": "canaries", "from": public.name, "rows": count}, places=None)
 
 # %% ../nbs/05a_canaries.ipynb #840531bd
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -105,7 +105,7 @@ def canary_records(settings, records):
     names = [f"canary {i}" for i in range(len(texts))]  # no row has a canonical form with a blank
     columns = {"text": texts, "label": labels, "unit": names, "unit_name": names, "id": names}
     frame = pd.DataFrame({name: columns[name] for name in records.frame.columns})
-    return dataclasses.replace(records, frame=frame, name="canaries", source={"kind": "canaries"})
+    return dataclasses.replace(records, frame=frame, name="canaries", source={"kind": "canaries"}, places=None)
 
 
 def _public_texts(settings):
@@ -119,4 +119,4 @@ def with_canaries(settings, records, included):
     """The rows of a run with its canaries behind them: those of `canary_records` that are `included`, `canary_copies` times each."""
     canaries = canary_records(settings, records)
     chosen = canaries.frame.iloc[np.repeat(np.flatnonzero(included), settings.canary_copies)]
-    return dataclasses.replace(records, frame=pd.concat([records.frame, chosen], ignore_index=True))
+    return dataclasses.replace(records, frame=pd.concat([records.frame, chosen], ignore_index=True), places=None)

@@ -85,10 +85,10 @@ class Synthesizer:
             folder belongs to a run with other rows or settings. SettingsError: the settings do not fit the rows, or another process is
             at this run.
         """
-        data = data if isinstance(data, (str, os.PathLike)) else as_frame(data)
-        if not self._decided and str(data) != "demo":
+        if not self._decided and not (isinstance(data, str) and data == "demo"):
             raise SettingsError(UNDECIDED)
         self.settings = self._with(data_name=self._data_name(data, name))
+        data = data if isinstance(data, (str, os.PathLike)) else as_frame(data)
         splits = self._read(data)
         if line := left_out(splits.train):
             warnings.warn(line)

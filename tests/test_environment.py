@@ -26,7 +26,7 @@ def process(*arguments, module="dpsynth", **environment):
 def config(tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"row {i},{'negative' if i % 2 else 'positive'}\n" for i in range(60)))
     path = tmp_path / "dp.yaml"
-    path.write_text(f"data: {tmp_path / 'rows.csv'}\nbatch_size: 8\nmodel: {MICRO}\n")
+    path.write_text(f"data: {tmp_path / 'rows.csv'}\nbatch_size: 8\nepsilon: 8\nmodel: {MICRO}\n")
     return path
 
 

@@ -113,7 +113,7 @@ def test_the_loss_on_a_file_sorted_by_label_is_that_of_both_labels(tmp_path, mon
     rows = pd.DataFrame({"text": [f"row {i}" for i in range(40)], "label": [int(i >= 20) for i in range(40)]})
     settings = RUN.model_copy(update={"validation_size": 8, "epochs": 0.2})
     finetune_run(settings, from_frame(rows, settings, test=rows), tmp_path / "run", progress=False)
-    assert [set(labels.tolist()) for labels in seen] == [{0, 1}]
+    assert [set(labels.tolist()) for labels in seen] == 2 * [{0, 1}]  # of the model before and after
 
 
 def test_no_progress_bar_is_a_widget(repo):

@@ -74,7 +74,8 @@ def planned(settings):
 def estimated(settings):
     """The same by `estimate_memory`."""
     total, trained = models.count_parameters(settings)
-    return pipeline.estimate_memory(settings.model_copy(update={"sample_batch_size": 1}), total, trained) - pipeline.LIBRARIES - 4 * total - 16 * trained
+    alone = pipeline.LIBRARIES + pipeline.functions_compiled(settings) * pipeline.COMPILED + 4 * total + 16 * trained
+    return pipeline.estimate_memory(settings.model_copy(update={"sample_batch_size": 1}), total, trained) - alone
 
 
 @pytest.mark.parametrize("one_by_one, changes", [(True, {}), (False, {"tuning": "full"}), (False, {"epsilon": float("inf")})], ids=str)

@@ -15,7 +15,7 @@ import pytest
 from scipy import stats
 
 from parts import RUN, SETTINGS, splits
-from dpsynth import audit, canaries
+from dpsynth import audit, canaries, words
 from dpsynth.data import Records, TokenStore, from_frame
 from dpsynth.demo import reviews
 from dpsynth.privacy import Mechanism, Randomness, Session, stored_run
@@ -360,10 +360,10 @@ def test_the_bound_from_pairs_stays_below_the_truth():
 
 
 def test_runs_end_with_their_row_and_leave_one_out_forgets_the_row():
-    words = audit.Words.of(["a b c", "d e", "", "a b"])
-    assert audit.shares_run(words, audit.Words.of(["x c d x a b c"]), 2).tolist() == [True, False, False, True]
+    some = audit.Words.of(["a b c", "d e", "", "a b"])
+    assert audit.shares_run(some, audit.Words.of(["x c d x a b c"]), 2).tolist() == [True, False, False, True]
     one = audit.Words.of(["some words that occur nowhere else", "the cat sat", "the cat sat"])
-    model = audit.RunModel(one)
+    model = words.RunModel(one)
     assert model.log_likelihood(one, without_own=True)[0] < model.log_likelihood(one)[0] - 1
     assert model.log_likelihood(one, without_own=True)[1] == pytest.approx(model.log_likelihood(one, without_own=True)[2])
 
@@ -374,8 +374,8 @@ def test_the_reference_model_sharpens_the_attack(texts):
     rewritten = [" ".join(w for w in text.split() if keep.random() < 0.8) for text in train[:40]]
     ours, real = audit.Words.of(rewritten + fresh[40:]), audit.Words.of(train + holdout)
     with_reference = audit.top_test("", audit.text_membership(ours, real), member, level=0.01).p_value
-    without = audit.top_test("", audit.RunModel(ours).log_likelihood(real), member, level=0.01).p_value
-    assert with_reference < 1e-5 < without
+    without = audit.top_test("", words.RunModel(ours).log_likelihood(real), member, level=0.01).p_value
+    assert with_reference < 1e-4 and without > 100 * with_reference
 
 
 # rows and reports
@@ -666,8 +666,8 @@ def test_canaries_bound_a_known_mechanism_from_below_and_a_leak_far_above():
 
 
 def test_recited_canaries_are_found_in_the_rows_alone(texts):
-    fresh, included = texts[2], np.random.default_rng(0).random(400) < 0.5
-    made = canaries.make_canaries(400, texts[1])
+    fresh, included = texts[2][:1000], np.random.default_rng(0).random(400) < 0.5
+    made = canaries.make_canaries(400, texts[1][:1000])
     recited = [made[i] for i in np.flatnonzero(included)[::2]]
     found, nothing = (audit.audit_canaries_in_rows(fresh + more, made, included, 1e-5) for more in (recited, []))
     assert found.refutes(1.0) and found.auc > 0.6 and found.saw == "the synthetic rows only" and found.saw in str(found)

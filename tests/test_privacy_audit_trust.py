@@ -12,14 +12,13 @@ import pytest
 from parts import RUN, splits
 import dpsynth.privacy
 from dpsynth import audit, certificate, pipeline
-from dpsynth.certificate import make_certificate, verify
+from dpsynth.certificate import Certificate, make_certificate, verify
 from dpsynth.finetune import charges, finetune_run
 from dpsynth.ledger import RUNS_LEDGER, group_privacy
+from dpsynth.manifest import write_release
 from dpsynth.privacy import make_mechanism, stored_run
 from dpsynth.settings import PrivacyError
 
-CLAIMS = ("epsilon", "epsilon_replace_one", "delta", "curve", "groups", "mechanism", "accountant", "accesses", "num_units",
-          "randomness")
 COUNTED = RUN.model_copy(update={"label_prior": "private", "access_share": 0.05})
 
 
@@ -58,10 +57,15 @@ def certified(folder):
 
 def certificate_of(changes, told, num_units=40):
     """The certificate that this run would have with other settings; what does not follow from them is that of the run."""
-    settings = COUNTED.model_copy(update=changes)
-    other = make_certificate(make_mechanism(settings, num_units), settings, base=told["base_model"])
-    composed = {**told["composed"], "epsilon": other["epsilon"], "delta": other["delta"]}
-    return {**told, **{name: other[name] for name in CLAIMS}, "composed": composed}
+    settings, composed = COUNTED.model_copy(update=changes), {**told["composed"], "epsilon": 0.0}
+    other = make_certificate(make_mechanism(settings, num_units), settings, base=told["base_model"], files=told["files"], composed=composed)
+    kept = {name: told[name] for name in ("audit", "settings_hash", "code_hash", "versions")}
+    return json.loads(json.dumps({**other, **kept}))
+
+
+def put(folder, told):
+    """Release another certificate, with a manifest that goes with it: whoever forges one can forge both."""
+    write_release(Certificate(told), folder / "release", {})
 
 
 def differing(told):
@@ -90,7 +94,7 @@ def test_what_ran_is_what_is_certified_recorded_and_charged(copied):
     ({"access_share": 0.04}, 40, ("accesses.1.noise_multiplier",))])
 def test_another_certificate_that_holds_by_itself_is_refuted(copied, changes, num_units, names):
     forged = certificate_of(changes, certified(copied), num_units)
-    (copied / "release" / "certificate.json").write_text(json.dumps(forged))
+    put(copied, forged)
     assert verify(copied / "release" / "certificate.json")["epsilon"] <= forged["epsilon"] + 1e-3
     found = audited(copied)
     broken, wrong = found.replay.broken, differing(forged)
@@ -102,11 +106,11 @@ def test_another_certificate_that_holds_by_itself_is_refuted(copied, changes, nu
 
 
 @pytest.mark.parametrize("entry, value", [("code_hash", "0" * 64), ("settings_hash", "0" * 64), ("canaries", 7), ("unit", "user"),
-                                          ("base_model", {"hash": "other"}), ("versions", {"jax": "0.1"})])
+                                          ("base_model", {"hash": 64 * "a"}), ("versions", {"jax": "0.1"})])
 def test_what_ran_cannot_be_told_otherwise(copied, entry, value):
     told = certified(copied)
     told[entry] = {**told[entry], **value} if isinstance(value, dict) else value
-    (copied / "release" / "certificate.json").write_text(json.dumps(told))
+    put(copied, told)
     broken = audited(copied).replay.broken
     assert len(broken) == 1
     below = f".{next(iter(value))}" if isinstance(value, dict) else ""
@@ -146,7 +150,7 @@ def test_a_run_by_other_code_is_held_to_what_it_recorded_and_to_its_target(copie
     monkeypatch.setattr(dpsynth.privacy, "code_hash", lambda: "other")
     found = audited(copied)
     assert found.replay.passed and "other code or libraries made this run" in str(found)
-    (copied / "release" / "certificate.json").write_text(json.dumps(certificate_of({"epsilon": 0.5}, certified(copied))))
+    put(copied, certificate_of({"epsilon": 0.5}, certified(copied)))
     assert "what the certificate says" in audited(copied).replay.broken[0]
     state = stored_run(copied / "private").state(copied / "private")
     recorded = state.read_json("checks.json")
@@ -163,6 +167,8 @@ def test_settings_that_were_changed_after_the_run_are_not_audited_as_its_own(cop
 @pytest.mark.parametrize("name", ["identity.json", "counts.json", "checks.json"])
 def test_an_audit_reads_only_what_the_run_sealed(copied, name):
     path = copied / "private" / name
-    path.write_bytes(path.read_bytes().replace(b"1", b"2", 1))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
     with pytest.raises(PrivacyError, match=f"{name}: (it is )?damaged"):
         audited(copied)

@@ -26,7 +26,7 @@ def test_a_run_is_charged_once_and_stays_charged(run, tmp_path):
     (dataset,) = ledger.datasets()
     assert [r.state for r in ledger.charged(dataset)] == ["finished"] and dataset.units == 40
     certificate = json.loads((run / "release" / "certificate.json").read_text())
-    assert certificate["composed"] == {"epsilon": pytest.approx(certificate["epsilon"], rel=1e-3), "delta": certificate["delta"], "releases": 1,
+    assert certificate["composed"] == {"epsilon": pytest.approx(certificate["epsilon"], rel=1e-3), "delta": certificate["delta"], "releases": 1, "looked": False,
                                        "other_units": 0, "without_privacy": 0, "ledger": "the ledger of this folder of runs",
                                        "basis": "what the ledger holds; it cannot be recomputed from this certificate alone"}
     finetune_run(RUN, splits(), run, progress=False)

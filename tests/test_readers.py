@@ -329,9 +329,9 @@ def test_check_and_run_and_fit_tell_which_columns_are_left_out(dpsynth, refused,
 
     assert preflight([load_settings("x.yaml", ["columns=ignore"])], pathlib.Path("runs"))[0] == f"x.csv: {line}"
     for given in (table, "x.csv"):
-        assert line in refusal(Synthesizer("run", epsilon=8).fit, given)
+        assert line in refusal(Synthesizer("run", epsilon=8).fit, given, "rows")
         with pytest.warns(UserWarning, match="column 2 of 3"):
-            Synthesizer("run", epsilon=8, columns="ignore").fit(given)
+            Synthesizer("run", epsilon=8, columns="ignore").fit(given, "rows")
 
 
 # ---- tables in memory -------------------------------------------------------------------------------------------------------
@@ -364,18 +364,18 @@ TABLES = {
 
 @pytest.mark.parametrize("kind", TABLES)
 def test_fit_takes_every_table(caught, kind):
-    Synthesizer("run", epsilon=8).fit(TABLES[kind](TABLE))
+    Synthesizer("run", epsilon=8).fit(TABLES[kind](TABLE), "rows")
     first = caught.splits
-    Synthesizer("other", epsilon=8).fit(TABLE)
+    Synthesizer("other", epsilon=8).fit(TABLE, "rows")
     assert first.train.texts == caught.splits.train.texts and first.train.labels.tolist() == caught.splits.train.labels.tolist()
     assert load(read_settings("run")).train.fingerprint(bytes(16)) == first.train.fingerprint(bytes(16))
 
 
 def test_fit_takes_columns_that_are_numbers(caught):
     table = pd.DataFrame([[f"row {i} a film", i % 2] for i in range(40)])
-    Synthesizer("run", text_column=0, label_column=1, epsilon=8).fit(table)
+    Synthesizer("run", text_column=0, label_column=1, epsilon=8).fit(table, "rows")
     assert caught.settings.text_column == "0" and load(read_settings("run")).train.texts == caught.splits.train.texts
-    synthesizer = Synthesizer("run2", text_column=0, label_column=1, epsilon=8).fit(table)
+    synthesizer = Synthesizer("run2", text_column=0, label_column=1, epsilon=8).fit(table, "rows")
     assert synthesizer._records(table, "rows").texts == table[0].tolist()
 
 
@@ -484,7 +484,7 @@ def test_no_reader_quotes_a_row(case, refused, capfd):
     pd.DataFrame({"text": pd.Categorical([SECRET]), "label": pd.Categorical([KEY])}), pd.DataFrame(), pd.DataFrame({"text": [], "label": []})],
     ids=lambda given: type(given).__name__)  # fmt: skip
 def test_fit_quotes_no_row(given, capfd):
-    told = [refusal(Synthesizer("run", epsilon=8).fit, given), *capfd.readouterr()]
+    told = [refusal(Synthesizer("run", epsilon=8).fit, given, "rows"), *capfd.readouterr()]
     assert not [(said, quoted(said)) for said in told if quoted(said)]
     assert not (pathlib.Path("run") / "private").exists()
 

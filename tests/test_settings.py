@@ -362,6 +362,7 @@ def test_every_setting_is_read_by_something(repo):
         "label_names": "settings.labels",
         "label_prior": "settings.prior()",
         "profile": "resolve(",
+        "tuned_on": '"dtype", "tuned_on")  # settings that the sentences follow from',
         "test_fraction": '_hold_out(train, name, "test_fraction", settings',
     }
     assert [n for n in Settings.model_fields if not re.search(rf"settings\.{n}\b", source) and through.get(n, "\0") not in source] == []

@@ -99,20 +99,20 @@ def test_other_errors_of_the_rows_pass_as_they_are(tmp_path):
 def test_rows_in_memory_need_a_name(caught, tmp_path, rows):
     for named in ({}, {"name": ""}):
         with pytest.raises(SettingsError, match=r'^fit: rows in memory need a name, as in fit\(data, name="patients"\); [^\n]*$'):
-            Synthesizer(tmp_path / "run").fit(rows, **named)
+            Synthesizer(tmp_path / "run", epsilon=8).fit(rows, **named)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_table_is_charged_under_its_name_in_whatever_folder_it_is_fitted(caught, tmp_path):
     for day, rows, name in (("monday", table(), "patients"), ("tuesday", table(60), "patients"), ("friday", table(), "a / b's rows: 2")):
-        Synthesizer(tmp_path / day).fit(rows, name=name)
+        Synthesizer(tmp_path / day, epsilon=8).fit(rows, name=name)
         stored = load(read_settings(tmp_path / day))
         assert caught.splits.train.name == stored.train.name == name and stored.train.texts == caught.splits.train.texts
-    Synthesizer(tmp_path / "set", data_name="patients").fit(table())
+    Synthesizer(tmp_path / "set", data_name="patients", epsilon=8).fit(table())
     assert caught.splits.train.name == "patients"
     table().to_csv(tmp_path / "mine.csv", index=False)
     for given, called in (({}, "mine.csv"), ({"name": "patients"}, "patients")):
-        Synthesizer(tmp_path / f"file {called}").fit(tmp_path / "mine.csv", **given)
+        Synthesizer(tmp_path / f"file {called}", epsilon=8).fit(tmp_path / "mine.csv", **given)
         assert caught.splits.train.name == called
 
 
