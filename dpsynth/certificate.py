@@ -185,8 +185,8 @@ def make_certificate(mechanism, settings, *, base, files, composed=None):
             asked, and this run is the only one known. With `looked`, somebody looked at the rows before (`dpsynth check --look`).
     """
     epsilon, delta = mechanism.epsilon, mechanism.delta
-    composed = composed or {"epsilon": epsilon, "delta": delta, "releases": 1, "other_units": 0, "without_privacy": 0,
-                            "ledger": ALONE, "looked": False}
+    alone = {"epsilon": epsilon, "delta": delta, "releases": 1, "other_units": 0, "without_privacy": 0, "ledger": ALONE}
+    composed = {"looked": False, **(composed or alone)}
     more = epsilon * (1 + 1e-6) if composed["releases"] > 1 else epsilon  # several cost more than one, by less than a ledger's rounding or by more
     return Certificate(complete({
         "name": settings.experiment, "unit": mechanism.unit, "num_units": mechanism.num_units, "canaries": settings.canaries,

@@ -13,10 +13,13 @@ from parts import RUN, SETTINGS, splits, trainer
 import dpsynth.data
 import dpsynth.privacy
 from dpsynth.data import TokenStore, from_frame
-from dpsynth.finetune import LossLog, bucket_lengths, finetune_run, make_mean_loss, microbatches, some_rows
-from dpsynth.models import load_model, setup_tuning
+from dpsynth.finetune import (
+    LossLog, bucket_lengths, example_loss, finetune_run, flatten, make_mean_loss, microbatches, scores_at_once, some_rows, unit_loss)
+from dpsynth.models import LanguageModel, load_model, setup_tuning
 from dpsynth.pipeline import DATA_SETTINGS
 from dpsynth.settings import Settings, SettingsError
+
+import jax
 
 
 def test_buckets_cover_each_row_once():
@@ -28,31 +31,28 @@ def test_buckets_cover_each_row_once():
 
 
 def test_scores_in_chunks_give_the_losses_and_gradients_of_all_at_once(micro, store, monkeypatch):
-    batch = store.batch(np.arange(3), 48)
-    rows = tuple(batch[name] for name in ("tokens", "prompt_length", "total_length"))
+    batch, seen = store.batch(np.arange(3), 48), []
+    rows = tuple(jax.numpy.asarray(batch[name]) for name in ("tokens", "prompt_length", "total_length"))
+    monkeypatch.setattr(micro, "logits", lambda *of: (seen.append(of[2].shape[1]), LanguageModel.logits(micro, *of))[1])
 
-    def found():
-        """Losses of rows side by side, the gradients of one row alone and of a unit of three, and how many scores the largest product has."""
-        one, unit = (functools.partial(lambda loss, trainable, row: loss(micro, trainable, micro.frozen, *row), loss) for loss in (example_loss, unit_loss))
-        alone = tuple(part[0] for part in rows)
-        gradients = [flatten(jax.jit(jax.grad(loss))(micro.trainable, row)) for loss, row in ((one, alone), (unit, rows))]
-        text = str(jax.make_jaxpr(one)(micro.trainable, alone))
-        shapes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", text) if shape.endswith("6144")]
-        return np.asarray(make_mean_loss(micro)(micro.trainable, micro.frozen, batch)), gradients, max(shapes), "checkpoint" in text or "remat" in text
+    def found(alone, scores):
+        """Losses of rows side by side, and gradients of one row alone and of a unit of three; whether scores are computed twice."""
+        monkeypatch.setattr("dpsynth.finetune.one_by_one", lambda: alone)
+        monkeypatch.setattr("dpsynth.finetune.ALONE_SCORES" if alone else "dpsynth.finetune.CHUNK_SCORES", scores)
+        one = lambda trainable: example_loss(micro, trainable, micro.frozen, *(part[0] for part in rows))
+        unit = lambda trainable: unit_loss(micro, trainable, micro.frozen, *rows)
+        values = [make_mean_loss(micro)(micro.trainable, micro.frozen, batch), *(flatten(jax.jit(jax.grad(f))(micro.trainable)) for f in (one, unit))]
+        seen.clear()
+        return values, "remat" in str(jax.make_jaxpr(one)(micro.trainable))
 
-    monkeypatch.setattr("dpsynth.finetune.one_by_one", lambda: True)
-    whole = found()
-    assert whole[2] == 47 * 6144 and not whole[3]
-    for alone, at_once, width in ((True, 10 * 6144, 10), (False, 4 * 6144, 4)):
-        monkeypatch.setattr("dpsynth.finetune.one_by_one", lambda alone=alone: alone)
-        monkeypatch.setattr("dpsynth.finetune.ALONE_SCORES", at_once)
-        monkeypatch.setattr("dpsynth.finetune.CHUNK_SCORES", 4 * 6144)
-        losses, gradients, largest, again = found()
-        assert largest == max(width * 6144, 16 * 6144) or largest == width * 6144
-        assert again
-        np.testing.assert_allclose(losses, whole[0], atol=1e-5)
-        for one, other in zip(gradients, whole[1]):
-            np.testing.assert_allclose(one, other, atol=1e-5)
+    whole, twice = found(True, 1 << 26)
+    assert seen == [47] and not twice
+    monkeypatch.setattr("dpsynth.finetune.CHUNK_SCORES", 2 * micro.vocabulary_size)
+    for alone, positions in ((True, 10), (False, 4)):
+        values, twice = found(alone, positions * micro.vocabulary_size)
+        assert set(seen) == {positions} and twice
+        for value, expected in zip(values, whole):
+            np.testing.assert_allclose(value, expected, atol=1e-5)
 
 
 def test_rows_that_are_computed_side_by_side_share_the_scores_that_are_held(monkeypatch):
