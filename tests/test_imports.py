@@ -234,10 +234,9 @@ def test_another_file_than_was_meant_is_refused(refused, dpsynth, tmp_path):
     code, out, _ = dpsynth("model", "import", file, tmp_path / "m", "--sha256", sha256_of(file).upper())
     assert code == 0 and "licence: apache-2.0" in out and (tmp_path / "m").stat().st_mode & 0o777 == 0o755
     assert "is there already" in refused("model", "import", file, tmp_path / "m")
-    assert (
-        sha256_of(file) in (tmp_path / "m" / "README.md").read_text()
-        and base_model(str(tmp_path / "m"), "h")["import"]["sha256"] == sha256_of(file)
-    )
+    assert sha256_of(file) in (tmp_path / "m" / "README.md").read_text()
+    stated = base_model(str(tmp_path / "m"), "h")["import"]
+    assert stated and stated["sha256"] == sha256_of(file)
 
 
 def test_facts_of_an_import_that_cannot_be_stated_are_refused_before_anything_is_paid(tmp_path):
