@@ -49,6 +49,28 @@ class BudgetError(DpsynthError, RuntimeError):
 class PrivacyError(DpsynthError, RuntimeError):
     """Going on would break the privacy claim."""
 
+# %% ../nbs/00_settings.ipynb #f36555d0
+class _Repeated(yaml.constructor.ConstructorError):
+    """A key is there twice."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose scalars are texts, except `true`, `false`, `null`, `~` and nothing; a key may be there once."""
+    yaml_implicit_resolvers = {}
+
+    def construct_mapping(self, node, deep=False):
+        """The dict of a mapping. Raises `_Repeated` for a key that is there twice."""
+        first = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if first.setdefault(key.value, key) is not key:
+                line = first[key.value].start_mark.line + 1
+                raise _Repeated(problem=f"{key.value!r} is there twice, first in line {line}; remove one", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?:true|false)$", re.I), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(?:null|~|)$", re.I), ["n", "N", "~", ""])
+
 # %% ../nbs/00_settings.ipynb #1f6e738a
 def _number(value):
     """A number written as text, such as `1e-3`, `inf` and YAML's `.inf`; anything else unchanged. Raises ValueError for True and False."""
@@ -384,28 +406,6 @@ def make_settings(values):
     if settings.generator == "finetune" and settings.data != "demo" and "epsilon" not in values:
         raise SettingsError(UNDECIDED)
     return settings
-
-# %% ../nbs/00_settings.ipynb #f36555d0
-class _Repeated(yaml.constructor.ConstructorError):
-    """A key is there twice."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose scalars are texts, except `true`, `false`, `null`, `~` and nothing; a key may be there once."""
-    yaml_implicit_resolvers = {}
-
-    def construct_mapping(self, node, deep=False):
-        """The dict of a mapping. Raises `_Repeated` for a key that is there twice."""
-        first = {}
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if first.setdefault(key.value, key) is not key:
-                line = first[key.value].start_mark.line + 1
-                raise _Repeated(problem=f"{key.value!r} is there twice, first in line {line}; remove one", problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?:true|false)$", re.I), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("(?:null|~|)$", re.I), ["n", "N", "~", ""])
 
 # %% ../nbs/00_settings.ipynb #4c644fc1
 def load_settings(path, overrides=()):
