@@ -3,7 +3,9 @@
 These tests are what the mutation tool runs (see tests/README.md), so each of them pins one function by value.
 """
 
+import hashlib
 import math
+import types
 
 import numpy as np
 import pytest
@@ -341,6 +343,8 @@ def test_messages_offer_the_nearest_name():
     assert known_names("laplce", ["gaussian", "laplace"]) == "did you mean 'laplace'? known: 'gaussian', 'laplace'"
     assert known_names("x", ["gaussian"]) == "known: 'gaussian'" and known_names("x", []) == "known: none"
     assert known_names("gauss", ["gaussian"]).startswith("did you mean 'gaussian'?")
+    assert known_names("gaus", ["gaussian"]).startswith("did you mean 'gaussian'?") and known_names("gas", ["gaussian"]).startswith("did you mean")
+    assert known_names("an", ["gaussian"]) == "known: 'gaussian'"
     with pytest.raises(SettingsError, match=r"^event: an empty list releases nothing$"):
         composed([[]], 1e-5)
     with pytest.raises(SettingsError, match="^event gaussian: noise_multiplier: input should be greater than or equal to 0$"):
@@ -360,7 +364,7 @@ def test_the_name_of_a_release_shows_neither_run_nor_secret():
     name = release_id("run", b"secret")
     assert len(name) == 32 and name == release_id("run", b"secret")
     assert len({name, release_id("run 2", b"secret"), release_id("run", b"secrets")}) == 3
-    import hashlib
+    assert name == hashlib.blake2b(b"run", digest_size=16, key=b"secret", person=b"dpsynth release").hexdigest()
     assert name != hashlib.blake2b(b"run", digest_size=16, key=b"secret").hexdigest()
 
 
@@ -374,6 +378,7 @@ def test_default_delta_is_a_tenth_of_a_unit_at_most(units, delta):
 
 def test_a_delta_above_a_tenth_of_a_unit_is_told():
     assert privacy.told_delta(1e-4, 1000) == "" == privacy.told_delta(1e-5, 1000)
+    assert privacy.told_delta(1.5e-4, 1000).startswith("delta is 0.15/n")
     assert privacy.told_delta(2.5e-4, 1000) == "delta is 0.25/n: so many units could be expected to be published outright"
 
 
@@ -500,10 +505,12 @@ def test_an_identity_is_its_parts(monkeypatch):
 def test_the_hash_of_the_code_is_that_of_the_names_and_the_contents_of_its_files(monkeypatch, tmp_path):
     for name in ("b.py", "a.py", "cli.py", "data.txt"):
         (tmp_path / name).write_text(f"# {name}")
-    monkeypatch.setattr(privacy.resources, "files", lambda package: tmp_path)
+    asked, unsorted = [], [tmp_path / name for name in ("b.py", "cli.py", "a.py", "data.txt")]
+    package = types.SimpleNamespace(iterdir=lambda: unsorted)
+    monkeypatch.setattr(privacy.resources, "files", lambda name: asked.append(name) or package)
     assert [file.name for file in privacy.code_modules()] == ["a.py", "b.py"]
     before = privacy.code_hash()
-    import hashlib
+    assert set(asked) == {"dpsynth"}
     assert before == hashlib.sha256(b"a.py\0# a.py" + b"b.py\0# b.py").hexdigest()
     (tmp_path / "a.py").write_text("# changed")
     assert privacy.code_hash() != before
