@@ -401,6 +401,10 @@ def test_groups_are_bounded_by_their_own_accounting():
     banded = certificate_of(IMDB.model_copy(update={"bands": "4"}))
     assert (banded["groups"][0]["epsilon"], banded["groups"][0]["delta"]) == group_privacy(banded["epsilon"], banded["delta"], 2)
     verify(banded)
+    for smaller in (0.5, 0.999):  # the lemma gives both: its epsilon does not go with another delta
+        pair = {**banded["groups"][0], "delta": smaller * banded["groups"][0]["delta"]}
+        with pytest.raises(PrivacyError, match="for 2 units it claims"):
+            verify({**banded, "groups": [pair, *banded["groups"][1:]]})
 
 
 def test_certificate_without_a_part_is_refused(tmp_path):

@@ -223,6 +223,11 @@ def test_a_release_is_signed_and_whoever_changes_it_is_found_out(run, dpsynth, r
     code, out, _ = dpsynth("sign", run, "--key", key)
     assert code == 0 and out.count(": signed") == 3
     assert dpsynth("verify", run, "--key", f"{key}.pub").out.splitlines()[-1] == "  signed       manifest-7.json, manifest.json, sample-5-2/manifest.json"
+    for again in ("manifest-7.json.sig", "sample-5-2/manifest.json.sig"):  # every manifest is signed, not the first alone
+        signature = (release / again).read_bytes()
+        (release / again).write_bytes(bytes(64))
+        assert f"{again}: not a signature of " in refused("verify", run, "--key", f"{key}.pub")
+        (release / again).write_bytes(signature)
     for public in ("key", "settings.yaml", "nowhere"):
         assert "--key" in refused("verify", run, "--key", tmp_path / public)
     assert "not a private Ed25519 key" in refused("sign", run, "--key", f"{key}.pub")

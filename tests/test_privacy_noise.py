@@ -5,7 +5,7 @@ import numpy as np
 import pickle
 import pytest
 
-from parts import RUN, SECRET, SETTINGS, mechanism, splits, trainer
+from parts import RUN, SECRET, SETTINGS, banded, mechanism, splits, trainer
 from dpsynth.finetune import finetune_run, flatten
 from dpsynth.privacy import Randomness, Session, grid_bits, load_secret
 from dpsynth.settings import PrivacyError
@@ -32,6 +32,17 @@ def test_noise_is_independent_over_steps_runs_secrets_and_from_batches():
     for other in (Randomness(SECRET, "run").gaussians("noise", 1, 100_000), Randomness(SECRET, "other").gaussians("noise", 0, 100_000),
                   Randomness(bytes(32), "run").gaussians("noise", 0, 100_000), Randomness(SECRET, "run").gaussians("batch", 0, 100_000)):
         assert abs(np.corrcoef(base, other)[0, 1]) < 0.015
+
+
+def test_no_stream_serves_two_purposes_or_two_updates(monkeypatch):
+    asked, words = [], Randomness._words
+    monkeypatch.setattr(Randomness, "_words", lambda self, *stream: asked.append(stream[:2]) or words(self, *stream))
+    session = Session(banded(), Randomness(SECRET, "run"))
+    for _ in range(3):
+        session.batch()
+        session.release(np.zeros(5, np.int32))
+    drawn = [stream for stream in asked if stream != ("group", 0)]  # a unit keeps its group
+    assert len(drawn) == len(set(drawn)) == 6
 
 
 def test_the_same_step_draws_the_same_numbers_again():

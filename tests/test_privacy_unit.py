@@ -23,6 +23,12 @@ def test_rows_of_a_unit_are_chosen_by_the_unit_alone():
     assert len({tuple(rows_of_units(units, 2, seed)[1]) for seed in range(9)}) > 1
 
 
+def test_rows_of_a_unit_are_the_same_wherever_they_stand():
+    for seed in range(9):
+        alone, behind = rows_of_units(np.zeros(6, int), 2, seed)[0], rows_of_units(np.array([0, 1, 1, 1, 1, 1, 1]), 2, seed)[1]
+        assert (behind - 1 == alone).all()
+
+
 def test_a_group_has_one_gradient_the_mean_of_its_rows(micro, store):
     units = np.array([[0, 1], [2, -1], [3, 4], [5, 6]])
     one = grouped(micro, store, units, clip="bound", l2_clip_norm=1e3)
