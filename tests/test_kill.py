@@ -128,7 +128,7 @@ class Run:
         """The process of the kernel."""
         children = self.runner.children(recursive=True)
         self.processes += children
-        return next(process for process in children if "ipykernel_launcher" in process.cmdline())
+        return next(process for process in children if any("ipykernel" in part for part in process.cmdline()))
 
     def wait_until_gone(self):
         until = time.monotonic() + PATIENCE
