@@ -28,7 +28,8 @@ def write_private(path, content, before=None):
     path = pathlib.Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        temporary.unlink(missing_ok=True)  # what lies there keeps its owner and its mode; a link leads elsewhere
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             write = content if callable(content) else lambda file: file.write(_bytes(content))
             write(file)
             file.flush()
