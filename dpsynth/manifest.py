@@ -6,8 +6,8 @@
 __all__ = ['MANIFEST', 'CERTIFICATE', 'FITTED', 'SAMPLED', 'file_hash', 'content_hash', 'seal', 'read_sealed', 'manifest_of',
            'way_back', 'read_manifest', 'add_to_manifest', 'entry', 'signature_of', 'statement_of', 'statement',
            'check_file', 'check_listed', 'checked_fit', 'released_certificate', 'write_release', 'standing', 'Verified',
-           'find_release', 'manifests', 'compare_release', 'verify_release', 'make_key', 'read_private_key',
-           'read_public_key', 'sign_release', 'check_signatures']
+           'find_release', 'manifests', 'compare_release', 'check_derived', 'verify_release', 'make_key',
+           'read_private_key', 'read_public_key', 'sign_release', 'check_signatures']
 
 # %% ../nbs/04b_manifest.ipynb #bedbe217
 import dataclasses
@@ -18,6 +18,7 @@ import pathlib
 import re
 import warnings
 
+import pyarrow.parquet as pq
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -226,6 +227,7 @@ class Verified:
 
     def __str__(self):
         lists = {"covered": self.covered, "not covered": self.uncovered, "not here": self.absent, "signed": self.signed}
+        lists["unsigned"] = () if self.signed else ("whoever can change these files can write their hashes anew; a signature shows it (--key)",)
         return "\n".join(f"  {what:12} {', '.join(names)}" for what, names in lists.items() if names)
 
 
@@ -259,6 +261,18 @@ def compare_release(release, certificate, found, but=()):
     return list(listed)
 
 
+def check_derived(release, certificate, listed):
+    """Raise DataError unless what follows from another file of a release does: the page from the certificate, Parquet rows from JSON Lines."""
+    page = release / "certificate.md"
+    if page.exists() and page.read_bytes() != certificate.markdown().encode():
+        raise DataError(f"{page}: says something else than certificate.json; {way_back(page)}")
+    for path in (path for path in listed if path.suffix == ".parquet" and path.exists()):
+        lines = path.with_suffix(".jsonl")
+        rows = [json.loads(line) for line in lines.read_bytes().splitlines()] if lines.exists() else None
+        if rows is not None and pq.read_table(path).to_pylist() != rows:
+            raise DataError(f"{path}: has other rows than {lines.name}; {way_back(path)}")
+
+
 def verify_release(path, key=None):
     """Check a certificate and the files that it speaks of: a run folder, a release folder, or a certificate. Returns `Verified`.
 
@@ -273,6 +287,7 @@ def verify_release(path, key=None):
     claims = verify(certificate)
     found = manifests(release, everywhere=whole)
     listed = compare_release(release, certificate, found)
+    check_derived(release, certificate, listed)
     signed = check_signatures(release, found, read_public_key(key)) if key else []
     covered = [there for there in listed if there.exists()]
     known = {*listed, file, *found, *map(signature_of, found)}

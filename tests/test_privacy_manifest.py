@@ -12,7 +12,7 @@ import pytest
 
 from parts import RUN, splits
 from dpsynth.certificate import read_certificate
-from dpsynth.manifest import MANIFEST, check_listed, file_hash, read_manifest, statement_of, verify_release
+from dpsynth.manifest import MANIFEST, add_to_manifest, check_listed, entry, file_hash, read_manifest, statement_of, verify_release
 from dpsynth.pipeline import audit_stage, evaluate_stage, fit_stage, load_generator, load_stage, rows_of_run, sample_again, sample_stage
 from dpsynth.runs import read_settings
 from dpsynth.settings import DataError, DpsynthError, ModelError, PrivacyError, SettingsError
@@ -68,15 +68,33 @@ def test_a_release_says_what_it_covers_and_what_lies_there_uncovered(run, dpsynt
     (run / "release" / "synthetic-9.jsonl").write_text('{"text": "mine"}\n')
     code, out, err = dpsynth("verify", run)
     assert (code, err) == (0, "") and out.startswith(f"{run}: holds; epsilon ")
-    covered, others = out.splitlines()[1:]
+    covered, others, unsigned = out.splitlines()[1:]
+    assert unsigned.startswith("  unsigned     whoever can change these files can write their hashes anew")
     for name in ("adapter.npz", "label_prior.json", "certificate.json", "certificate.md", "synthetic.jsonl", "synthetic.parquet", "rejected.jsonl", "sampling.json",
                  "synthetic-7.jsonl", "sample-5-2/synthetic.jsonl", "sample-5-2/synthetic.parquet"):
         assert f" {name}" in covered
     assert others == "  not covered  notes.txt, synthetic-9.jsonl"
-    assert dpsynth("verify", run / "release").out.splitlines()[1:] == [covered, others]
+    assert dpsynth("verify", run / "release").out.splitlines()[1:] == [covered, others, unsigned]
     (run / "release" / "adapter.npz").unlink()  # it need not be given away
     code, out, _ = dpsynth("verify", run / "release" / "certificate.json")
-    assert code == 0 and out.splitlines()[-1] == "  not here     adapter.npz" and "notes" not in out
+    assert code == 0 and "  not here     adapter.npz" in out.splitlines() and "notes" not in out
+
+
+def enter(release, *names):
+    """Write the hashes of changed files anew, as whoever changed them can."""
+    add_to_manifest(release / MANIFEST, statement_of(release), {name: entry(release / name) for name in names})
+
+
+def test_what_follows_from_another_file_is_compared_with_it_whatever_the_manifest_says(run, refused):
+    release = run / "release"
+    page = (release / "certificate.md").read_text(encoding="utf-8")
+    (release / "certificate.md").write_text(page.replace("ε = **", "ε = **0."), encoding="utf-8")
+    enter(release, "certificate.md")
+    assert "certificate.md: says something else than certificate.json" in refused("verify", run)
+    (release / "certificate.md").write_text(page, encoding="utf-8")
+    pd.DataFrame({"text": ["a row of somebody"]}).to_parquet(release / "synthetic.parquet", index=False)
+    enter(release, "certificate.md", "synthetic.parquet")
+    assert "synthetic.parquet: has other rows than synthetic.jsonl" in refused("verify", run)
 
 
 def test_the_manifest_tells_rows_seeds_and_hashes_of_what_is_released_only(run):
@@ -237,7 +255,10 @@ def test_a_release_is_signed_and_whoever_changes_it_is_found_out(run, dpsynth, r
     change_a_row(release / "synthetic.jsonl")
     assert "is not the file" in refused("verify", run, "--key", f"{key}.pub")
     from dpsynth.manifest import seal
-    manifest["files"]["synthetic.jsonl"]["sha256"] = file_hash(release / "synthetic.jsonl")
+    lines = (release / "synthetic.jsonl").read_text(encoding="utf-8").splitlines()
+    pd.DataFrame([json.loads(line) for line in lines]).to_parquet(release / "synthetic.parquet", index=False)
+    for name in ("synthetic.jsonl", "synthetic.parquet"):
+        manifest["files"][name]["sha256"] = file_hash(release / name)
     manifest.pop("sha256")
     (release / MANIFEST).write_text(json.dumps(seal(manifest)))  # whoever rewrites the hashes too
     assert dpsynth("verify", run).code == 0 and "not a signature" in refused("verify", run, "--key", f"{key}.pub")
