@@ -869,10 +869,11 @@ def test_the_demo_shows_what_fine_tuning_adds(demo):
     baselines = [score["baseline_without_examples"], score["baseline_with_examples"]]
     assert score["upper_bound"] >= max(score.values()) - 0.02 and max(baselines) < min(set(score.values()) - set(baselines))
     assert min(score["dp_ft"], score["non_dp_ft"]) >= max(baselines) + 0.1
-    assert sum(row["seconds"] for row in demo.values()) < 960  # of a machine with ten other processes at work; alone it is far less
+    assert sum(row["seconds"] for row in demo.values()) < 480
     assert {row["mauve_embedder"] for row in demo.values()} == {"all-MiniLM-L6-v2"}
     last = results_table(list(demo.values())).splitlines()[-1]
-    assert last.startswith("* non_dp_ft: from these rows a classifier learns nothing about the label") and demo["dp_ft"]["utility_verdict"]
+    assert last.startswith("* non_dp_ft: from these rows a classifier learns next to nothing about the label")
+    assert "learns nothing" in demo["dp_ft"]["utility_verdict"]
     assert min(demo[name]["utility_interval"][0] for name in ("use_train", "upper_bound")) > 0.7 and "majority" in results_table(list(demo.values()))
     assert demo["dp_ft"]["held_out_loss"] < demo["dp_ft"]["held_out_loss_untuned"]
 
