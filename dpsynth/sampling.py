@@ -32,7 +32,7 @@ import pandas as pd
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 from .formats import Rejected
-from .manifest import SAMPLED, add_to_manifest, check_listed, entry, manifest_of, read_sealed, seal
+from .manifest import SAMPLED, add_to_manifest, check_listed, entry, manifest_of, read_sealed, seal, statement_of
 from .models import adapted_layers, control_ids, everywhere, spread
 from .progress import Progress
 from .settings import DataError, ModelError, SettingsError, result_settings
@@ -693,7 +693,7 @@ def sample_to_file(model, settings, fmt, folder, progress=True, statement=None):
 
     Rows are {index, label, text} in the order of indices; without a label column there is no label. While it runs, the files end
     in `.part`; a killed run continues, and ends with the same bytes. A complete folder is compared with its `manifest.json` and left as it is; the
-    manifest says that the rows belong to `statement`, the one of a release (`dpsynth.manifest`).
+    manifest says that the rows belong to `statement`, the one of a release (`dpsynth.manifest`); None: that of the certificate in the folder, if one is there.
 
     Returns: dict(rows, rejected {reason: n}, seconds, tokens, tokens_per_second, unfinished: share of rows cut at the length limit);
         `seconds` is 0 if nothing was left to do.
@@ -704,6 +704,7 @@ def sample_to_file(model, settings, fmt, folder, progress=True, statement=None):
     """
     files = files_in(folder)
     files.state.parent.mkdir(parents=True, exist_ok=True)
+    statement = statement or statement_of(files.state.parent)
     state = open_state(files, settings, model)
     if not files.rows.exists():
         sample_rows(model, settings, fmt, files, state, progress)

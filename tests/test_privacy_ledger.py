@@ -966,7 +966,7 @@ def test_command_on_an_empty_ledger_and_with_copies(monkeypatch, tmp_path):
 # many processes, killed at random: the functions below run in a process of their own, which has imported nothing that must not fork
 
 SLOTS, KILLS, CHARGE = 16, 110, pure(0.1)
-DATASETS = {**{f"d{i}": [f"{i} {j}" for j in range(20)] for i in range(5)}, "left": ["l", "shared"], "right": ["r", "shared"]}
+DATASETS = {**{f"d{i}": [f"{'abcde'[i]} {j}" for j in range(20)] for i in range(5)}, "left": ["l", "shared"], "right": ["r", "shared"]}
 
 
 def fork(work, *arguments):
