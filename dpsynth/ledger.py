@@ -35,6 +35,7 @@ from . import __version__
 from .canonical import canonical
 from .runs import now
 from .settings import BudgetError, DataError, PrivacyError, SettingsError
+from .state import sync
 
 # %% ../nbs/05_ledger.ipynb #e28939b3
 @dataclasses.dataclass(frozen=True)
@@ -362,18 +363,9 @@ def _published(path):
         yield temporary
         with contextlib.suppress(FileExistsError):
             os.link(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink()
-
-
-def _sync(path):
-    """Wait until a file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _load_key(path, ledger):
@@ -385,7 +377,7 @@ def _load_key(path, ledger):
     if not path.exists() and not ledger.exists():
         with _published(path) as temporary:
             temporary.write_bytes(os.urandom(32))
-            _sync(temporary)
+            sync(temporary)
     if not path.exists():
         raise PrivacyError(f"{path}: the key of the ledger is missing; restore it, without it no row is recognised as spent")
     key = path.read_bytes()
@@ -430,7 +422,7 @@ def _create(path, key):
             db.execute("PRAGMA journal_mode = WAL")
             db.executescript(f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {SCHEMA_VERSION}; BEGIN; {SCHEMA} COMMIT;")
             db.execute("INSERT INTO locks VALUES (?)", [_digest(key, b"dpsynth key", b"", 16)])
-        _sync(temporary)
+        sync(temporary)
 
 
 def _check_file(db, path, key):
