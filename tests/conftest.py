@@ -12,6 +12,7 @@ for library in ("OMP", "OPENBLAS"):  # a process for each core: threads that wai
 import collections
 import pathlib
 import tempfile
+import types
 
 import pytest
 
@@ -93,3 +94,20 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "dp"
     finetune_run(RUN, splits(), folder, progress=False)
     return folder
+
+
+@pytest.fixture
+def caught(monkeypatch):
+    """What `fit` hands to the training, which does not take place."""
+    from dpsynth import synthesizer as module
+
+    found = types.SimpleNamespace()
+
+    def pretend(settings, splits, folder, progress):
+        found.__dict__.update(settings=settings, splits=splits)
+        return "model", {}
+
+    monkeypatch.setattr(module, "finetune_run", pretend)
+    monkeypatch.setattr(module, "survey", lambda settings, load: None)
+    monkeypatch.setattr(module, "announce", lambda *run: None)
+    return found

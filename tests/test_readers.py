@@ -8,7 +8,6 @@ import json
 import lzma
 import pathlib
 import sys
-import types
 import warnings
 import zipfile
 
@@ -20,7 +19,6 @@ import yaml
 
 from parts import RUN
 from dpsynth import audit, data
-from dpsynth import synthesizer as module
 from dpsynth.data import as_frame, from_frame, left_out, load
 from dpsynth.formats import TextFormat
 from dpsynth.models import check_spelling, control_ids, load_tokenizer, plain_ids
@@ -47,20 +45,6 @@ TEXTS = [f"row {i}, a film" for i in range(40)]
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def caught(monkeypatch):
-    """What `fit` hands to the training, which does not take place."""
-    found = types.SimpleNamespace()
-
-    def pretend(settings, splits, folder, progress):
-        found.__dict__.update(settings=settings, splits=splits)
-        return "model", {}
-
-    monkeypatch.setattr(module, "finetune_run", pretend)
-    monkeypatch.setattr(module, "survey", lambda settings, load: None)
-    return found
 
 
 def refusal(function, *arguments, kind=DpsynthError, **options):

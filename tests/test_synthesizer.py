@@ -3,7 +3,6 @@
 import json
 import shutil
 import stat
-import types
 import warnings
 
 import pandas as pd
@@ -41,21 +40,6 @@ def corpus(tmp_path_factory):
 def fitted(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("runs") / "small"
     return Synthesizer(folder, **SMALL, contamination_corpus=corpus).fit(table(), "small table", progress=False)
-
-
-@pytest.fixture
-def caught(monkeypatch):
-    """What `fit` hands to the training, which does not take place."""
-    found = types.SimpleNamespace()
-
-    def pretend(settings, splits, folder, progress):
-        found.__dict__.update(settings=settings, splits=splits)
-        return "model", {}
-
-    monkeypatch.setattr(module, "finetune_run", pretend)
-    monkeypatch.setattr(module, "survey", lambda settings, load: None)
-    monkeypatch.setattr(module, "announce", lambda *run: None)
-    return found
 
 
 # ---- refused before anything is read ---------------------------------------------------------------------------------
