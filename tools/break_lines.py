@@ -257,8 +257,6 @@ BREAKS = [
           "test_synthesizer.py::test_rows_in_memory_need_a_name"),
     Break(17, "what the rows have spent elsewhere is written to files", "runs", "    if sys.stderr.isatty():\n", "    if True:\n",
           "test_privacy_ledger_of_runs.py::test_rows_that_have_spent_more_than_the_certificate_composes_are_told_on_a_terminal_and_nowhere_else"),
-    Break(17, "what is left of a cap is written to files", "runs", "    if sys.stderr.isatty():\n", "    if True:\n",
-          "test_privacy_ledger_of_runs.py::test_what_is_charged_is_said_before_and_what_is_left_on_a_terminal_only"),
     Break(3, "δ follows the number of units alone", "privacy", "return min(max(num_units, 1) ** -1.2, 1e-5, 0.1 / max(num_units, 1))", "return max(num_units, 2) ** -1.2",
           "test_privacy_mechanism.py::test_the_default_delta_leaves_less_than_a_tenth_of_a_unit_to_be_published"),
     Break(3, "a large δ is not told", "privacy", "if delta * num_units > 0.1 * (1 + 1e-9)", "if delta * num_units > 1",
