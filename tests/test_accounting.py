@@ -18,6 +18,7 @@ from dpsynth.privacy import (LABELS, LIKELIER, NOISE_STEP, OVERLAPS, Access, Mec
                              check_batch_and_delta, compose, compute_epsilon, count_accesses, discretization_interval, make_mechanism,
                              noisy_counts)
 from dpsynth.settings import PrivacyError, Settings, SettingsError
+from dpsynth.state import State
 from dpsynth.verify import COUNT
 
 ADD, REPLACE = NeighboringRelation.ADD_OR_REMOVE_ONE, NeighboringRelation.REPLACE_ONE
@@ -100,7 +101,8 @@ def test_what_the_accountant_is_told(monkeypatch):
     assert told.pop() == ((Access("fine-tuning", "dp_sgd", 1.0, 0.05, 7, 1), LABEL_COUNT), 1e-4, "epsilon_replace_one")
 
 
-@pytest.mark.parametrize("epsilon, others", [(8.0, ()), (1.0, ()), (0.2, ()), (3.0, (LABEL_COUNT, UNIT_COUNT)), (60.0, ())])
+@pytest.mark.parametrize("epsilon, others", [(8.0, ()), (1.0, ()), (0.2, ()), (3.0, (LABEL_COUNT, UNIT_COUNT)), (60.0, ()),
+                                             (4.0, ()), (6.0, ()), (30.0, ()), (150.0, ())])
 def test_noise_is_the_least_that_meets_the_target(epsilon, others):
     noise = calibrate_noise(0.05, 40, epsilon, 1e-5, others=others)
     spent = [compose((Access("", "dp_sgd", n, 0.05, 40), *others), 1e-5) for n in (noise, noise - NOISE_STEP)]
@@ -121,6 +123,11 @@ def test_counts_that_spend_all_leave_nothing_to_train_with(monkeypatch):
     monkeypatch.setattr(privacy, "compose", lambda accesses, delta: 2.0)
     with pytest.raises(SettingsError, match="is spent before training"):
         calibrate_noise(0.05, 40, 2.0, 1e-5, others=(LABEL_COUNT,))
+
+
+def test_noise_is_for_one_band_unless_told():
+    mechanism = privacy.with_noise(made(noise_multiplier=0.0, target_epsilon=math.inf), 8.0)
+    assert (mechanism.bands, mechanism.target_epsilon) == (1, 8.0)
 
 
 def test_noise_for_bands_is_that_of_fewer_larger_samples():
@@ -301,6 +308,23 @@ def test_laplace_mechanisms_compose_as_the_accountants(kind, event):
     assert composed(3 * [{"kind": kind, "noise_multiplier": 2.0}], 1e-5) == pytest.approx(reference(3 * [event], 1e-5, ADD, 3e-4), abs=2e-3)
 
 
+@pytest.mark.parametrize("kind", ["laplace", "discrete_laplace"])
+@pytest.mark.parametrize("relation, group, changes", [("add_or_remove_one", 2, 2), ("replace_one", 1, 2), ("add_or_remove_one", 3, 3)])
+def test_a_laplace_mechanism_of_several_changes_is_composed_by_its_epsilon_alone(kind, relation, group, changes):
+    """1/scale for each change and no delta: at any delta it is at most their sum, and at a small one nearly that."""
+    spent = composed([{"kind": kind, "noise_multiplier": 4.0}], 1e-9, relation=relation, group=group)
+    assert changes / 4 - 1e-3 <= spent <= changes / 4 + 0.03
+    one = composed([{"kind": kind, "noise_multiplier": 4.0}], 0.05)
+    assert one < 0.2  # of a single change the mechanism itself is composed, which gains by delta
+
+
+def test_correlated_noise_bounds_no_group():
+    banded = {"kind": "dp_sgd", "sampling_probability": 0.05, "noise_multiplier": 2.0, "steps": 8, "bands": 2}
+    assert composed([banded], 1e-5) < math.inf == composed([banded], 1e-5, group=2)
+    assert composed([banded], 1e-5, relation="replace_one") < math.inf
+    assert composed([{**banded, "bands": 1}], 1e-5, group=2) < math.inf
+
+
 def test_the_grid_of_losses():
     question = Question(frozenset(), 1e-5)
     quiet, loud = ([read_event({"kind": "gaussian", "noise_multiplier": noise})] for noise in (0.1, 5.0))
@@ -322,7 +346,14 @@ def test_neighbours():
 def test_group_privacy_is_the_lemma():
     assert group_privacy(0.5, 1e-6, 3) == (1.5, pytest.approx(1e-6 * (1 + math.exp(0.5) + math.exp(1.0))))
     assert group_privacy(350.0, 0.0, 2) == (700.0, 0.0) and group_privacy(350.0, 1e-300, 2)[1] == pytest.approx(1e-300 * (1 + math.exp(350)))
-    assert group_privacy(351.0, 1e-300, 2) == (702.0, 1.0)
+    assert group_privacy(351.0, 1e-300, 2) == (702.0, 1.0) and group_privacy(351.0, 0.0, 2) == (702.0, 0.0)
+    assert group_privacy(0.0, 1e-6, 3) == (0.0, pytest.approx(3e-6)) and group_privacy(1.0, 0.9, 3) == (3.0, 1.0)
+
+
+def test_a_stated_delta_is_no_less_than_what_is_stated():
+    stated = {"kind": "epsilon_delta", "epsilon": 0.3, "delta": 1e-4}
+    assert composed([stated], 0.9e-4) == math.inf and composed([stated], 1.1e-4) == pytest.approx(0.3, abs=0.03)
+    assert composed([stated, {"kind": "added", "epsilon": 0.25}, {"kind": "added", "epsilon": 0.25}], 1.1e-4) == pytest.approx(0.8, abs=0.03)
 
 
 def test_events_of_accesses():
@@ -345,6 +376,10 @@ def test_messages_offer_the_nearest_name():
     assert known_names("gauss", ["gaussian"]).startswith("did you mean 'gaussian'?")
     assert known_names("gaus", ["gaussian"]).startswith("did you mean 'gaussian'?") and known_names("gas", ["gaussian"]).startswith("did you mean")
     assert known_names("an", ["gaussian"]) == "known: 'gaussian'"
+    for given, told in ((["gaussian"], r"\['gaussian'\]"), ("laplce", "'laplce'"), ({"kind": "laplce"}, "'laplce'"), ({"noise": 1}, "None")):
+        near = "did you mean 'laplace'. " if "laplce" in told else ".*"
+        with pytest.raises(SettingsError, match=f"^event kind {told} is not one; {near}known: 'dp_sgd', 'gaussian'"):
+            read_event(given)
     with pytest.raises(SettingsError, match=r"^event: an empty list releases nothing$"):
         composed([[]], 1e-5)
     with pytest.raises(SettingsError, match="^event gaussian: noise_multiplier: input should be greater than or equal to 0$"):
@@ -498,6 +533,9 @@ def test_an_identity_is_its_parts(monkeypatch):
     assert {"python", "dpsynth", *privacy.LIBRARIES} == set(privacy.versions())
     assert privacy.versions()["dp-accounting"] == metadata.version("dp-accounting")
     assert privacy.versions()["jax"] == metadata.version("jax")
+    monkeypatch.setattr(privacy, "_version", lambda name, otherwise: f"{name} or {otherwise}")
+    assert privacy.versions()["dpsynth"] == "dpsynth or source" and privacy.versions()["keras"] == "keras or none"
+    monkeypatch.undo()
     monkeypatch.setattr(privacy, "LIBRARIES", ("no-such-library",))
     assert privacy.versions()["no-such-library"] == "none"
 
@@ -530,6 +568,14 @@ def test_a_folder_is_bound_to_its_run(tmp_path):
             privacy.bind_run(folder, changed)
         if part in ("code", "libraries", "computation"):
             assert privacy.bind_run(folder, changed, finished=True) == privacy.run_id(IDENTITY)
+    two = {"settings": '{"seed": 1, "unit": "user"}'}
+    with pytest.raises(PrivacyError, match=r"other settings \(unit: row, now user\)"):
+        privacy.bind_run(folder, {**IDENTITY, **two})
+    assert privacy._difference("settings", {}, two) == "settings (seed: None, now 1)"
+    run = privacy.stored_run(folder)
+    assert run.run_id == privacy.run_id(IDENTITY)
+    assert run.integers("x", 0, 4).tolist() == Randomness(privacy.load_secret(folder), run.run_id).integers("x", 0, 4).tolist()
+    State(folder, privacy.load_secret(folder), "identity").check("identity.json")
     assert privacy.differing_parts(IDENTITY, {"data": "rows", "code": "x"}) == ["code"]
     assert privacy.differing_parts({}, {"data": "rows"}) == ["data"] and privacy.differing_parts({}, {"data": "rows"}, ("data",)) == []
 
@@ -546,6 +592,11 @@ def test_a_folder_without_its_identity_is_bound_to_no_run(tmp_path):
         with pytest.raises(PrivacyError, match=f"release/{name}: left by a run, and private/identity.json"):
             privacy.bind_run(folder, IDENTITY)
         (tmp_path / "run" / "release" / name).unlink()
+    folder.mkdir()
+    (folder / "checkpoint.npz").touch()
+    with pytest.raises(PrivacyError, match=f"^{folder}/checkpoint.npz: left by a run"):
+        privacy.bind_run(folder, IDENTITY)
+    (folder / "checkpoint.npz").unlink()
     privacy.bind_run(folder, IDENTITY)
     (folder / "identity.json").write_text("{}")
     with pytest.raises(PrivacyError, match=f"^{folder}/identity.json: damaged, or not of a run with the secret beside it; restore both"):
