@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SWEEP_PRIVATE', 'ERROR', 'ROWS_ERROR', 'BOUND_ERROR', 'DATA_SETTINGS', 'LIBRARIES', 'COMPILED', 'NOT_FUSED',
            'device_name', 'load_stage', 'guarantee', 'fit_stage', 'load_generator', 'rows_file', 'read_rows',
-           'rows_of_run', 'real_rows', 'write_rows', 'sample_stage', 'sample_again', 'reference_rows', 'evaluate_stage',
-           'Findings', 'audit_stage', 'enough_rows', 'keep', 'read_kept', 'check_same_rows', 'audit_hidden',
-           'check_same_canaries', 'check_release', 'audit_rows', 'without_repeated', 'replay_run', 'promised_mechanism',
-           'made_elsewhere', 'expected_certificate', 'is_prepared', 'check_prompts', 'check_rows', 'remember', 'Survey',
-           'survey', 'spending', 'announce', 'warn_of_untold', 'bytes_kept', 'training_bytes', 'sampling_bytes',
-           'units_at_once', 'functions_compiled', 'written_differently', 'describe_embedders', 'estimate_memory']
+           'rows_of_run', 'real_rows', 'cut_rows', 'write_rows', 'sample_stage', 'sample_again', 'reference_rows',
+           'evaluate_stage', 'Findings', 'audit_stage', 'enough_rows', 'keep', 'read_kept', 'check_same_rows',
+           'audit_hidden', 'check_same_canaries', 'check_release', 'audit_rows', 'without_repeated', 'replay_run',
+           'promised_mechanism', 'made_elsewhere', 'expected_certificate', 'is_prepared', 'check_prompts', 'check_rows',
+           'remember', 'Survey', 'survey', 'spending', 'announce', 'warn_of_untold', 'bytes_kept', 'training_bytes',
+           'sampling_bytes', 'units_at_once', 'functions_compiled', 'written_differently', 'describe_embedders',
+           'estimate_memory']
 
 # %% ../nbs/13b_pipeline.ipynb #0b461507
 import dataclasses
@@ -37,8 +38,9 @@ from .formats import TextFormat
 from .ledger import accesses_event, read_event
 from .manifest import (
     CERTIFICATE, add_to_manifest, check_listed, checked_fit, compare_release, entry, manifest_of, manifests, read_sealed, statement_of, way_back, write_release)
-from .models import (
-    Unreachable, base_name, by_shapes, check_environment, check_spelling, count_parameters, load_adapter, load_model, load_tokenizer)
+from dpsynth.models import (
+    Unreachable, base_name, by_shapes, check_environment, check_spelling, count_parameters, load_adapter, load_model, load_tokenizer,
+    plain_ids)
 from .privacy import (
     bind_run, count_accesses, default_delta, differing_parts, load_secret, read_identity, software, stored_run, write_private)
 from .runs import forget_scores, on_terminal, prepare_folder, read_json, record, timed
@@ -136,7 +138,18 @@ def real_rows(settings, splits):
     """`Records` of the real rows that a `real_train` or `real_test` run passes off as synthetic."""
     source = splits.train if settings.generator == "real_train" else disjoint_halves(splits.test, settings.seed)[0]
     order = np.random.default_rng([settings.seed, 14]).permutation(len(source))
-    return source.take(np.sort(order[:settings.num_samples]))
+    rows = source.take(np.sort(order[:settings.num_samples]))
+    return cut_rows(rows, settings) if settings.cut_real_rows else rows
+
+
+def cut_rows(records, settings):
+    """`Records` whose texts end where the tokenizer of `model` and `sequence_length` would cut them after the prompt of their label."""
+    tokenizer = load_tokenizer(base_name(settings))
+    fmt = TextFormat(settings.prompt, settings.labels)
+    room = [settings.sequence_length - 1 - len(tokenizer([prompt])[0]) for prompt in fmt.prompts]
+    texts = [tokenizer.detokenize(ids[:room[label]]) if len(ids) > room[label] else text
+             for text, ids, label in zip(records.texts, plain_ids(tokenizer, list(records.texts)), records.labels)]
+    return dataclasses.replace(records, frame=records.frame.assign(text=[str(text).strip() for text in texts]))
 
 
 def write_rows(records, path):

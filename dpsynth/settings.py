@@ -253,6 +253,8 @@ class Settings(pydantic.BaseModel):
     top_p: float = _field(0.95, "sample among the likeliest tokens of this total probability", tutorial="TOP_P", gt=0, le=1)
     top_k: int = _field(0, "sample among at most so many tokens; 0: no limit", ge=0)
     repetition_penalty: float = _field(1.0, "divides the score of tokens already in the text; 1: none", ge=1)
+    cut_real_rows: bool = _field(
+        False, "whether the rows of `generator: real_train` and `real_test` end where `sequence_length` would cut them, as generated ones do")
     label_prior: str = _field(
         "uniform", "shares of the labels among the samples: `uniform`, `private` (estimated out of ε), or numbers separated by commas")
 

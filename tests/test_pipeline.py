@@ -11,6 +11,7 @@ from dpsynth.settings import ModelError, Settings, SettingsError
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 def survey(lenient=False, **changes):
     return pipeline.survey(RUN.model_copy(update={"experiment": "x", **changes}), lenient=lenient, load=lambda settings: splits(settings=settings))
@@ -108,3 +109,18 @@ def test_sampling_counts_the_cache_of_each_row():
     assert pipeline.estimate_memory(grown, 10, 0) - pipeline.estimate_memory(prompted, 10, 0) == cached
     model = load_model("tiny")
     assert cached > sum(array.nbytes for array in jax.tree.leaves(model.empty_cache(1, 96)))
+
+
+# ---- real rows in the place of generated ones
+
+
+def test_real_rows_are_cut_where_generated_ones_would_be():
+    tokenizer, fmt = models.load_tokenizer(models.base_name(RUN)), finetune.TextFormat(RUN.prompt, RUN.labels)
+    prompts = [1 + len(tokenizer([prompt])[0]) for prompt in fmt.prompts]
+    settings = RUN.model_copy(update={"generator": "real_train", "num_samples": 40, "sequence_length": max(prompts) + 3})
+    whole, cut = (pipeline.real_rows(settings.model_copy(update={"cut_real_rows": wanted}), splits(settings=settings)) for wanted in (False, True))
+    lengths = np.array([len(tokenizer([text])[0]) for text in cut.texts])
+    room = settings.sequence_length - np.array(prompts)[cut.labels]
+    assert len(cut) == 40 and cut.labels.tolist() == whole.labels.tolist()
+    assert all(long.startswith(short) for long, short in zip(whole.texts, cut.texts)) and whole.texts != cut.texts
+    assert (lengths <= room).all() and (lengths == room).any()

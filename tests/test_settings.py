@@ -131,7 +131,7 @@ def test_imdb_tiny_has_the_prompts_of_imdb(repo):
     assert tiny == {n: prompts["dp_ft" if n.startswith("dp_ft") else n] for n in tiny} and set(SIX) <= set(tiny)
 
 
-@pytest.mark.parametrize("folder", ["imdb", "demo", "imdb_tiny"])
+@pytest.mark.parametrize("folder", ["imdb", "demo", "imdb_tiny", "imdb_gemma"])
 def test_a_sweep_has_the_six_experiments(repo, folder):
     found = {p.stem: load_settings(p) for p in (repo / "configs" / folder).glob("*.yaml")}
     assert set(SIX) <= set(found)
@@ -149,7 +149,7 @@ def test_a_sweep_has_the_six_experiments(repo, folder):
 
 
 def test_dp_and_non_dp_differ_in_epsilon_alone(repo):
-    for folder in ("imdb", "demo", "imdb_tiny"):
+    for folder in ("imdb", "demo", "imdb_tiny", "imdb_gemma"):
         one, other = (load_settings(repo / "configs" / folder / f"{n}.yaml").model_dump() for n in ("dp_ft", "non_dp_ft"))
         assert {k for k in one if one[k] != other[k]} == {"experiment", "epsilon"}
 
