@@ -510,17 +510,37 @@ LIBRARIES = ("jax", "jaxlib", "jax-privacy", "keras", "keras-hub", "tensorflow-t
              "cryptography")
 
 
-def code_modules():
-    """The files of the package that decide what a run releases, in order: all but those named in `NOT_RELEASING`."""
-    files = sorted(resources.files("dpsynth").iterdir(), key=lambda file: file.name)
-    return [file for file in files if file.name.endswith(".py") and file.name.removesuffix(".py") not in NOT_RELEASING]
+def code_modules() -> dict:
+    """The files that decide what a run releases, by their place in the package, such as `data/readers.py`, in order.
+
+    They are all modules of the package and of its sub-packages but those named in `NOT_RELEASING`, as a module or as a whole sub-package.
+    """
+    found = _modules(resources.files("dpsynth"), "")
+    return {place: found[place] for place in sorted(found) if not _is_free(place)}
 
 
-def code_hash():
+def _modules(folder, prefix):
+    """All Python files in a folder of the package and in the folders inside it, by their place."""
+    found = {}
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            found |= _modules(entry, f"{prefix}{entry.name}/")
+        elif entry.name.endswith(".py"):
+            found[prefix + entry.name] = entry
+    return found
+
+
+def _is_free(place):
+    """Whether a module may change without making a run another one."""
+    parts = place.removesuffix(".py").split("/")
+    return any("/".join(parts[:depth]) in NOT_RELEASING for depth in range(1, len(parts) + 1))
+
+
+def code_hash() -> str:
     """SHA-256 over the modules that decide what a run releases."""
     digest = hashlib.sha256()
-    for file in code_modules():
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    for place, file in code_modules().items():
+        digest.update(place.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 

@@ -5,7 +5,6 @@ These tests are what the mutation tool runs (see tests/README.md), so each of th
 
 import hashlib
 import math
-import types
 
 import numpy as np
 import pytest
@@ -540,18 +539,31 @@ def test_an_identity_is_its_parts(monkeypatch):
     assert privacy.versions()["no-such-library"] == "none"
 
 
-def test_the_hash_of_the_code_is_that_of_the_names_and_the_contents_of_its_files(monkeypatch, tmp_path):
-    for name in ("b.py", "a.py", "cli.py", "data.txt"):
+def test_the_hash_of_the_code_is_that_of_the_places_and_the_contents_of_its_files(monkeypatch, tmp_path):
+    for name in ("b.py", "a.py", "cli.py", "data.txt", "data/readers.py", "evaluation/mauve.py", "data/deep/er.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"# {name}")
-    asked, unsorted = [], [tmp_path / name for name in ("b.py", "cli.py", "a.py", "data.txt")]
-    package = types.SimpleNamespace(iterdir=lambda: unsorted)
-    monkeypatch.setattr(privacy.resources, "files", lambda name: asked.append(name) or package)
-    assert [file.name for file in privacy.code_modules()] == ["a.py", "b.py"]
+    asked = []
+    monkeypatch.setattr(privacy.resources, "files", lambda name: asked.append(name) or tmp_path)
+    assert list(privacy.code_modules()) == ["a.py", "b.py", "data/deep/er.py", "data/readers.py"]
     before = privacy.code_hash()
     assert set(asked) == {"dpsynth"}
-    assert before == hashlib.sha256(b"a.py\0# a.py" + b"b.py\0# b.py").hexdigest()
-    (tmp_path / "a.py").write_text("# changed")
-    assert privacy.code_hash() != before
+    content = (place.encode() + b"\0# " + place.encode() for place in ("a.py", "b.py", "data/deep/er.py", "data/readers.py"))
+    assert before == hashlib.sha256(b"".join(content)).hexdigest()
+    (tmp_path / "data" / "readers.py").write_text("# changed")
+    moved = privacy.code_hash()
+    (tmp_path / "data" / "readers.py").rename(tmp_path / "readers.py")
+    assert len({before, moved, privacy.code_hash()}) == 3
+
+
+def test_every_module_of_the_package_is_covered_or_named_as_free():
+    import pathlib
+
+    import dpsynth
+    root = pathlib.Path(dpsynth.__file__).parent
+    modules = {path.relative_to(root).as_posix() for path in root.rglob("*.py")}
+    free = {place for place in modules if any(f"{place}/".startswith((f"{name}/", f"{name}.py/")) for name in privacy.NOT_RELEASING)}
+    assert modules - set(privacy.code_modules()) == free and {"cli.py", "_version.py"} < free
 
 
 def test_a_folder_is_bound_to_its_run(tmp_path):
