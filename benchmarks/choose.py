@@ -29,6 +29,8 @@ ROWS, TEST_ROWS, LABELS, WORDS = 25_000, 128, ("novel", "encyclopedia"), 400
 CANDIDATES = {"qv8 .002": dict(learning_rate=.002), "qv8 .004": {}, "qv8 .008": dict(learning_rate=.008), "qv8 .016": dict(learning_rate=.016),
               "qv2 .004": dict(lora_rank=2), "qv2 .008": dict(lora_rank=2, learning_rate=.008), "qv2 .016": dict(lora_rank=2, learning_rate=.016),
               "all1 .004": dict(lora_rank=1, lora_targets="all"), "all1 .008": dict(lora_rank=1, lora_targets="all", learning_rate=.008),
+              "all1 .016": dict(lora_rank=1, lora_targets="all", learning_rate=.016), "all2 .008": dict(lora_rank=2, lora_targets="all", learning_rate=.008),
+              "all8 .008": dict(lora_rank=8, lora_targets="all", learning_rate=.008),
               "all4 .002": dict(lora_rank=4, lora_targets="all", learning_rate=.002), "all4 .004": dict(lora_rank=4, lora_targets="all"),
               "all8 .002": dict(lora_rank=8, lora_targets="all", learning_rate=.002)}
 

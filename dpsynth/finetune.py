@@ -26,7 +26,7 @@ import platform
 import tempfile
 import time
 
-from .audit import NOISE_ERRORS, contamination
+from .audit.contamination import corpus_overlap
 from .canaries import CanaryCoins, with_canaries
 from .certificate import base_model, make_certificate, released_files, write_certificate
 from .data import Records, TokenStore, other_texts
@@ -36,7 +36,7 @@ from .ledger import (EXPOSED, HIDDEN, MORE, RUNS_LEDGER, Ledger, Newcomer, acces
 from .manifest import checked_fit, file_hash, standing, write_release
 from .models import (base_name, check_spelling, divisible, everywhere, load_adapter, load_model, preset_hash, save_adapter,
                             setup_tuning, spread, tuning_mode)
-from .privacy import (Randomness, Session, bind_run, count_accesses, load_secret, make_mechanism, noisy_counts,
+from .privacy import (NOISE_ERRORS, Randomness, Session, bind_run, count_accesses, load_secret, make_mechanism, noisy_counts,
                              realised_noise_error, run_identity, stored_run)
 from .progress import Progress
 from .runs import write_text
@@ -723,7 +723,7 @@ def overlapping_units(settings, records):
     Shorter units, which no such run fits into, are in neither. Private: both are released with noise.
     """
     units = pd.Series(records.texts).groupby(records.units).agg("\n".join)
-    found = contamination(units.tolist(), other_texts(settings, "contamination_corpus"))
+    found = corpus_overlap(units.tolist(), other_texts(settings, "contamination_corpus"))
     return [found.overlapping, found.long_enough - found.overlapping]
 
 

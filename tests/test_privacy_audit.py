@@ -360,9 +360,9 @@ def test_the_bound_from_pairs_stays_below_the_truth():
 
 
 def test_runs_end_with_their_row_and_leave_one_out_forgets_the_row():
-    some = audit.Words.of(["a b c", "d e", "", "a b"])
-    assert audit.shares_run(some, audit.Words.of(["x c d x a b c"]), 2).tolist() == [True, False, False, True]
-    one = audit.Words.of(["some words that occur nowhere else", "the cat sat", "the cat sat"])
+    some = words.Words.of(["a b c", "d e", "", "a b"])
+    assert words.shares_run(some, words.Words.of(["x c d x a b c"]), 2).tolist() == [True, False, False, True]
+    one = words.Words.of(["some words that occur nowhere else", "the cat sat", "the cat sat"])
     model = words.RunModel(one)
     assert model.log_likelihood(one, without_own=True)[0] < model.log_likelihood(one)[0] - 1
     assert model.log_likelihood(one, without_own=True)[1] == pytest.approx(model.log_likelihood(one, without_own=True)[2])
@@ -372,8 +372,8 @@ def test_the_reference_model_sharpens_the_attack(texts):
     train, holdout, fresh = texts
     keep, member = np.random.default_rng(0), np.arange(2400) < 1200
     rewritten = [" ".join(w for w in text.split() if keep.random() < 0.8) for text in train[:40]]
-    ours, real = audit.Words.of(rewritten + fresh[40:]), audit.Words.of(train + holdout)
-    with_reference = audit.top_test("", audit.text_membership(ours, real), member, level=0.01).p_value
+    ours, real = words.Words.of(rewritten + fresh[40:]), words.Words.of(train + holdout)
+    with_reference = audit.top_test("", words.text_membership(ours, real), member, level=0.01).p_value
     without = audit.top_test("", words.RunModel(ours).log_likelihood(real), member, level=0.01).p_value
     assert with_reference < 1e-4 and without > 100 * with_reference
 
@@ -561,7 +561,7 @@ def test_the_command_prints_writes_and_returns_the_verdict(tmp_path, tables, cap
 
 @pytest.mark.parametrize("place, why", [("none/a.json", "no folder there"), ("", "is a folder")])
 def test_where_the_report_cannot_be_written_no_attack_is_made(tmp_path, tables, monkeypatch, place, why):
-    monkeypatch.setattr(audit, "audit_files", None)
+    monkeypatch.setattr(audit.report, "audit_files", None)
     with pytest.raises(DataError, match=why):
         audit.audit_command(*tables, json_path=tmp_path / place)
 
@@ -1081,7 +1081,7 @@ def test_a_finished_run_is_audited_again_without_training(audit_table, tmp_path,
     monkeypatch.setattr(audit_table, "fit_stage", None)
     monkeypatch.setattr(audit_table, "audit_stage", lambda settings, folder, splits, model: done.append((folder, splits, model)))
     (tmp_path / "private").mkdir()
-    for name, content in (("metrics.json", {"audit": 1, "audit_in_rows": 2}), ("private/audit.json", {}), ("private/findings.json", {"verdict": "fails"})):
+    for name, content in (("metrics.json", {"audit": 1, "audit_in_rows": 2}), ("private/json", {}), ("private/findings.json", {"verdict": "fails"})):
         (tmp_path / name).write_text(json.dumps(content))
     for again, audits in ((False, 0), (True, 1)):
         line = audit_table.run("dp_eps8", RUN, tmp_path, again)
@@ -1094,16 +1094,16 @@ def test_a_finished_run_is_audited_again_without_training(audit_table, tmp_path,
 def test_contamination_counts_long_overlaps_only():
     private = [" ".join(f"w{i}x{j}" for j in range(60)) for i in range(10)] + ["short"]
     corpus = (text for text in [f"before {private[0]} after", " ".join(private[1].split()[:49]), *(["filler"] * 30)])
-    found = audit.contamination(private, corpus)
+    found = audit.corpus_overlap(private, corpus)
     assert (found.overlapping, found.long_enough, found.rows, found.corpus_texts) == (1, 10, 11, 32)
     assert found.share == 0.1 and found.interval[0] < 0.1 < found.interval[1]
-    assert audit.contamination(private, [], n=50).overlapping == 0 and audit.contamination(["short"], private).share == 0.0
+    assert audit.corpus_overlap(private, [], n=50).overlapping == 0 and audit.corpus_overlap(["short"], private).share == 0.0
 
 
 def test_contamination_reads_the_corpus_in_parts(monkeypatch):
-    monkeypatch.setattr(audit, "CORPUS_TEXTS", 3)
+    monkeypatch.setattr(audit.contamination, "CORPUS_TEXTS", 3)
     private = [" ".join(f"w{i}x{j}" for j in range(8)) for i in range(10)]
-    assert audit.contamination(private, iter(private[4:]), n=8).overlapping == 6
+    assert audit.corpus_overlap(private, iter(private[4:]), n=8).overlapping == 6
 
 
 def test_loss_membership_is_one_sided():

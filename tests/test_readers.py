@@ -477,9 +477,9 @@ def test_an_audit_names_no_column_that_may_be_a_row():
     frames = {what: pd.DataFrame({"text": TEXTS, "label": LABELS, **more}) for what, more in
               (("synthetic", {}), ("train", {SECRET: 1, "stars": 2}), ("holdout", {KEY: 1}))}  # fmt: skip
     frames["train"] = frames["train"].rename(columns={"stars": "label2"})
-    said = " ".join(audit._left_out(frames, ["text"]))
+    said = " ".join(audit.pool._left_out(frames, ["text"]))
     assert not quoted(said) and said.endswith(": label; column 2, 3 (from 0) of train; column 2 (from 0) of holdout")
-    assert not quoted(refusal(audit._common, {**frames, "synthetic": frames["synthetic"][["text"]]}, ["label"]))
+    assert not quoted(refusal(audit.pool._common, {**frames, "synthetic": frames["synthetic"][["text"]]}, ["label"]))
 
 
 def test_a_library_that_quotes_a_row_is_not_quoted(tmp_path, dpsynth, monkeypatch):
