@@ -42,7 +42,7 @@ from .runs import (BusyError, check_files, locked, now, prepare_folder, read_fac
                           record, same_package, write_status, write_text)
 from .settings import (PrivacyError, Settings, SettingsError, evaluation_settings, load_settings, quiet_libraries, resolve,
                               result_settings)
-from .usefulness import LOW_CEILING, no_evidence, utility_verdict
+from .evaluation.usefulness import LOW_CEILING, no_evidence, utility_verdict
 
 # %% ../nbs/14_experiments.ipynb #1a0f35d2
 ORDER = ("baseline_without_examples", "baseline_with_examples", "dp_ft", "non_dp_ft", "use_train", "upper_bound")

@@ -46,7 +46,7 @@ from .privacy import (
 from .runs import forget_scores, on_terminal, prepare_folder, read_json, record, timed
 from .sampling import position_axes, sample_to_file
 from .settings import DataError, DpsynthError, PrivacyError, SettingsError, quiet_libraries, result_settings
-from .usefulness import no_evidence, writing_differences
+from .evaluation.usefulness import no_evidence, writing_differences
 
 import jax
 import numpy as np

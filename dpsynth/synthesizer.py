@@ -27,7 +27,7 @@ from .privacy import write_private
 from .runs import locked, read_json, read_settings, record, timed
 from .sampling import sample_to_file
 from .settings import EXPERIMENT, UNDECIDED, DataError, SettingsError, make_settings, resolve
-from .usefulness import utility_verdict
+from .evaluation.usefulness import utility_verdict
 
 import pandas as pd
 

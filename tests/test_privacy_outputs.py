@@ -113,7 +113,7 @@ def test_vectors_of_rows_lie_in_private_folders_under_names_that_nobody_can_gues
     (tmp_path / ".embeddings").mkdir()
     (tmp_path / ".embeddings" / "abc-mean.npy").write_bytes(b"of an earlier version")
     names = []
-    monkeypatch.setattr(evaluation, "open_embedder", lambda *options: Embedder())
+    monkeypatch.setattr(evaluation.metrics, "open_embedder", lambda *options: Embedder())
     for name in ("use_train", "again"):
         folder = tmp_path / name
         data = load_stage(settings, folder, splits())
