@@ -313,8 +313,17 @@ def test_a_laplace_mechanism_of_several_changes_is_composed_by_its_epsilon_alone
     """1/scale for each change and no delta: at any delta it is at most their sum, and at a small one nearly that."""
     spent = composed([{"kind": kind, "noise_multiplier": 4.0}], 1e-9, relation=relation, group=group)
     assert changes / 4 - 1e-3 <= spent <= changes / 4 + 0.03
-    one = composed([{"kind": kind, "noise_multiplier": 4.0}], 0.05)
-    assert one < 0.2  # of a single change the mechanism itself is composed, which gains by delta
+    event = dp_event.LaplaceDpEvent(4.0) if kind == "laplace" else dp_event.DiscreteLaplaceDpEvent(0.25, 1)
+    one = composed([{"kind": kind, "noise_multiplier": 4.0}], 0.05)  # of a single change, the mechanism itself: less than its epsilon alone says
+    assert one == pytest.approx(reference([event], 0.05, ADD, 3e-4), abs=2e-3)
+    alone = composed([{**PURE, "epsilon": 0.25}], 0.05)
+    assert one < alone - 4e-3 if kind == "laplace" else one == pytest.approx(alone, abs=1e-6)  # whole numbers: the loss is ε or -ε, as the worst there is
+
+
+@pytest.mark.parametrize("relation, of", [("add_or_remove_one", ADD), ("replace_one", REPLACE)])
+def test_the_ledger_composes_training_as_the_accountant_does(relation, of):
+    training = {"kind": "dp_sgd", "sampling_probability": 0.05, "noise_multiplier": 1.2, "steps": 40}
+    assert composed([training], 1e-5, relation=relation) == pytest.approx(reference([sgd(0.05, 1.2, 40)], 1e-5, of), abs=5e-3)
 
 
 def test_correlated_noise_bounds_no_group():
