@@ -546,7 +546,7 @@ def test_slow_libraries_are_imported_only_on_demand():
 # tokens
 
 def environment():
-    return {**os.environ, "PYTHONPATH": str(pathlib.Path(data.__file__).parents[1])}
+    return {**os.environ, "PYTHONPATH": str(pathlib.Path(data.__file__).parents[2])}
 
 
 def pairs(n, seed=0):

@@ -53,7 +53,7 @@ def test_changed_settings_data_or_code_refuse_to_resume(tmp_path, part, value, w
 
 def test_every_module_that_decides_a_release_is_in_the_identity_of_a_run():
     names = set(dpsynth.privacy.code_modules())
-    assert {f"{name}.py" for name in ("state", "audit/replay", "audit/contamination", "demo", "ledger/ledger", "runs", "pipeline", "canaries", "finetune", "privacy", "__init__")} <= names
+    assert {f"{name}.py" for name in ("state", "audit/replay", "audit/contamination", "demo", "ledger/ledger", "runs", "pipeline", "canaries", "finetune", "data/readers", "privacy", "__init__")} <= names
     assert not names & {"cli.py", "experiments.py", "synthesizer.py", "_modidx.py"} and not any(name.startswith("evaluation/") for name in names)
 
 
