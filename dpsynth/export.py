@@ -23,9 +23,30 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from . import __version__
 from .certificate import _claim, known_model, plain_words, read_certificate, verify
 from .formats import TextFormat
-from .imports import (
-    BLANK, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, describe_vocabulary, provenance, save_preset, terms_of, whole_folder)
-from .manifest import CERTIFICATE, EXPORTED, MANIFEST, add_to_manifest, check_listed, entry, statement, statement_of
+from dpsynth.imports import (
+    BLANK,
+    CONTROL,
+    NORMAL,
+    SPARE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    describe_vocabulary,
+    provenance,
+    save_preset,
+    terms_of,
+    whole_folder,
+)
+from dpsynth.manifest import (
+    CERTIFICATE,
+    EXPORTED,
+    MANIFEST,
+    add_to_manifest,
+    check_listed,
+    entry,
+    statement,
+    statement_of,
+)
 from .models import adapted_layers, takes_adapter_apart, tuning_mode
 from .pipeline import load_generator
 from .runs import write_json, write_text
@@ -77,38 +98,62 @@ def as_pair(layer):
 def _gemma3_projections(block):
     attention = block.attention
     return {
-        "self_attn.q_proj": attention.query_dense, "self_attn.k_proj": attention.key_dense,
-        "self_attn.v_proj": attention.value_dense, "self_attn.o_proj": attention.output_dense,
-        "mlp.gate_proj": block.gating_ffw, "mlp.up_proj": block.gating_ffw_2, "mlp.down_proj": block.ffw_linear}
+        "self_attn.q_proj": attention.query_dense,
+        "self_attn.k_proj": attention.key_dense,
+        "self_attn.v_proj": attention.value_dense,
+        "self_attn.o_proj": attention.output_dense,
+        "mlp.gate_proj": block.gating_ffw,
+        "mlp.up_proj": block.gating_ffw_2,
+        "mlp.down_proj": block.ffw_linear,
+    }
 
 
 def _gemma3_norms(block):
     return {
-        "input_layernorm": block.pre_attention_norm, "post_attention_layernorm": block.post_attention_norm,
-        "pre_feedforward_layernorm": block.pre_ffw_norm, "post_feedforward_layernorm": block.post_ffw_norm,
-        "self_attn.q_norm": block.attention.query_norm, "self_attn.k_norm": block.attention.key_norm}
+        "input_layernorm": block.pre_attention_norm,
+        "post_attention_layernorm": block.post_attention_norm,
+        "pre_feedforward_layernorm": block.pre_ffw_norm,
+        "post_feedforward_layernorm": block.post_ffw_norm,
+        "self_attn.q_norm": block.attention.query_norm,
+        "self_attn.k_norm": block.attention.key_norm,
+    }
 
 
 def _llama_projections(block):
     attention = block._self_attention_layer
     return {
-        "self_attn.q_proj": attention._query_dense, "self_attn.k_proj": attention._key_dense,
-        "self_attn.v_proj": attention._value_dense, "self_attn.o_proj": attention._output_dense,
-        "mlp.gate_proj": block._feedforward_gate_dense, "mlp.up_proj": block._feedforward_intermediate_dense,
-        "mlp.down_proj": block._feedforward_output_dense}
+        "self_attn.q_proj": attention._query_dense,
+        "self_attn.k_proj": attention._key_dense,
+        "self_attn.v_proj": attention._value_dense,
+        "self_attn.o_proj": attention._output_dense,
+        "mlp.gate_proj": block._feedforward_gate_dense,
+        "mlp.up_proj": block._feedforward_intermediate_dense,
+        "mlp.down_proj": block._feedforward_output_dense,
+    }
 
 
 def _llama_norms(block):
-    return {"input_layernorm": block._self_attention_layernorm, "post_attention_layernorm": block._feedforward_layernorm}
+    return {
+        "input_layernorm": block._self_attention_layernorm,
+        "post_attention_layernorm": block._feedforward_layernorm,
+    }
 
 
 def _sizes(backbone):
     return {
-        "vocab_size": backbone.vocabulary_size, "hidden_size": backbone.hidden_dim,
-        "intermediate_size": backbone.intermediate_dim, "num_hidden_layers": backbone.num_layers,
-        "num_attention_heads": backbone.num_query_heads, "num_key_value_heads": backbone.num_key_value_heads,
-        "rms_norm_eps": backbone.layer_norm_epsilon, "attention_bias": False, "attention_dropout": 0.0,
-        "use_cache": True, "dtype": "float32", "torch_dtype": "float32"}
+        "vocab_size": backbone.vocabulary_size,
+        "hidden_size": backbone.hidden_dim,
+        "intermediate_size": backbone.intermediate_dim,
+        "num_hidden_layers": backbone.num_layers,
+        "num_attention_heads": backbone.num_query_heads,
+        "num_key_value_heads": backbone.num_key_value_heads,
+        "rms_norm_eps": backbone.layer_norm_epsilon,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
 
 
 def _rope(wavelength, factor):
@@ -121,16 +166,27 @@ def _gemma3_config(backbone):
     blocks = [block.attention for block in backbone.transformer_layers]
     local, whole = backbone.local_rope_scaling_factor, backbone.global_rope_scaling_factor
     return {
-        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", **_sizes(backbone),
-        "head_dim": backbone.head_dim, "query_pre_attn_scalar": backbone.head_dim,
-        "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 32768, "tie_word_embeddings": True,
-        "layer_types": ["sliding_attention" if b.use_sliding_window_attention else "full_attention" for b in blocks],
-        "sliding_window": backbone.sliding_window_size, "sliding_window_pattern": 6,
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        **_sizes(backbone),
+        "head_dim": backbone.head_dim,
+        "query_pre_attn_scalar": backbone.head_dim,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+        "layer_types": [
+            "sliding_attention" if b.use_sliding_window_attention else "full_attention" for b in blocks
+        ],
+        "sliding_window": backbone.sliding_window_size,
+        "sliding_window_pattern": 6,
         "attn_logit_softcapping": backbone.attention_logit_soft_cap,
-        "final_logit_softcapping": backbone.final_logit_soft_cap, "use_bidirectional_attention": False,
+        "final_logit_softcapping": backbone.final_logit_soft_cap,
+        "use_bidirectional_attention": False,
         "rope_parameters": {"sliding_attention": _rope(1e4, local), "full_attention": _rope(1e6, whole)},
-        "rope_theta": 1e6, "rope_local_base_freq": 1e4,
-        "rope_scaling": {"rope_type": "linear", "factor": whole} if whole != 1 else None}
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "rope_scaling": {"rope_type": "linear", "factor": whole} if whole != 1 else None,
+    }
 
 
 def _llama_config(backbone):
@@ -138,22 +194,34 @@ def _llama_config(backbone):
     rope = _rope(wavelength, backbone.rope_position_scaling_factor)
     if backbone.rope_frequency_adjustment_factor is not None:
         rope = {
-            "rope_type": "llama3", "rope_theta": wavelength, "factor": backbone.rope_frequency_adjustment_factor,
-            "low_freq_factor": backbone.rope_low_freq_factor, "high_freq_factor": backbone.rope_high_freq_factor,
-            "original_max_position_embeddings": backbone.rope_pretraining_sequence_length}
+            "rope_type": "llama3",
+            "rope_theta": wavelength,
+            "factor": backbone.rope_frequency_adjustment_factor,
+            "low_freq_factor": backbone.rope_low_freq_factor,
+            "high_freq_factor": backbone.rope_high_freq_factor,
+            "original_max_position_embeddings": backbone.rope_pretraining_sequence_length,
+        }
     scaled = {name: value for name, value in rope.items() if name != "rope_theta"}
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", **_sizes(backbone),
-        "head_dim": backbone.hidden_dim // backbone.num_query_heads, "hidden_act": "silu", "mlp_bias": False,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **_sizes(backbone),
+        "head_dim": backbone.hidden_dim // backbone.num_query_heads,
+        "hidden_act": "silu",
+        "mlp_bias": False,
         "max_position_embeddings": 131072 if rope["rope_type"] == "llama3" else 8192,
-        "tie_word_embeddings": backbone.token_embedding.tie_weights, "rope_parameters": rope,
-        "rope_theta": wavelength, "rope_scaling": scaled if rope["rope_type"] != "default" else None}
+        "tie_word_embeddings": backbone.token_embedding.tie_weights,
+        "rope_parameters": rope,
+        "rope_theta": wavelength,
+        "rope_scaling": scaled if rope["rope_type"] != "default" else None,
+    }
 
 
 FAMILIES = {
     "Gemma3Backbone": (_gemma3_projections, _gemma3_norms, _gemma3_config),
     "LlamaBackbone": (_llama_projections, _llama_norms, _llama_config),
-    "Llama3Backbone": (_llama_projections, _llama_norms, _llama_config)}
+    "Llama3Backbone": (_llama_projections, _llama_norms, _llama_config),
+}
 
 # %% ../nbs/14a_export.ipynb #20255db5
 def _differences(backbone):
@@ -167,7 +235,9 @@ def _differences(backbone):
     elif get("rope_frequency_adjustment_factor") is not None and get("rope_position_scaling_factor") != 1:
         yield "rotations stretched in two ways"
     yield from ["heads that do not divide the width"] * bool(backbone.hidden_dim % backbone.num_query_heads)
-    yield from ["quantised weights"] * any(getattr(x, "quantization_mode", None) for x in backbone._flatten_layers())
+    yield from ["quantised weights"] * any(
+        getattr(x, "quantization_mode", None) for x in backbone._flatten_layers()
+    )
 
 
 def check_family(model):
@@ -191,7 +261,10 @@ def state_dict(model):
     """All arrays of a model under the names of transformers, adapters merged: float32."""
     backbone = model.causal_lm.backbone
     embedding = backbone.token_embedding
-    arrays = {"model.embed_tokens.weight": embedding.embeddings, "model.norm.weight": backbone.layer_norm.scale}
+    arrays = {
+        "model.embed_tokens.weight": embedding.embeddings,
+        "model.norm.weight": backbone.layer_norm.scale,
+    }
     arrays |= {f"{name}.weight": layer.scale for name, layer in modules(model, kind=1).items()}
     arrays = {name: np.asarray(variable.value, np.float32) for name, variable in arrays.items()}
     if not embedding.tie_weights:
@@ -206,9 +279,15 @@ def _sentencepiece(proto):
 
     model = sentencepiece_model_pb2.ModelProto.FromString(proto)
     normal, trainer = model.normalizer_spec, model.trainer_spec
-    plain = not normal.precompiled_charsmap and not normal.remove_extra_whitespaces and normal.escape_whitespaces
+    plain = (
+        not normal.precompiled_charsmap and not normal.remove_extra_whitespaces and normal.escape_whitespaces
+    )
+    plain &= not (normal.add_dummy_prefix and any(p.type == USER_DEFINED for p in model.pieces))
+    plain &= all(SPARE.fullmatch(p.piece) for p in model.pieces if p.type == UNUSED)
     if trainer.model_type != trainer.BPE or not plain or trainer.treat_whitespace_as_suffix:
-        raise ModelError("the tokenizer is a SentencePiece model of another kind than BPE on texts as they are; not exported")
+        raise ModelError(
+            "the tokenizer is a SentencePiece model of another kind than BPE on texts as they are"
+        )
     return model
 
 
@@ -226,14 +305,27 @@ def tokenizer_of_sentencepiece(proto):
     scores = {p.piece: p.score for p in model.pieces if p.type == NORMAL}
     ids = {p.piece: i for i, p in enumerate(model.pieces)}
     unknown = of_kind(UNKNOWN)[0]
-    made = Tokenizer(models.BPE(
-        ids, merges_of(scores), unk_token=unknown, fuse_unk=True, byte_fallback=model.trainer_spec.byte_fallback))
+    made = Tokenizer(
+        models.BPE(
+            ids,
+            merges_of(scores),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=model.trainer_spec.byte_fallback,
+        )
+    )
     first = [normalizers.Prepend(BLANK)] if model.normalizer_spec.add_dummy_prefix else []
     made.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", BLANK)])
     last = [decoders.Strip(" ", 1, 0)] if first else []
-    made.decoder = decoders.Sequence([decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), *last])
-    made.add_special_tokens([AddedToken(p, normalized=False, special=True) for p in of_kind(CONTROL, UNKNOWN)])
-    found = [p for p in of_kind(USER_DEFINED) if " " not in p]  # a text has none: its blanks are written as BLANK
+    made.decoder = decoders.Sequence(
+        [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), *last]
+    )
+    made.add_special_tokens(
+        [AddedToken(p, normalized=False, special=True) for p in of_kind(CONTROL, UNKNOWN)]
+    )
+    found = [
+        p for p in of_kind(USER_DEFINED) if " " not in p
+    ]  # a text has none: its blanks are written as BLANK
     made.add_tokens([AddedToken(p, normalized=True, special=False) for p in found])
     return made
 
@@ -247,10 +339,12 @@ def make_tokenizer(model):
         made = Tokenizer.from_str(own._tokenizer.to_str())
         made.add_special_tokens([AddedToken(own.id_to_token(i), special=True) for i in _special_ids(model)])
     else:
-        raise ModelError(f"{model.name}: a {type(own).__name__} cannot be told to other libraries; SentencePiece and byte-level BPE can")
+        kind = type(own).__name__
+        raise ModelError(f"{model.name}: a {kind} cannot be exported; SentencePiece and byte-level BPE can")
     start = own.id_to_token(model.start_id)
     made.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A", pair=f"{start} $A $B:1", special_tokens=[(start, model.start_id)])
+        single=f"{start} $A", pair=f"{start} $A $B:1", special_tokens=[(start, model.start_id)]
+    )
     return made
 
 
@@ -264,10 +358,16 @@ def tokenizer_config(model):
     name = lambda i: None if i is None else own.id_to_token(i)
     unknown = {"unk_token": "<unk>"} if getattr(own, "proto", None) else {}
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": name(model.start_id), "eos_token": name(model.end_id),
-        "pad_token": name(model.pad_id), **unknown, "clean_up_tokenization_spaces": False, "padding_side": "left",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": name(model.start_id),
+        "eos_token": name(model.end_id),
+        "pad_token": name(model.pad_id),
+        **unknown,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
         "split_special_tokens": not getattr(own, "unsplittable_tokens", ()),
-        "model_input_names": ["input_ids", "attention_mask"]}
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
 
 
 def write_tokenizer(model, folder):
@@ -279,11 +379,17 @@ def write_tokenizer(model, folder):
 
 # %% ../nbs/14a_export.ipynb #9a653be3
 HUGGING_FACE = {
-    "gemma3_270m": "google/gemma-3-270m", "gemma3_instruct_270m": "google/gemma-3-270m-it",
-    "gemma3_1b": "google/gemma-3-1b-pt", "gemma3_instruct_1b": "google/gemma-3-1b-it",
-    "llama3.1_8b": "meta-llama/Llama-3.1-8B", "llama3.1_instruct_8b": "meta-llama/Llama-3.1-8B-Instruct",
-    "llama3.2_1b": "meta-llama/Llama-3.2-1B", "llama3.2_instruct_1b": "meta-llama/Llama-3.2-1B-Instruct",
-    "llama3.2_3b": "meta-llama/Llama-3.2-3B", "llama3.2_instruct_3b": "meta-llama/Llama-3.2-3B-Instruct"}
+    "gemma3_270m": "google/gemma-3-270m",
+    "gemma3_instruct_270m": "google/gemma-3-270m-it",
+    "gemma3_1b": "google/gemma-3-1b-pt",
+    "gemma3_instruct_1b": "google/gemma-3-1b-it",
+    "llama3.1_8b": "meta-llama/Llama-3.1-8B",
+    "llama3.1_instruct_8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama3.2_1b": "meta-llama/Llama-3.2-1B",
+    "llama3.2_instruct_1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama3.2_3b": "meta-llama/Llama-3.2-3B",
+    "llama3.2_instruct_3b": "meta-llama/Llama-3.2-3B-Instruct",
+}
 
 
 def hugging_face_name(name):
@@ -297,14 +403,21 @@ def hugging_face_name(name):
 def generation_config(model, settings):
     """generation_config.json: rows are sampled as dpsynth does."""
     return {
-        "bos_token_id": model.start_id, "eos_token_id": list(model.stop_ids), "pad_token_id": model.pad_id,
-        "do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0,
-        "max_length": settings.sequence_length}
+        "bos_token_id": model.start_id,
+        "eos_token_id": list(model.stop_ids),
+        "pad_token_id": model.pad_id,
+        "do_sample": True,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": 0,
+        "max_length": settings.sequence_length,
+    }
 
 
 def write_arrays(arrays, path):
-    """Write a dict of arrays as safetensors, which takes the memory of an array as it lies: transposed ones are copied."""
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, metadata={"format": "pt"})
+    """Write a dict of arrays as safetensors, which takes memory as it lies: transposed arrays are copied."""
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    save_file(whole, path, metadata={"format": "pt"})
 
 
 def write_transformers(model, folder, settings):
@@ -329,11 +442,24 @@ def peft_config(pairs, model, base):
     others = {name: rank for name, rank in ranks.items() if rank != first.lora_rank}
     scale = first.lora_alpha / first.lora_rank
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "revision": None,
-        "r": first.lora_rank, "lora_alpha": scale * first.lora_rank, "rank_pattern": others,
-        "alpha_pattern": {name: scale * rank for name, rank in others.items()}, "target_modules": sorted(ranks),
-        "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-        "init_lora_weights": True, "modules_to_save": None, "use_rslora": False, "use_dora": False}
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": None,
+        "r": first.lora_rank,
+        "lora_alpha": scale * first.lora_rank,
+        "rank_pattern": others,
+        "alpha_pattern": {name: scale * rank for name, rank in others.items()},
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+    }
 
 
 def write_peft(model, folder, settings):
@@ -344,10 +470,15 @@ def write_peft(model, folder, settings):
     adapted = {id(layer) for layer in adapted_layers(model) if takes_adapter_apart(layer)}
     pairs = {name: as_pair(layer) for name, layer in modules(model).items() if id(layer) in adapted}
     if len(pairs) != len(adapted_layers(model)):
-        raise ModelError(f"{model.name}: an adapter lies on a layer that peft does not know; use --to transformers")
+        raise ModelError(
+            f"{model.name}: an adapter lies on a layer that peft does not know; use --to transformers"
+        )
     base = hugging_face_name(model.name)
-    arrays = {f"base_model.model.{name}.lora_{side}.weight": array
-              for name, pair in pairs.items() for side, array in zip("AB", pair)}
+    arrays = {
+        f"base_model.model.{name}.lora_{side}.weight": array
+        for name, pair in pairs.items()
+        for side, array in zip("AB", pair)
+    }
     write_arrays(arrays, folder / "adapter_model.safetensors")
     write_json(folder / "adapter_config.json", peft_config(pairs, model, base or None))
     if not base:
@@ -373,8 +504,10 @@ TARGETS = {"peft": write_peft, "transformers": write_transformers, "keras": writ
 
 # %% ../nbs/14a_export.ipynb #ed22c3f9
 LICENCES = {"tiny": "Apache-2.0; the encyclopedia text that it was trained on is CC BY-SA 3.0"}
-NOT_PRIVATE = ("**NOT PRIVATE.** This model was trained without differential privacy. It may have learnt rows of its training data by "
-               "heart, and there is no certificate. Give it only to those who may read these rows.")
+NOT_PRIVATE = (
+    "**NOT PRIVATE.** This model was trained without differential privacy. It may have learnt rows of its "
+    "training data by heart, and there is no certificate. Give it only to those who may read these rows."
+)
 USE = {
     "transformers": """from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "."
@@ -384,13 +517,15 @@ print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))""
     "peft": """from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, base = ".", {base!r}
-model, tokenizer = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder), AutoTokenizer.from_pretrained(base)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+tokenizer = AutoTokenizer.from_pretrained(base)
 print(tokenizer.decode(model.generate(**tokenizer({prompt!r}, return_tensors="pt"))[0]))""",
     "keras": """import keras_hub
-import dpsynth.models  # selects JAX, and knows byte-level tokenizers; or use `model: FOLDER` in a configuration of dpsynth
-model = dpsynth.models.load_model(".").causal_lm  # the same as keras_hub.models.CausalLM.from_preset(".")
+from dpsynth.models import load_model  # selects JAX, and knows byte-level tokenizers
+model = load_model(".").causal_lm  # or keras_hub.models.CausalLM.from_preset("."), or `model: FOLDER` in dpsynth
 model.compile(sampler=keras_hub.samplers.TopPSampler(p={top_p}))
-print(model.generate({prompt!r}, max_length={length}))"""}
+print(model.generate({prompt!r}, max_length={length}))""",
+}
 
 
 def licence_of(name):
@@ -407,14 +542,18 @@ def _made_of(model, settings):
         yield f"**Weights of the base model**: from {stated['source']} (SHA-256 {stated['sha256']})"
         yield f"**Vocabulary in training**: {describe_vocabulary(stated['vocabulary'])}"
     yield f"**Terms of the base model**: {licence_of(name)}. The weights here were modified."
-    yield f"**Prompt**: `{settings.prompt}`; labels: {', '.join(settings.labels) or 'none'}; at most {settings.sequence_length} tokens"
+    labels, most = ", ".join(settings.labels) or "none", settings.sequence_length
+    yield f"**Prompt**: `{settings.prompt}`; labels: {labels}; at most {most} tokens"
 
 
 def _note(model, to):
     """What a user of this target must know, a text."""
     if to == "peft" and (stated := provenance(model.name)) and hugging_face_name(model.name):
-        return (f"The adapter was trained on the weights in {stated['source']}, which are rounded more than those under this name on "
-                "Hugging Face. On the latter it works, and scores differ a little; `--to transformers` has exactly what was trained.")
+        return (
+            f"The adapter was trained on the weights in {stated['source']}, which are rounded more than those under "
+            "this name on Hugging Face. It works on the latter, and scores differ a little; `--to transformers` "
+            "has exactly what was trained."
+        )
     return ""
 
 
@@ -425,10 +564,19 @@ def card(model, settings, to, certificate):
         guarantee += "\n\nThe whole certificate: certificate.md. `dpsynth verify .` recomputes it and compares the files."
     prompt = TextFormat(settings.prompt, settings.labels).prompts[-1]
     use = USE[to].format(
-        prompt=prompt, base=hugging_face_name(model.name) or "base", top_p=settings.top_p, length=settings.sequence_length)
+        prompt=prompt,
+        base=hugging_face_name(model.name) or "base",
+        top_p=settings.top_p,
+        length=settings.sequence_length,
+    )
     made_of = "\n".join(f"* {line}" for line in _made_of(model, settings))
-    parts = [f"# {settings.experiment}: for {to}", f"## Differential privacy\n\n{guarantee}",
-             f"## What it is made of\n\n{made_of}", f"## Use\n\n```python\n{use}\n```", _note(model, to)]
+    parts = [
+        f"# {settings.experiment}: for {to}",
+        f"## Differential privacy\n\n{guarantee}",
+        f"## What it is made of\n\n{made_of}",
+        f"## Use\n\n```python\n{use}\n```",
+        _note(model, to),
+    ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 # %% ../nbs/14a_export.ipynb #8c37f831
@@ -438,13 +586,17 @@ FACTS = EXPORTED
 def check_run(settings, run, to):
     """Raise SettingsError unless a run has something to export."""
     if settings.generator != "finetune":
-        raise SettingsError(f"{run}: generator {settings.generator} trains nothing, so there is nothing to export")
+        raise SettingsError(
+            f"{run}: generator {settings.generator} trains nothing, so there is nothing to export"
+        )
     if to == "peft" and tuning_mode(settings) == "full":
-        raise SettingsError(f"{run}: tuning: full changed every weight, so there is no adapter; use --to transformers")
+        raise SettingsError(
+            f"{run}: tuning: full changed every weight, so there is no adapter; use --to transformers"
+        )
 
 
 def released(settings, run):
-    """The `Certificate` of a private run, after it was compared with the manifest and recomputed; None without privacy.
+    """The `Certificate` of a private run, compared with the manifest and recomputed; None without privacy.
 
     Raises:
         DataError: its files are not those that the manifest lists. PrivacyError: it does not hold.
@@ -474,10 +626,18 @@ def write_papers(model, settings, run, folder, to, certificate):
     for name, text in terms_of(model.name).items():
         write_text(folder / name, text)
     write_text(folder / "README.md", card(model, settings, to, certificate))
-    write_json(folder / FACTS, {
-        "format": 1, "to": to, "experiment": settings.experiment, "private": settings.private, "dpsynth": __version__,
-        "base_model": model.name if hugging_face_name(model.name) else pathlib.Path(model.name).name,
-        "adapter_sha256": entry(release / "adapter.npz")["sha256"]})
+    write_json(
+        folder / FACTS,
+        {
+            "format": 1,
+            "to": to,
+            "experiment": settings.experiment,
+            "private": settings.private,
+            "dpsynth": __version__,
+            "base_model": model.name if hugging_face_name(model.name) else pathlib.Path(model.name).name,
+            "adapter_sha256": entry(release / "adapter.npz")["sha256"],
+        },
+    )
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     listed = {path.relative_to(folder).as_posix(): entry(path) for path in files}
     add_to_manifest(folder / MANIFEST, certificate and statement(certificate), listed)
@@ -489,9 +649,9 @@ def export_run(settings, run, to, out=None):
     Returns the folder.
 
     Raises:
-        SettingsError: nothing was trained, or there is no adapter for peft. ModelError: the model is of another family, or something
-        is at the folder. DataError: the adapter or the certificate is not the one that was released. PrivacyError: the
-        certificate does not hold.
+        SettingsError: nothing was trained, or there is no adapter for peft. ModelError: the model is of another
+        family, or something is at the folder. DataError: the adapter or the certificate is not the one that was
+        released. PrivacyError: the certificate does not hold.
     """
     check_run(settings, run, to)
     folder = pathlib.Path(out or pathlib.Path(run) / f"export-{to}")
