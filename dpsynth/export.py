@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 
 from . import __version__
 from .certificate import _claim, known_model, plain_words, read_certificate, verify
+from .finetune import mark_not_private
 from .formats import TextFormat
 from dpsynth.imports import (
     BLANK,
@@ -70,7 +71,7 @@ def as_matrix(layer, kernel):
 
 
 def adapter_arrays(layer):
-    """`(A, B)` of a layer's adapter: float32[*kernel.shape[:-1], rank] and float32[rank, kernel.shape[-1]]."""
+    """A float32[*kernel.shape[:-1], rank] and B float32[rank, kernel.shape[-1]] of a layer's adapter."""
     return [np.asarray(v.value, np.float32) for v in (layer.lora_kernel_a, layer.lora_kernel_b)]
 
 
@@ -84,8 +85,8 @@ def merged_kernel(layer):
 
 # %% ../nbs/14a_export.ipynb #67ba7787
 def as_pair(layer):
-    """An adapter as peft has it: A float32[R, inputs] and B float32[outputs, R], whose product B A is the change of
-    the matrix; R is the rank times the number of heads among the outputs."""
+    """An adapter as peft has it: A float32[R, inputs] and B float32[outputs, R], whose product B A is the change
+    of the matrix; R is the rank times the number of heads among the outputs."""
     inputs, own, outputs = letters(layer)
     a, b = adapter_arrays(layer)
     heads = "".join(c for c in own[:-1] if c in outputs)
@@ -299,7 +300,7 @@ def merges_of(pieces):
 
 
 def tokenizer_of_sentencepiece(proto):
-    """A `tokenizers.Tokenizer` that computes what a SentencePiece BPE model, as bytes, does. Raises ModelError."""
+    """A `tokenizers.Tokenizer` that does what a SentencePiece BPE model (bytes) does. Raises ModelError."""
     model = _sentencepiece(proto)
     of_kind = lambda *kinds: [p.piece for p in model.pieces if p.type in kinds]
     scores = {p.piece: p.score for p in model.pieces if p.type == NORMAL}
@@ -331,7 +332,7 @@ def tokenizer_of_sentencepiece(proto):
 
 
 def make_tokenizer(model):
-    """The `tokenizers.Tokenizer` of a `LanguageModel`, which puts the start token first. Raises ModelError."""
+    """The `tokenizers.Tokenizer` of a model, which puts the start token first. Raises ModelError."""
     own = model.tokenizer
     if getattr(own, "proto", None):
         made = tokenizer_of_sentencepiece(own.proto)
@@ -522,7 +523,7 @@ tokenizer = AutoTokenizer.from_pretrained(base)
 print(tokenizer.decode(model.generate(**tokenizer({prompt!r}, return_tensors="pt"))[0]))""",
     "keras": """import keras_hub
 from dpsynth.models import load_model  # selects JAX, and knows byte-level tokenizers
-model = load_model(".").causal_lm  # or keras_hub.models.CausalLM.from_preset("."), or `model: FOLDER` in dpsynth
+model = load_model(".").causal_lm  # or keras_hub.models.CausalLM.from_preset(".")
 model.compile(sampler=keras_hub.samplers.TopPSampler(p={top_p}))
 print(model.generate({prompt!r}, max_length={length}))""",
 }
@@ -550,9 +551,9 @@ def _note(model, to):
     """What a user of this target must know, a text."""
     if to == "peft" and (stated := provenance(model.name)) and hugging_face_name(model.name):
         return (
-            f"The adapter was trained on the weights in {stated['source']}, which are rounded more than those under "
-            "this name on Hugging Face. It works on the latter, and scores differ a little; `--to transformers` "
-            "has exactly what was trained."
+            f"The adapter was trained on the weights in {stated['source']}, which are rounded more than those "
+            "under this name on Hugging Face. It works on the latter, and scores differ a little; "
+            "`--to transformers` has exactly what was trained."
         )
     return ""
 
@@ -561,7 +562,7 @@ def card(model, settings, to, certificate):
     """README.md of an exported folder."""
     guarantee = f"{plain_words(certificate)}\n\n{_claim(certificate)}" if certificate else NOT_PRIVATE
     if certificate:
-        guarantee += "\n\nThe whole certificate: certificate.md. `dpsynth verify .` recomputes it and compares the files."
+        guarantee += "\n\nThe whole certificate: certificate.md. `dpsynth verify .` recomputes it."
     prompt = TextFormat(settings.prompt, settings.labels).prompts[-1]
     use = USE[to].format(
         prompt=prompt,
@@ -623,6 +624,8 @@ def write_papers(model, settings, run, folder, to, certificate):
     release = pathlib.Path(run) / "release"
     for name in CERTIFICATE if certificate else ():
         shutil.copyfile(release / name, folder / name)
+    if not certificate:
+        mark_not_private(settings, folder)
     for name, text in terms_of(model.name).items():
         write_text(folder / name, text)
     write_text(folder / "README.md", card(model, settings, to, certificate))
@@ -644,14 +647,14 @@ def write_papers(model, settings, run, folder, to, certificate):
 
 
 def export_run(settings, run, to, out=None):
-    """Write the model of a run for `peft`, `transformers` or `keras` into a new folder, by default RUN/export-TO.
+    """Write the model of a run for `peft`, `transformers` or `keras` into a new folder, and return it.
 
-    Returns the folder.
+    `out` is RUN/export-TO by default.
 
     Raises:
-        SettingsError: nothing was trained, or there is no adapter for peft. ModelError: the model is of another
-        family, or something is at the folder. DataError: the adapter or the certificate is not the one that was
-        released. PrivacyError: the certificate does not hold.
+        SettingsError: nothing was trained, or there is no adapter for peft. ModelError: the model is of
+        another family, or something is at the folder. DataError: the adapter or the certificate is not the one
+        that was released. PrivacyError: the certificate does not hold.
     """
     check_run(settings, run, to)
     folder = pathlib.Path(out or pathlib.Path(run) / f"export-{to}")

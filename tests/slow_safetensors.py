@@ -1,4 +1,4 @@
-"""What a folder for transformers computes, from its files alone: slowly, in numpy, in the conventions of that library."""
+"""What a folder for transformers computes, from its files alone: slowly, in numpy, as that library says."""
 
 import json
 import math

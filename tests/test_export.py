@@ -1,5 +1,5 @@
-"""Exported models: other libraries compute and tokenize what dpsynth does, the certificate goes with them, and what cannot be exported is
-refused before anything is written."""
+"""Exported models: other libraries compute and tokenize what dpsynth does, the certificate goes with them, and
+what cannot be exported is refused before anything is written."""
 
 import json
 import shutil
@@ -300,10 +300,8 @@ def plain(tmp_path_factory):
 def test_a_model_without_privacy_says_so_on_its_first_page(plain, dpsynth, tmp_path):
     assert dpsynth("export", plain, "--to", "transformers", "--out", tmp_path / "out").code == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert (
-        NOT_PRIVATE in (tmp_path / "out/README.md").read_text()
-        and not {"certificate.json", "certificate.md"} & names
-    )
+    assert names == EXPECTED["transformers"] | {"NOT_PRIVATE.md", "README.md", "export.json", "manifest.json"}
+    assert NOT_PRIVATE in (tmp_path / "out/README.md").read_text()
     assert json.loads((tmp_path / "out/export.json").read_text())["private"] is False
 
 
