@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from . import __version__
-from .certificate import _claim, known_model, plain_words, read_certificate, verify
+from .certificate import _claim, base_model, plain_words, read_certificate, verify
 from .finetune import mark_not_private
 from .formats import TextFormat
 from dpsynth.imports import (
@@ -83,7 +83,7 @@ def merged_kernel(layer):
     a, b = adapter_arrays(layer)
     return kernel + np.float32(layer.lora_alpha / layer.lora_rank) * (a @ b)
 
-# %% ../nbs/14a_export.ipynb #67ba7787
+# %% ../nbs/14a_export.ipynb #d3143e4f
 def as_pair(layer):
     """An adapter as peft has it: A float32[R, inputs] and B float32[outputs, R], whose product B A is the change
     of the matrix; R is the rank times the number of heads among the outputs."""
@@ -95,7 +95,7 @@ def as_pair(layer):
     down = np.einsum(f"{own[:-1]}Z->{heads}Z{into}", a).reshape(count * len(b), -1)
     return down, np.kron(np.eye(count, dtype=np.float32), b.T)
 
-# %% ../nbs/14a_export.ipynb #0d909ce4
+# %% ../nbs/14a_export.ipynb #82d60886
 def _gemma3_projections(block):
     attention = block.attention
     return {
@@ -224,7 +224,7 @@ FAMILIES = {
     "Llama3Backbone": (_llama_projections, _llama_norms, _llama_config),
 }
 
-# %% ../nbs/14a_export.ipynb #20255db5
+# %% ../nbs/14a_export.ipynb #09410332
 def _differences(backbone):
     """What of a backbone transformers would compute otherwise: texts."""
     get = lambda name: getattr(backbone, name, None)
@@ -273,7 +273,7 @@ def state_dict(model):
     projections = modules(model).items()
     return arrays | {f"{name}.weight": as_matrix(layer, merged_kernel(layer)) for name, layer in projections}
 
-# %% ../nbs/14a_export.ipynb #5733cdbc
+# %% ../nbs/14a_export.ipynb #75f34d21
 def _sentencepiece(proto):
     """A SentencePiece model, as its message. Raises ModelError where `tokenizers` would compute otherwise."""
     from sentencepiece import sentencepiece_model_pb2
@@ -378,7 +378,7 @@ def write_tokenizer(model, folder):
     if getattr(model.tokenizer, "proto", None):
         (folder / "tokenizer.model").write_bytes(model.tokenizer.proto)
 
-# %% ../nbs/14a_export.ipynb #9a653be3
+# %% ../nbs/14a_export.ipynb #ed22c3f9
 HUGGING_FACE = {
     "gemma3_270m": "google/gemma-3-270m",
     "gemma3_instruct_270m": "google/gemma-3-270m-it",
@@ -503,7 +503,7 @@ def without_adapters(model):
 
 TARGETS = {"peft": write_peft, "transformers": write_transformers, "keras": write_keras}
 
-# %% ../nbs/14a_export.ipynb #ed22c3f9
+# %% ../nbs/14a_export.ipynb #c9e69d2f
 LICENCES = {"tiny": "Apache-2.0; the encyclopedia text that it was trained on is CC BY-SA 3.0"}
 NOT_PRIVATE = (
     "**NOT PRIVATE.** This model was trained without differential privacy. It may have learnt rows of its "
@@ -538,7 +538,8 @@ def licence_of(name):
 def _made_of(model, settings):
     """Facts on the base model, as lines of a list."""
     stated, name = provenance(model.name), model.name
-    yield f"**Base model**: {hugging_face_name(name) or pathlib.Path(name).name}: {known_model(name)[0]}"
+    trained_on = base_model(name, "")["trained_on"]
+    yield f"**Base model**: {hugging_face_name(name) or pathlib.Path(name).name}: {trained_on}"
     if stated:
         yield f"**Weights of the base model**: from {stated['source']} (SHA-256 {stated['sha256']})"
         yield f"**Vocabulary in training**: {describe_vocabulary(stated['vocabulary'])}"
@@ -580,7 +581,7 @@ def card(model, settings, to, certificate):
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
-# %% ../nbs/14a_export.ipynb #8c37f831
+# %% ../nbs/14a_export.ipynb #f33bc29a
 FACTS = EXPORTED
 
 
