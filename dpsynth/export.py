@@ -7,8 +7,8 @@ __all__ = ['FAMILIES', 'HUGGING_FACE', 'TARGETS', 'LICENCES', 'NOT_PRIVATE', 'US
            'adapter_arrays', 'merged_kernel', 'as_pair', 'check_family', 'modules', 'state_dict', 'merges_of',
            'tokenizer_of_sentencepiece', 'make_tokenizer', 'tokenizer_config', 'write_tokenizer', 'hugging_face_name',
            'generation_config', 'write_arrays', 'write_transformers', 'write_keras', 'peft_config', 'write_peft',
-           'without_adapters', 'licence_of', 'card', 'check_run', 'released', 'load_trained', 'write_papers',
-           'export_run']
+           'without_adapters', 'licence_of', 'card', 'check_run', 'released', 'load_trained', 'check_base',
+           'write_papers', 'export_run']
 
 # %% ../nbs/14a_export.ipynb #e99c2eb9
 import contextlib
@@ -48,7 +48,7 @@ from dpsynth.manifest import (
     statement,
     statement_of,
 )
-from .models import adapted_layers, takes_adapter_apart, tuning_mode
+from .models import adapted_layers, preset_hash, takes_adapter_apart, tuning_mode
 from .pipeline import load_generator
 from .runs import write_json, write_text
 from .settings import ModelError, SettingsError
@@ -357,7 +357,8 @@ def tokenizer_config(model):
     """tokenizer_config.json, a dict."""
     own = model.tokenizer
     name = lambda i: None if i is None else own.id_to_token(i)
-    unknown = {"unk_token": "<unk>"} if getattr(own, "proto", None) else {}
+    pieces = _sentencepiece(own.proto).pieces if getattr(own, "proto", None) else ()
+    unknown = {"unk_token": p.piece for p in pieces if p.type == UNKNOWN}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": name(model.start_id),
@@ -620,6 +621,16 @@ def load_trained(settings, run):
     return model
 
 
+def check_base(model, certificate):
+    """Raise ModelError where the base model, if it is a folder, is not the one that a certificate names."""
+    digest = preset_hash(model.name)
+    if certificate and digest and digest != certificate["base_model"]["hash"]:
+        raise ModelError(
+            f"{model.name}: not the base model that the adapter was trained on, whose SHA-256 is in "
+            "certificate.json; restore it"
+        )
+
+
 def write_papers(model, settings, run, folder, to, certificate):
     """Write card, facts, certificate and terms, and then the manifest of all that is in the folder."""
     release = pathlib.Path(run) / "release"
@@ -654,14 +665,15 @@ def export_run(settings, run, to, out=None):
 
     Raises:
         SettingsError: nothing was trained, or there is no adapter for peft. ModelError: the model is of
-        another family, or something is at the folder. DataError: the adapter or the certificate is not the one
-        that was released. PrivacyError: the certificate does not hold.
+        another family, its base is another one, or something is at the folder. DataError: the adapter or the
+        certificate is not the one that was released. PrivacyError: the certificate does not hold.
     """
     check_run(settings, run, to)
     folder = pathlib.Path(out or pathlib.Path(run) / f"export-{to}")
     with whole_folder(folder) as scratch:
         certificate = released(settings, run)
         model = load_trained(settings, run)
+        check_base(model, certificate)
         check_family(model)
         TARGETS[to](model, scratch, settings)
         write_papers(model, settings, run, scratch, to, certificate)

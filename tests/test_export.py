@@ -279,6 +279,13 @@ def test_a_certificate_that_does_not_hold_is_not_passed_on(private, refused):
     assert "does not hold" in refused("export", private, "--to", "peft")
 
 
+def test_another_base_model_is_refused(private, refused):
+    certificate = read_certificate(private / "release/certificate.json")
+    certificate["base_model"]["hash"] = 64 * "a"
+    write_release(certificate, private / "release", {"adapter.npz": private / "release/adapter.npz"})
+    assert "not the base model that the adapter was trained on" in refused("export", private, "--to", "peft")
+
+
 def test_a_folder_that_is_in_use_is_left_alone(private, refused, tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there/mine.txt").write_text("mine")
