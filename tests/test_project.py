@@ -120,7 +120,7 @@ def test_table_of_what_the_privacy_tests_notice_is_todays(repo):
     assert table.strip() and (repo / "tests" / "README.md").read_text(encoding="utf-8").endswith(table)
 
 
-@pytest.mark.parametrize("name", ["audit_power", "bands", "copies", "dp_overhead", "dp_overhead_256", "sampling"])
+@pytest.mark.parametrize("name", ["audit_power", "bands", "copies", "dp_overhead", "dp_overhead_256", "exchange", "sampling"])
 def test_records_of_measurements_have_their_form(repo, name):
     record = json.loads((repo / "benchmarks" / "records" / f"{name}.json").read_text())
     assert record["name"] == name.removesuffix("_256") and {"machine", "contenders", "ratios"} <= set(record)
