@@ -5,7 +5,7 @@
 
 All contenders decode the same architecture from the same prompts, at the same batch size and length limit, with top-p .95, each in a process of
 its own on the same cores and in alternating rounds, after a round for compilation. Lengths are those of IMDb by construction, whatever the
-weights are: a table says at which (position, newest token) a text ends, and every contender looks into it at every token. It is drawn so
+weights are: a rule says at which (position, newest token) a text ends, and every contender asks it at every token. Chances are such
 that lengths, end token included, are log-normal above a least length and have the quartiles of the first 2,000 training reviews of IMDb:
 203, 283 and 455 tokens under the bundled tokenizer, 162, 224 and 358 in Gemma's English pieces. The length limit cuts some of them, there as here.
 
@@ -57,25 +57,32 @@ def quartiles_for(model):
     return TINY_QUARTILES if model.name == "tiny" else GEMMA_QUARTILES
 
 
-def end_table(vocabulary, prompt, length, quartiles):
-    """Whether the next token after `token` at `position` is the end: bool [length, vocabulary]."""
+def chances_to_end(prompt, length, quartiles):
+    """int[length]: in how many of 2**32 cases the next token is the end, when the newest one is at this position."""
     tokens = np.arange(length) + 2 - prompt  # of the text, if it ends there
     cdf = np.array([share_of_lengths(n, quartiles) for n in (tokens[0] - 1, *tokens)])
-    hazard, rng = np.diff(cdf) / np.maximum(1 - cdf[:-1], 1e-12), np.random.default_rng(0)
-    return np.array([rng.random(vocabulary) < h for h in hazard])
+    return np.minimum(np.diff(cdf) / np.maximum(1 - cdf[:-1], 1e-12) * 2.0**32, 2**32 - 1).astype(np.int64)
+
+
+def case(position, token, number=int, most=0xFFFFFFFF):
+    """Which of 2**32 cases a position and a token are, alike in each library; `number` makes 32 bits of an int where arithmetic is modulo them."""
+    mixed = (token * number(0x9E3779B1) + position * number(0x85EBCA77)) & number(most)
+    mixed = ((mixed ^ (mixed >> 15)) * number(0x2C1B3C6D)) & number(most)
+    return mixed ^ (mixed >> 13)
 
 
 def model_with_ends(options):
-    """The model of the options, its cached call changed to end texts by the table and by nothing else."""
+    """The model of the options, its cached call changed to end texts by the rule and by nothing else."""
     import jax.numpy as jnp
     from dpsynth.models import load_model
     model = load_model(options["model"])
-    table = jnp.asarray(end_table(model.vocabulary_size, longest_prompt(model), options["length"], options.get("quartiles") or quartiles_for(model)))
     original = model.causal_lm.call_with_cache
+    chances = jnp.asarray(chances_to_end(longest_prompt(model), options["length"], options.get("quartiles") or quartiles_for(model)), jnp.uint32)
 
     def call_with_cache(token_ids, cache, cache_update_index, **rest):
         logits, hidden, cache = original(token_ids, cache, cache_update_index, **rest)
-        end = jnp.where(table[cache_update_index, token_ids[:, -1]], -NEVER, NEVER).astype(logits.dtype)
+        position, newest = (jnp.asarray(x).astype(jnp.uint32) for x in (cache_update_index, token_ids[:, -1]))
+        end = jnp.where(case(position, newest, jnp.uint32) < chances[cache_update_index], -NEVER, NEVER).astype(logits.dtype)
         return logits.at[..., jnp.array(model.stop_ids)].set(NEVER).at[:, -1, model.end_id].set(end), hidden, cache
     model.causal_lm.call_with_cache = call_with_cache
     return model
@@ -119,12 +126,14 @@ def transformers_contender(options):
     import transformers
     peer = transformers.AutoModelForCausalLM.from_pretrained(transformers_folder(options["model"]), dtype=torch.float32).eval()
     facts, length = options["facts"], options["length"]
-    table, longest = torch.tensor(end_table(facts["vocabulary"], facts["longest"], length, facts["quartiles"])), facts["longest"]
+    longest = facts["longest"]
+    chances = chances_to_end(longest, length, facts["quartiles"]).tolist()
 
     class Ends(transformers.LogitsProcessor):
         def __call__(self, ids, scores):
             scores[:, facts["stops"]] = NEVER
-            scores[:, facts["end"]] = torch.where(table[ids.shape[1] - 1, ids[:, -1]], -NEVER, NEVER)
+            place = ids.shape[1] - 1
+            scores[:, facts["end"]] = torch.where(case(place, ids[:, -1]) < chances[place], -NEVER, NEVER)
             return scores
     prompt = torch.tensor([ids + [10] * (longest - len(ids)) for ids in facts["prompts"]])
 
@@ -163,7 +172,7 @@ class Llama:
         self.top_k = top_k
 
     def sampler(self, seed):
-        """Top-p over the vocabulary, or over its `top_k` likeliest pieces, without the stop tokens: the table ends texts."""
+        """Top-p over the vocabulary, or over its `top_k` likeliest pieces, without the stop tokens: the rule ends texts."""
         api, stops = self.api, sorted(self.stops)
         chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
         biases = (api.llama_logit_bias * len(stops))(*(api.llama_logit_bias(token, float("-inf")) for token in stops))
@@ -182,7 +191,7 @@ class Llama:
         if self.api.llama_decode(self.context, self.batch):
             raise RuntimeError("llama_decode failed")
 
-    def generate(self, table, length, seed):
+    def generate(self, chances, length, seed):
         """Lengths of the texts of one batch, all decoded until the last of them ends."""
         rows, sampler = self.llm.context_params.n_seq_max, self.sampler(seed)
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
@@ -192,7 +201,7 @@ class Llama:
             self.decode(ids, range(len(ids)), [row] * len(ids), [i + 1 == len(ids) for i in range(len(ids))])
             newest[row], place[row] = self.api.llama_sampler_sample(sampler, self.context, len(ids) - 1), len(ids)
         while newest:
-            for row in [row for row in newest if table[place[row], newest[row]] or place[row] + 1 >= length]:
+            for row in [row for row in newest if case(place[row], newest[row]) < chances[place[row]] or place[row] + 1 >= length]:
                 lengths[row] = place.pop(row) + 1 - len(self.prompts[row % len(PROMPTS)])
                 newest.pop(row)
             live = sorted(newest)
@@ -209,12 +218,12 @@ def llama_cpp_contender(options, top_k=0):
     if not options["gguf"]:
         raise ValueError("needs --gguf FILE")
     llama = Llama(options, top_k)
-    table = end_table(llama.vocabulary, max(map(len, llama.prompts)), options["length"], GEMMA_QUARTILES)
+    chances = chances_to_end(max(map(len, llama.prompts)), options["length"], GEMMA_QUARTILES).tolist()
 
     def run(rows, seed):
         lengths = []
         for first in range(0, rows, options["batch"]):
-            lengths += llama.generate(table, options["length"], seed)
+            lengths += llama.generate(chances, options["length"], seed)
         return lengths
     return {"sample": run}
 
@@ -233,8 +242,8 @@ def look(options):
     """A contender without runs but for `facts`: what the tokenizer says that a process without dpsynth needs."""
     from dpsynth.models import load_model
     model = load_model(options["model"])
-    found = {"vocabulary": model.vocabulary_size, "longest": longest_prompt(model), "prompts": [list(model.prompt_ids(p)) for p in PROMPTS],
-             "stops": list(model.stop_ids), "end": model.end_id, "pad": model.pad_id, "start": model.start_id,
+    found = {"longest": longest_prompt(model), "prompts": [list(model.prompt_ids(p)) for p in PROMPTS],
+             "stops": list(model.stop_ids), "end": model.end_id, "pad": model.pad_id,
              "quartiles": quartiles_for(model)}
     return {"facts": lambda: found}
 

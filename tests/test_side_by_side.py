@@ -52,13 +52,22 @@ def test_lengths_have_their_quartiles(quartiles):
     assert np.allclose([sampling.share_of_lengths(q, quartiles) for q in quartiles], [0.25, 0.5, 0.75])
 
 
-def test_table_of_ends_gives_these_lengths():
-    """A text whose tokens are random ends where the table says."""
+def test_rule_of_ends_gives_these_lengths():
+    """A text whose tokens are random ends where the rule says."""
     prompt, length = 8, 2000
-    table, rng = sampling.end_table(500, prompt, length, sampling.GEMMA_QUARTILES), np.random.default_rng(1)
-    places = np.arange(prompt - 1, length)
-    ends = [int(np.argmax(np.append(table[places, rng.integers(0, 500, len(places))], True))) + 1 for _ in range(4000)]
+    chances, rng, places = sampling.chances_to_end(prompt, length, sampling.GEMMA_QUARTILES), np.random.default_rng(1), np.arange(prompt - 1, length)
+    ends = [int(np.argmax(np.append(sampling.case(places, rng.integers(0, 70000, len(places))) < chances[places], True))) + 1 for _ in range(4000)]
     assert np.allclose(np.percentile(ends, [25, 50, 75]), sampling.GEMMA_QUARTILES, rtol=0.06)
+
+
+def test_rule_of_ends_is_the_same_in_each_library():
+    import jax.numpy as jnp
+    tokens = np.arange(0, 262144, 999)
+    expected = [sampling.case(300, int(token)) for token in tokens]
+    assert sampling.case(300, tokens).tolist() == expected and min(expected) < 2**28 and max(expected) > 2**32 - 2**28
+    assert sampling.case(jnp.uint32(300), jnp.asarray(tokens).astype(jnp.uint32), jnp.uint32).tolist() == expected
+    torch = pytest.importorskip("torch")
+    assert sampling.case(300, torch.tensor(tokens)).tolist() == expected
 
 
 def test_operations_of_blocks_are_those_of_a_count_by_hand():
