@@ -4,7 +4,7 @@
     python benchmarks/sampling.py --model gemma3_270m:english --gguf FILE --json OUT
 
 All contenders decode the same architecture from the same prompts, at the same batch size and length limit, with top-p .95, each in a process of
-its own on the same cores and in alternating rounds, after a round for compilation. Lengths are those of IMDb by construction, whatever the
+its own on the same cores and in alternating rounds, after one for compilation, in which the peers' texts end at once. Lengths are those of IMDb by construction, whatever the
 weights are: a rule says at which (position, newest token) a text ends, and every contender asks it at every token. Chances are such
 that lengths, end token included, are log-normal above a least length and have the quartiles of the first 2,000 training reviews of IMDb:
 203, 283 and 455 tokens under the bundled tokenizer, 162, 224 and 358 in Gemma's English pieces. The length limit cuts some of them, there as here.
@@ -64,6 +64,11 @@ def chances_to_end(prompt, length, quartiles):
     return np.minimum(np.diff(cdf) / np.maximum(1 - cdf[:-1], 1e-12) * 2.0**32, 2**32 - 1).astype(np.int64)
 
 
+def at_once(length):
+    """The same where each text ends with its first token."""
+    return np.full(length, 2**32 - 1)
+
+
 def case(position, token, number=int, most=0xFFFFFFFF):
     """Which of 2**32 cases a position and a token are, alike in each library; `number` makes 32 bits of an int where arithmetic is modulo them."""
     mixed = (token * number(0x9E3779B1) + position * number(0x85EBCA77)) & number(most)
@@ -75,14 +80,16 @@ def model_with_ends(options):
     """The model of the options, its cached call changed to end texts by the rule and by nothing else."""
     import jax.numpy as jnp
     from dpsynth.models import load_model
-    model = load_model(options["model"])
-    original = model.causal_lm.call_with_cache
-    chances = jnp.asarray(chances_to_end(longest_prompt(model), options["length"], options.get("quartiles") or quartiles_for(model)), jnp.uint32)
+    model, length = load_model(options["model"]), options["length"]
+    original, chances = model.causal_lm.call_with_cache, chances_to_end(longest_prompt(model), length, options.get("quartiles") or quartiles_for(model))
+    now = model.causal_lm.add_weight(name="chances", shape=(length,), dtype="uint32", initializer="zeros", trainable=False)
+    model.end_texts = lambda early: now.assign((at_once(length) if early else chances).astype(np.uint32))
+    model.end_texts(early=False)
 
     def call_with_cache(token_ids, cache, cache_update_index, **rest):
         logits, hidden, cache = original(token_ids, cache, cache_update_index, **rest)
         position, newest = (jnp.asarray(x).astype(jnp.uint32) for x in (cache_update_index, token_ids[:, -1]))
-        end = jnp.where(case(position, newest, jnp.uint32) < chances[cache_update_index], -NEVER, NEVER).astype(logits.dtype)
+        end = jnp.where(case(position, newest, jnp.uint32) < now.value[cache_update_index], -NEVER, NEVER).astype(logits.dtype)
         return logits.at[..., jnp.array(model.stop_ids)].set(NEVER).at[:, -1, model.end_id].set(end), hidden, cache
     model.causal_lm.call_with_cache = call_with_cache
     return model
@@ -102,11 +109,12 @@ def dpsynth_contender(options):
 
 def keras_hub_contender(options, k=None):
     """`generate`, one batch after another."""
+    model = model_with_ends(options)  # before keras_hub: dpsynth chooses the backend
     import keras_hub
-    model = model_with_ends(options)
     model.causal_lm.compile(sampler=keras_hub.samplers.TopPSampler(p=TOP_P, k=k))
 
     def run(rows, seed):
+        model.end_texts(early=seed == 0)
         lengths = []
         for first in range(0, rows, options["batch"]):
             texts = model.causal_lm.generate(PROMPTS * (options["batch"] // 2), max_length=options["length"], strip_prompt=True)
@@ -127,13 +135,14 @@ def transformers_contender(options):
     peer = transformers.AutoModelForCausalLM.from_pretrained(transformers_folder(options["model"]), dtype=torch.float32).eval()
     facts, length = options["facts"], options["length"]
     longest = facts["longest"]
-    chances = chances_to_end(longest, length, facts["quartiles"]).tolist()
+    ends = {False: chances_to_end(longest, length, facts["quartiles"]).tolist(), True: at_once(length).tolist()}
+    now = {"chances": ends[False]}
 
     class Ends(transformers.LogitsProcessor):
         def __call__(self, ids, scores):
             scores[:, facts["stops"]] = NEVER
             place = ids.shape[1] - 1
-            scores[:, facts["end"]] = torch.where(case(place, ids[:, -1]) < chances[place], -NEVER, NEVER)
+            scores[:, facts["end"]] = torch.where(case(place, ids[:, -1]) < now["chances"][place], -NEVER, NEVER)
             return scores
     prompt = torch.tensor([ids + [10] * (longest - len(ids)) for ids in facts["prompts"]])
 
@@ -151,7 +160,7 @@ def transformers_contender(options):
 
     def run(rows, seed):
         torch.manual_seed(seed)
-        lengths = []
+        now["chances"], lengths = ends[seed == 0], []
         for first in range(0, rows, options["batch"]):
             lengths += (generate(length)[:, longest:] != facts["pad"]).sum(1).tolist()
         return lengths
@@ -218,12 +227,13 @@ def llama_cpp_contender(options, top_k=0):
     if not options["gguf"]:
         raise ValueError("needs --gguf FILE")
     llama = Llama(options, top_k)
-    chances = chances_to_end(max(map(len, llama.prompts)), options["length"], GEMMA_QUARTILES).tolist()
+    length = options["length"]
+    ends = {False: chances_to_end(max(map(len, llama.prompts)), length, GEMMA_QUARTILES).tolist(), True: at_once(length).tolist()}
 
     def run(rows, seed):
         lengths = []
         for first in range(0, rows, options["batch"]):
-            lengths += llama.generate(chances, options["length"], seed)
+            lengths += llama.generate(ends[seed == 0], length, seed)
         return lengths
     return {"sample": run}
 

@@ -24,7 +24,7 @@ def title(record):
     said = record["arguments"]
     shape = f"{said['rows']} rows of {said['length']} tokens" if record["name"] == "training" else f"texts of up to {said['length']} tokens, {said['batch']} at once" \
         if record["name"] == "sampling" else f"microbatch of {said['microbatch']} × {said['length']} tokens"
-    return f"{record['name']}: {said['model']}, {shape}, {said['cores']} cores"
+    return f"{record['name']}: {said['model']}, {shape}, {said['cores']} core{'s' * (said['cores'] > 1)}"
 
 
 def draw(record, path):
