@@ -54,7 +54,7 @@ def peak(name, case, options, limit):
 def ratios(found):
     """How many times as much the peers hold, and the largest batch over the smallest."""
     figures = {name: case["peak_gib"] for name, case in found.items()}
-    ours = {what: figures[f"{what}_dpsynth"] for what in ("train", "sample") if f"{what}_dpsynth" in figures}
+    ours = {what: figures[f"{what}_dpsynth"] for what in ("train", "sample") if not found.get(f"{what}_dpsynth", {"ended": True}).get("ended")}
     of_peers = {f"{name}_over_ours": figure / ours[name.partition("_")[0]] for name, figure in figures.items()
                 if name.partition("_")[0] in ours and not name.endswith("dpsynth")}
     batches = sorted((int(name.partition("_")[2]), figure) for name, figure in figures.items() if name.startswith("batch_"))

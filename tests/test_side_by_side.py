@@ -106,6 +106,7 @@ def test_memory_counts_peers_over_ours_and_the_largest_batch_over_the_smallest()
     found = {name: {"peak_gib": gib} for name, gib in {"train_dpsynth": 4.0, "train_keras_api": 16.0, "sample_dpsynth": 2.0, "sample_keras_hub": 5.0,
                                                        "batch_64": 3.0, "batch_1024": 3.06}.items()}
     assert memory.ratios(found) == {"train_keras_api_over_ours": 4.0, "sample_keras_hub_over_ours": 2.5, "batch_1024_over_64": pytest.approx(1.02)}
+    assert memory.ratios({"train_dpsynth": {"peak_gib": 16.0, "ended": True}, "train_opacus": {"peak_gib": 8.0}}) == {}
 
 
 def test_a_record_goes_on_only_with_the_same_arguments(tmp_path):
