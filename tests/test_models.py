@@ -317,6 +317,19 @@ def test_a_preset_is_read_for_its_hash_once_and_again_where_a_file_changed(tmp_p
     assert models.preset_hash(str(tmp_path)) != first and len(read) == 4
 
 
+def test_the_base_model_of_an_audit_is_the_tuned_one_without_its_adapters(monkeypatch):
+    from parts import RUN, splits
+    from dpsynth import pipeline
+    from dpsynth.formats import TextFormat
+    records, fmt = splits().test, TextFormat(RUN.prompt, RUN.labels)
+    base = finetune.row_losses(load_model(MICRO, seed=RUN.seed), records, fmt, RUN)
+    tuned = finetune.prepare_model(RUN)
+    tuned.assign([a + 0.5 for a in tuned.trainable])
+    monkeypatch.setattr(pipeline, "prepare_model", lambda settings: pytest.fail("loaded again"))
+    assert np.allclose(pipeline.base_losses(tuned, records, fmt, RUN), base, atol=1e-5)
+    assert not np.allclose(finetune.row_losses(tuned, records, fmt, RUN), base, atol=1e-2)
+
+
 @pytest.fixture
 def programs(tmp_path):
     """A folder in which JAX keeps every program that it compiles from now on."""

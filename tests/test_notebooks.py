@@ -7,40 +7,21 @@ import nbformat
 import pytest
 
 from dpsynth.experiments import kernel_manager
-from dpsynth.imports import HOW_TO_INSTALL, packaged
 
 NBS = pathlib.Path(__file__).resolve().parent.parent / "nbs"
 NOTEBOOKS = sorted(
     p.relative_to(NBS).as_posix() for p in NBS.rglob("*.ipynb") if "templates" not in p.parts and ".ipynb_checkpoints" not in p.parts
 )
 SKIPPED = ("#| eval: false", "#| eval:false")
-MODEL = {"tutorials/own_texts.ipynb": "gemma3_270m"}  # notebooks that need a model which may not be installed
-FEWER = {  # a cell of sizes in a notebook that takes half an hour, and what stands in its place here
-    "tutorials/own_texts.ipynb": ("rows, epochs, batch_size, num_rows = 4000, 3, 600, 1000", "rows, epochs, batch_size, num_rows = 160, 1, 60, 24")}
 
 
 def read(name):
     return nbformat.read(NBS / name, 4)
 
 
-def with_fewer(name, notebook):
-    """The notebook with the sizes of `FEWER`, where it has any."""
-    if name in FEWER:
-        (sizes,) = [cell for cell in notebook.cells if cell.source == FEWER[name][0]]
-        sizes.source = FEWER[name][1]
-    return notebook
-
-
-@pytest.mark.parametrize("name", FEWER)
-def test_sizes_of_long_notebooks_are_found(name):
-    assert FEWER[name][1] in [cell.source for cell in with_fewer(name, read(name)).cells]
-
-
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_runs(name, tmp_path):
-    if name in MODEL and not packaged(MODEL[name]):
-        pytest.skip(f"needs {MODEL[name]}: {HOW_TO_INSTALL}")
-    notebook = with_fewer(name, read(name))
+    notebook = read(name)
     notebook.cells = [cell for cell in notebook.cells if not any(mark in cell.source for mark in SKIPPED)]
     (tmp_path / "run" / "private").mkdir(parents=True)
     client = nbclient.NotebookClient(
