@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNREAD', 'UNMEASURED', 'KERNEL', 'seconds_of', 'IdleTrainer', 'invented_rows', 'measure_training', 'play_block',
            'looks_needed', 'measure_sampling', 'Pace', 'measure_here', 'serve', 'measure', 'expected_microbatches',
-           'update_seconds', 'token_lengths', 'unit_lengths', 'estimate']
+           'update_seconds', 'token_lengths', 'unit_lengths', 'held_out_seconds', 'sampling_seconds', 'estimate']
 
 # %% ../nbs/13d_estimate.ipynb #6e0d65a0
 import dataclasses
@@ -22,7 +22,7 @@ import time
 from .data import TokenStore
 from .finetune import Trainer, bucket_lengths, one_by_one, prepare_model, rows_of_units, some_rows
 from .formats import TextFormat
-from .models import base_name, divisible, load_model
+from .models import base_name, divisible, keep_programs, load_model
 from .pipeline import reference_rows
 from .privacy import Mechanism, Randomness
 from .runs import read_json, same_package, write_json
@@ -35,14 +35,15 @@ from scipy import stats
 
 # %% ../nbs/13d_estimate.ipynb #2c5a9149
 def seconds_of(work, least=0.5, most=5):
-    """Median seconds of `work()` after a first call that compiles: up to `most` calls, until they have taken `least` seconds."""
-    work()
+    """`(seconds, compiling)` of `work()`: the median of up to `most` calls, until they have taken `least` seconds;
+    and what the first one took longer."""
     spent = []
-    while len(spent) < most and sum(spent) < least:
+    while len(spent) < 2 or len(spent) <= most and sum(spent[1:]) < least:
         began = time.perf_counter()
         work()
         spent.append(time.perf_counter() - began)
-    return float(np.median(spent))
+    seconds = float(np.median(spent[1:]))
+    return seconds, max(0.0, spent[0] - seconds)
 
 
 class IdleTrainer(Trainer):
@@ -60,21 +61,24 @@ def invented_rows(model, settings, length):
 
 
 def measure_training(model, settings, bands, lengths):
-    """`(microbatch, update)`: seconds of a microbatch of rows of each length, by length, and of an update beside its microbatches."""
+    """`(microbatch, update, compiling)`: seconds of a microbatch of rows of each length, by length, of an update
+    beside its microbatches, and of what comes before the first ones."""
     most = 1 if settings.unit == "row" else settings.max_records_per_unit
     size = max(2 if one_by_one() else 1, divisible(settings.microbatch_size))
     mechanism = Mechanism(num_units=size * 64, expected_batch_size=1, steps=64, noise_multiplier=float(settings.private), delta=1e-6, bands=bands,
                           clip=settings.clip, l2_clip_norm=settings.l2_clip_norm, target_epsilon=1e9 if settings.private else math.inf)
-    microbatch = {}
+    microbatch, compiling = {}, 0.0
     with tempfile.TemporaryDirectory() as folder:
         for length in lengths:
             store = TokenStore.write(pathlib.Path(folder) / str(length), [invented_rows(model, settings, length)] * (size * most))
             units, randomness = np.arange(size * most).reshape(size, most), Randomness(bytes(32), "estimate")
             trainer = Trainer(model, store, settings, mechanism, randomness, units)
-            microbatch[length] = seconds_of(lambda: jax.block_until_ready(trainer.gradient_sum(np.arange(size))))
+            one = lambda: jax.block_until_ready(trainer.gradient_sum(np.arange(size)))
+            microbatch[length], first = seconds_of(one)
+            compiling += first
         idle = IdleTrainer(model, store, settings, mechanism, randomness, units)
-        update = seconds_of(lambda: (idle.update(), jax.block_until_ready(idle.trainable)))
-    return microbatch, update
+        update, first = seconds_of(lambda: (idle.update(), jax.block_until_ready(idle.trainable)))
+    return microbatch, update, compiling + first
 
 # %% ../nbs/13d_estimate.ipynb #795c3cad
 def play_block(lengths, prompt, most, slots, rows):
@@ -107,13 +111,14 @@ def looks_needed(settings, lengths, prompt):
 
 
 def measure_sampling(model, settings, kinds):
-    """Seconds of each kind of look, a list of (slots, reach)."""
+    """`(seconds, compiling)`: of each kind of look, a list of (slots, reach); and before the first ones."""
     edges = [edge for edge in boundaries(settings.num_samples) if edge <= settings.num_samples]
     rows = int(max(np.diff(edges)))
     choice = Choice(settings.temperature, settings.top_p, settings.top_k, settings.repetition_penalty)
     prompts = TextFormat(settings.prompt, settings.labels).prompts
     decoder = Decoder(model, prompts, choice, seed=0, max_length=settings.sequence_length, slots=kinds[0][0], rows=rows)
-    return [seconds_of(functools.partial(_look, decoder, rows, *kind), most=3) for kind in kinds]
+    found = [seconds_of(functools.partial(_look, decoder, rows, *kind), most=3) for kind in kinds]
+    return [seconds for seconds, _ in found], sum(first for _, first in found)
 
 
 def _look(decoder, rows, slots, reach):
@@ -129,12 +134,17 @@ class Pace:
 
     Attributes:
         load: seconds of loading the model. microbatch: seconds by length. update: seconds of an update beside its microbatches.
-        looks: seconds of each look asked for, in order. memory: most bytes that the process held; device_memory: on a device, 0 where that is the same.
+        looks: seconds of each look asked for, in order.
+        compiling: seconds before the first update. compiling_looks: before the first look, where no compiled program is
+            kept for the run.
+        memory: most bytes that the process held; device_memory: on a device, 0 where that is the same.
     """
     load: float
     microbatch: dict
     update: float
     looks: list
+    compiling: float
+    compiling_looks: float
     memory: int
     device_memory: int
 
@@ -144,10 +154,12 @@ def measure_here(settings, bands, lengths, kinds):
     began = time.perf_counter()
     model = prepare_model(settings) if settings.generator == "finetune" else load_model(base_name(settings), settings.dtype, settings.seed)
     load = time.perf_counter() - began
-    microbatch, update = measure_training(model, settings, bands, lengths) if lengths else ({}, 0.0)
-    looks = measure_sampling(model, settings, kinds) if kinds else []
+    microbatch, update, compiling = measure_training(model, settings, bands, lengths) if lengths else ({}, 0.0, 0.0)
+    looks, first = measure_sampling(model, settings, kinds) if kinds else ([], 0.0)
     device = jax.local_devices()[0].memory_stats() or {}
-    return {"load": load, "microbatch": microbatch, "update": update, "looks": looks, "device_memory": device.get("peak_bytes_in_use", 0),
+    return {"load": load, "microbatch": microbatch, "update": update, "looks": looks, "compiling": compiling,
+            "compiling_looks": 0.0 if keep_programs() else first,
+            "device_memory": device.get("peak_bytes_in_use", 0),
             "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
 
 
@@ -229,24 +241,44 @@ def unit_lengths(survey, records):
     return np.append(lengths, 0)[rows].max(1)
 
 
+def held_out_seconds(pace, settings, rows):
+    """Seconds of the loss on at most so many test rows, before and after the training. A forward pass is a third of
+    a gradient."""
+    size = max(2 if one_by_one() else 1, divisible(settings.microbatch_size))
+    each = pace.microbatch.get(settings.sequence_length, 0.0) / 3
+    return 2 * math.ceil(min(settings.validation_size, rows) / size) * each
+
+
+def sampling_seconds(looks, kinds, pace):
+    """Seconds of so many looks of each kind; `kinds` are those that were measured, in order."""
+    seconds = dict(zip(kinds, pace.looks))
+    return pace.compiling_looks + float(sum(count * seconds[kind] for kind, count in looks.items()))
+
+
 KERNEL = 0.2 * 2**30  # bytes of what a run has beside a trial: a kernel and what evaluates its rows
 
 
 def estimate(survey, looked=False):
-    """What a surveyed run with a model will take here: dict of `seconds` (None where the number of updates is not known), `training` and `sampling`
-    in seconds, `per_update`, and `memory` and `device_memory` in bytes.
+    """What a surveyed run with a model will take here: dict of `seconds` (None where the number of updates is not
+    known), `training`, `sampling` and `sampling_most` in seconds, `per_update`, and `memory` and `device_memory` in
+    bytes.
 
-    Lengths are those of the test rows, and only if `looked` those of the training rows. Raises SettingsError where the trial fails.
+    Lengths are those of the test rows, and only if `looked` those of the training rows. Samples are taken to be as
+    long, but for `sampling_most`, where none ends before the limit. Raises SettingsError where the trial fails.
     """
     settings = survey.settings
     records = survey.splits.train if looked else reference_rows(settings, survey.splits)
     rows, units = token_lengths(survey, records), unit_lengths(survey, records)
-    looks = looks_needed(settings, rows, survey.prompt_length)
+    needed = lambda lengths: looks_needed(settings, lengths, survey.prompt_length)
+    looks, most = needed(rows), needed(np.array([settings.sequence_length]))
+    kinds = list({**looks, **most})
     tuned = settings.generator == "finetune"
     bands = survey.mechanism.bands if survey.mechanism else 1
-    pace = measure(settings, bands, bucket_lengths(settings.sequence_length) if tuned else [], list(looks))
+    pace = measure(settings, bands, bucket_lengths(settings.sequence_length) if tuned else [], kinds)
     each = float(update_seconds(pace, settings, units)) if tuned else 0.0
-    training = pace.load + (survey.mechanism.steps * each if survey.mechanism else 0.0)
-    sampling = float(sum(count * seconds for count, seconds in zip(looks.values(), pace.looks)))
+    around = pace.load + pace.compiling + held_out_seconds(pace, settings, len(records))
+    training = around + (survey.mechanism.steps * each if survey.mechanism else 0.0)
+    sampling = sampling_seconds(looks, kinds, pace)
     return {"seconds": training + sampling if survey.mechanism or not tuned else None, "training": training, "sampling": sampling,
+            "sampling_most": max(sampling, sampling_seconds(most, kinds, pace)),
             "per_update": each, "memory": pace.memory + KERNEL, "device_memory": pace.device_memory}

