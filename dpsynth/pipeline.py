@@ -7,11 +7,11 @@ __all__ = ['SWEEP_PRIVATE', 'ERROR', 'ROWS_ERROR', 'BOUND_ERROR', 'DATA_SETTINGS
            'device_name', 'load_stage', 'guarantee', 'fit_stage', 'load_generator', 'rows_file', 'read_rows',
            'rows_of_run', 'real_rows', 'cut_rows', 'write_rows', 'sample_stage', 'sample_again', 'reference_rows',
            'evaluate_stage', 'Findings', 'audit_stage', 'enough_rows', 'keep', 'read_kept', 'check_same_rows',
-           'audit_hidden', 'check_same_canaries', 'check_release', 'audit_rows', 'without_repeated', 'replay_run',
-           'promised_mechanism', 'made_elsewhere', 'expected_certificate', 'is_prepared', 'check_prompts', 'check_rows',
-           'remember', 'Survey', 'survey', 'spending', 'announce', 'warn_of_untold', 'bytes_kept', 'training_bytes',
-           'sampling_bytes', 'units_at_once', 'functions_compiled', 'written_differently', 'describe_embedders',
-           'estimate_memory']
+           'base_losses', 'audit_hidden', 'check_same_canaries', 'check_release', 'audit_rows', 'without_repeated',
+           'replay_run', 'promised_mechanism', 'made_elsewhere', 'expected_certificate', 'is_prepared', 'check_prompts',
+           'check_rows', 'remember', 'Survey', 'survey', 'spending', 'announce', 'warn_of_untold', 'bytes_kept',
+           'training_bytes', 'sampling_bytes', 'units_at_once', 'functions_compiled', 'written_differently',
+           'describe_embedders', 'estimate_memory']
 
 # %% ../nbs/13b_pipeline.ipynb #0b461507
 import dataclasses
@@ -38,13 +38,13 @@ from .formats import TextFormat
 from .ledger import accesses_event, read_event
 from .manifest import (
     CERTIFICATE, add_to_manifest, check_listed, checked_fit, compare_release, entry, manifest_of, manifests, read_sealed, statement_of, way_back, write_release)
-from dpsynth.models import (
-    Unreachable, base_name, by_shapes, check_environment, check_spelling, count_parameters, load_adapter, load_model, load_tokenizer,
-    plain_ids)
+from .models import (
+    Unreachable, adapted_layers, base_name, by_shapes, check_environment, check_spelling, count_parameters, load_adapter, load_model,
+    load_tokenizer, plain_ids)
 from .privacy import (
     bind_run, count_accesses, default_delta, differing_parts, load_secret, read_identity, software, stored_run, write_private)
 from .runs import forget_scores, on_terminal, prepare_folder, read_json, record, timed
-from .sampling import position_axes, sample_to_file
+from .sampling import adapters_off, position_axes, sample_to_file
 from .settings import DataError, DpsynthError, PrivacyError, SettingsError, quiet_libraries, result_settings
 from .evaluation.usefulness import no_evidence, writing_differences
 
@@ -358,6 +358,14 @@ def check_same_rows(settings, folder, splits):
     bind_run(private, {"settings": result_settings(settings)}, finished=True)
 
 
+def base_losses(model, records, fmt, settings):
+    """`row_losses` under the model as it was before its training; without its adapters it is that, and is not loaded again."""
+    if not adapted_layers(model):
+        return row_losses(prepare_model(settings), records, fmt, settings)
+    with adapters_off(model):
+        return row_losses(model, records, fmt, settings)
+
+
 def audit_hidden(settings, folder, splits, model):
     """`CanaryAudit` with the model and with the rows alone; recorded."""
     canaries, fmt = canary_records(settings, splits.train), TextFormat(settings.prompt, settings.labels)
@@ -365,7 +373,7 @@ def audit_hidden(settings, folder, splits, model):
     included = CanaryCoins.read(settings.canaries, state).included
     check_same_canaries(settings, state, canaries, included, model)
     delta = guarantee(folder)["delta"] or settings.delta or default_delta(splits.train.public_units + settings.canaries)
-    base, tuned = (row_losses(m, canaries, fmt, settings) for m in (prepare_model(settings), model))
+    base, tuned = base_losses(model, canaries, fmt, settings), row_losses(model, canaries, fmt, settings)
     by_model = audit_canaries(base, tuned, included, delta, confidence=1 - BOUND_ERROR)
     by_rows = audit_canaries_in_rows(rows_of_run(settings, folder)[0], canaries.texts, included, delta, confidence=1 - BOUND_ERROR)
     record(folder, audit=dataclasses.asdict(by_model), audit_in_rows=dataclasses.asdict(by_rows))

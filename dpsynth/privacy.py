@@ -508,7 +508,7 @@ class Session:
         self._recent.extend(state[f"noise_{i}"] for i in range(sum(name.startswith("noise_") for name in state)))
 
 # %% ../nbs/04_privacy.ipynb #8602761b
-NOT_RELEASING = ("cli", "experiments", "evaluation", "synthesizer", "_modidx", "_version")
+NOT_RELEASING = ("cli", "experiments", "evaluation", "export", "synthesizer", "_modidx", "_version")
 LIBRARIES = ("jax", "jaxlib", "jax-privacy", "keras", "keras-hub", "tensorflow-text", "optax", "dp-accounting", "numpy", "pandas", "scipy", "opendp",
              "cryptography")
 

@@ -379,6 +379,10 @@ BREAKS = [
           "test_readers.py::test_epsilon_is_a_decision_outside_the_demo"),
     Break(3, "rows are merged by a stray quote", "data/grids", 'if settings.quoting == "auto":', "if False:",
           "test_data.py::test_a_stray_quote_never_merges_rows"),
+    Break(17, "a row is compiled into a program that is kept", "finetune",
+          "total, notes = self._sum(total, notes, self.trainable, self.frozen, self._batch(part, length))",
+          "total, notes = jax.jit(lambda *sums, rows={k: np.asarray(v) for k, v in self._batch(part, length).items()}: "
+          "self._sum(*sums, self.trainable, self.frozen, rows))(total, notes)", "test_models.py::test_kept_programs_hold_no_row"),
     Break("§4", "what two units have counts as one's own", "words", "    alone = holders(hashes, owners) == 1\n", "    alone = holders(hashes, owners) >= 1\n",
           "test_audit_words.py::test_what_two_units_have_is_nobodys_own"),
     Break("§4", "training units are compared as if half of the units had been trained on", "audit/tests", "float(stats.hypergeom.sf(a - 1, train + held, a + b, train))",
