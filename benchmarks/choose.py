@@ -7,12 +7,11 @@ them passages of novels and half of encyclopedia articles, with that as their la
 the same number of tokens. Each candidate of `CANDIDATES` is trained for a few updates under the noise per update and per unit of the expected
 batch that the long run will have (`--epsilon`, `--batch`, `--updates`), on the same drawn batches, and judged by the loss on 128 other rows: in nats per
 token, under the prompt of their label and under that of the other one. The difference between both tells whether the label is learnt.
-`--novels` and `--articles` are Parquet files with a column `text`. OUT gets a line for each candidate as it ends; what is in it is not done again.
+`--novels` and `--articles` are Parquet files with a column `text`. OUT gets a result for each candidate as it ends; what is in it is not done again.
 """
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
 import time
 
@@ -104,7 +103,7 @@ def main():
     parser.add_argument("--try", nargs="*", default=list(CANDIDATES), dest="names")
     args = parser.parse_args()
     out = pathlib.Path(args.json)
-    known = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    known = json.loads(out.read_text())["results"] if out.exists() else []
     done = {(one["candidate"], one["epsilon"]) for one in known}
     folder = out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,8 +111,8 @@ def main():
     for name in args.names:
         if (name, args.epsilon) not in done:
             found = attempt(args, name, train, test, folder)
-            with out.open("a") as file:
-                file.write(json.dumps(found) + "\n")
+            known.append(found)
+            out.write_text(json.dumps({"name": "choose", "results": known}, indent=1) + "\n")
             print(json.dumps(found), flush=True)
 
 
