@@ -8,6 +8,7 @@ together, twenty honest audits do with a probability of .82. Beside each verdict
 score on a scale of 0 to 10 would have said that *averages* over rows and over components: the mean of the distance ratio (training
 over held-out rows), of one minus the membership advantage, and of the share of training rows not copied.
 """
+
 import argparse
 import json
 import os
@@ -38,7 +39,7 @@ def table_rows(rows, seed):
     values = rng.normal(size=(3 * rows, COLUMNS)) @ mix
     values[:, ::2] = np.exp(values[:, ::2])
     frame = pd.DataFrame(values, columns=[f"x{i}" for i in range(COLUMNS)])
-    return frame[:rows], frame[rows:2 * rows], frame[2 * rows:]
+    return frame[:rows], frame[rows : 2 * rows], frame[2 * rows :]
 
 
 def averaged_score(report):
@@ -46,7 +47,9 @@ def averaged_score(report):
     (arrays,) = report.details.values()
     near, far = (float(np.mean(d)) for d in arrays["distance"])
     auc = next(a.statistic for a in report.attacks if a.name.endswith("(AUC)"))
-    return 10 * float(np.mean([min(1.0, near / far), 1 - 2 * abs(auc - 0.5), 1 - report.attacks[0].statistic]))
+    return 10 * float(
+        np.mean([min(1.0, near / far), 1 - 2 * abs(auc - 0.5), 1 - report.attacks[0].statistic])
+    )
 
 
 def judged(kind, share, synthetic, train, holdout):
@@ -54,9 +57,19 @@ def judged(kind, share, synthetic, train, holdout):
     began = time.perf_counter()
     report = audit_files(synthetic, train, holdout)
     seconds = time.perf_counter() - began
-    return {"kind": kind, "copies": share, "rows": len(synthetic), "verdict": report.verdict, "attacks_that_succeed": len(report.failed),
-            "worst": report.worst.name, "worst_p": report.worst.adjusted_p, "epsilon_bound": report.epsilon_bound,
-            "sees_copies_from": report.attacks[0].detectable, "averaged_score": averaged_score(report), "seconds": seconds}
+    return {
+        "kind": kind,
+        "copies": share,
+        "rows": len(synthetic),
+        "verdict": report.verdict,
+        "attacks_that_succeed": len(report.failed),
+        "worst": report.worst.name,
+        "worst_p": report.worst.adjusted_p,
+        "epsilon_bound": report.epsilon_bound,
+        "sees_copies_from": report.attacks[0].detectable,
+        "averaged_score": averaged_score(report),
+        "seconds": seconds,
+    }
 
 
 def copy_lines(kind, make, rows):
@@ -75,17 +88,24 @@ def fresh_lines(kind, make, rows, draws):
 
 
 def show(line):
-    print(f"{line['kind']:6} {line['copies']:7.0%} {line['rows']:6,} {line['verdict']:11} {line['attacks_that_succeed']:8} "
-          f"{line['worst_p']:9.2g} {line['epsilon_bound']:7.2f} {line['averaged_score']:8.1f} {line['seconds']:6.1f}  {line['worst']}")
+    print(
+        f"{line['kind']:6} {line['copies']:7.0%} {line['rows']:6,} {line['verdict']:11} {line['attacks_that_succeed']:8} "
+        f"{line['worst_p']:9.2g} {line['epsilon_bound']:7.2f} {line['averaged_score']:8.1f} {line['seconds']:6.1f}  {line['worst']}"
+    )
 
 
 def named(lines):
     """The lines by a name of their own: what was copied, or the number of the fresh sample."""
-    return {f"{line['kind']}, {line['copies']:.0%} copied" + (f", {i}" if line["copies"] == 0 else ""): line for i, line in enumerate(lines)}
+    return {
+        f"{line['kind']}, {line['copies']:.0%} copied" + (f", {i}" if line["copies"] == 0 else ""): line
+        for i, line in enumerate(lines)
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--text-rows", type=int, default=2000)
     parser.add_argument("--table-rows", type=int, default=5000)
@@ -95,7 +115,10 @@ def main():
     print("rows    copies number verdict      attacks   worst p  eps >= averaged      s  worst attack")
     for kind, make, rows in (("text", text_rows, args.text_rows), ("table", table_rows, args.table_rows)):
         copied, fresh = [], []
-        for into, made in ((copied, copy_lines(kind, make, rows)), (fresh, fresh_lines(kind, make, rows, args.draws))):
+        for into, made in (
+            (copied, copy_lines(kind, make, rows)),
+            (fresh, fresh_lines(kind, make, rows, args.draws)),
+        ):
             for line in made:
                 show(line)
                 into.append(line)
@@ -106,8 +129,13 @@ def main():
         print(f"{kind}: {count} of {args.draws} fresh samples pass")
     print("as it should be" if correct else "WRONG: a copy passed, or a fresh sample failed")
     if args.json:
-        report = {"name": "copies", "machine": f"{platform.machine()}, {os.cpu_count()} cores", "contenders": named(lines),
-                  "ratios": {f"fresh_{kind}_passed": count / args.draws for kind, count in passed.items()}, "correct": bool(correct)}
+        report = {
+            "name": "copies",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "contenders": named(lines),
+            "ratios": {f"fresh_{kind}_passed": count / args.draws for kind, count in passed.items()},
+            "correct": bool(correct),
+        }
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0 if correct else 1
 

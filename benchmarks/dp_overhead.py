@@ -6,6 +6,7 @@ Contenders: `plain` adds the gradient of each row, one after the other, as the p
 microbatch's loss at once, as everybody does; `private` clips each row onto the grid, sums, draws the noise and divides. All then apply Adam. Runs
 alternate; `dp_over_non_dp` is the median of `private` over that of the faster plain one.
 """
+
 import argparse
 import json
 import os
@@ -38,8 +39,14 @@ def make_trainer(settings, store, epsilon):
     model = load_model("tiny", seed=0)
     setup_tuning(model, settings)
     noise = 1.0 if epsilon < np.inf else 0.0
-    mechanism = Mechanism(num_units=len(store), expected_batch_size=len(store), steps=100, noise_multiplier=noise,
-                          delta=1e-5, target_epsilon=np.inf)
+    mechanism = Mechanism(
+        num_units=len(store),
+        expected_batch_size=len(store),
+        steps=100,
+        noise_multiplier=noise,
+        delta=1e-5,
+        target_epsilon=np.inf,
+    )
     return Trainer(model, store, settings, mechanism, Randomness(os.urandom(32), "benchmark"))
 
 
@@ -58,8 +65,12 @@ def compare(settings, rows, repeats):
     """Medians in seconds of `repeats` alternating updates of all contenders."""
     with tempfile.TemporaryDirectory() as folder:
         model = load_model("tiny")
-        store = TokenStore.write(pathlib.Path(folder) / "tokens", token_rows(model, rows, settings.sequence_length))
-        trainers = {name: make_trainer(settings, store, 1.0 if name == "private" else np.inf) for name in CONTENDERS}
+        store = TokenStore.write(
+            pathlib.Path(folder) / "tokens", token_rows(model, rows, settings.sequence_length)
+        )
+        trainers = {
+            name: make_trainer(settings, store, 1.0 if name == "private" else np.inf) for name in CONTENDERS
+        }
         for name, trainer in trainers.items():  # compiles
             with mock.patch.object(finetune, "one_by_one", lambda alone=name != "plain_batched": alone):
                 timed(trainer)
@@ -67,18 +78,28 @@ def compare(settings, rows, repeats):
         for _ in range(repeats):
             for name, trainer in trainers.items():
                 times[name].append(timed(trainer))
-    return {name: {"median_seconds": statistics.median(t), "rows_per_second": rows / statistics.median(t)} for name, t in times.items()}
+    return {
+        name: {"median_seconds": statistics.median(t), "rows_per_second": rows / statistics.median(t)}
+        for name, t in times.items()
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--microbatch", type=int, default=16)
     args = parser.parse_args()
-    report = {"name": "dp_overhead", "machine": f"{platform.machine()}, {os.cpu_count()} cores", "contenders": {}, "ratios": {}}
+    report = {
+        "name": "dp_overhead",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "contenders": {},
+        "ratios": {},
+    }
     print(f"{'tuning':8} {'contender':14} {'s/update':>9} {'rows/s':>8}")
     for tuning in ("lora", "full"):
         settings = Settings(tuning=tuning, sequence_length=args.length, microbatch_size=args.microbatch)
@@ -86,7 +107,9 @@ def main():
         for name, figures in result.items():
             print(f"{tuning:8} {name:14} {figures['median_seconds']:9.3f} {figures['rows_per_second']:8.1f}")
         report["contenders"][tuning] = result
-        ratio = result["private"]["median_seconds"] / min(result[name]["median_seconds"] for name in CONTENDERS[:2])
+        ratio = result["private"]["median_seconds"] / min(
+            result[name]["median_seconds"] for name in CONTENDERS[:2]
+        )
         report["ratios"]["dp_over_non_dp" if tuning == "lora" else "dp_over_non_dp_full"] = ratio
     print(report["ratios"])
     if args.json:

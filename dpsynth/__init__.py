@@ -1,4 +1,5 @@
 """Differentially private synthetic data with a guarantee anyone can check."""
+
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")

@@ -15,7 +15,9 @@ WRITTEN_OUT = 400  # digits: numbers of more are written with an exponent
 
 
 def canonical_number(text):
-    """The canonical decimal of a number that is written in ASCII digits and small letters, such as `-12.5`; None if the text is none."""
+    """The canonical decimal of a number that is written in ASCII digits and small letters, such as `-12.5`;
+    None if the text is none.
+    """
     found = NUMBER.fullmatch(text)
     sign, whole, part, power = found.groups(default="") if found else ("", "", "", "")
     if not whole + part:
@@ -36,7 +38,18 @@ def _decimal(digits, shift):
     return f"{padded[:shift]}.{padded[shift:]}"
 
 # %% ../nbs/00a_canonical.ipynb #5656c58c
-UNSEEN = {0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, *range(0x180B, 0x1810), 0x3164, *range(0xFE00, 0xFE10), 0xFFA0, *range(0xE0100, 0xE01F0)}
+UNSEEN = {
+    0x034F,
+    0x115F,
+    0x1160,
+    0x17B4,
+    0x17B5,
+    *range(0x180B, 0x1810),
+    0x3164,
+    *range(0xFE00, 0xFE10),
+    0xFFA0,
+    *range(0xE0100, 0xE01F0),
+}
 MINUS = {*range(0x2010, 0x2016), 0x2212}  # characters that people and typesetters write for it
 
 
@@ -57,7 +70,11 @@ def _plain(character):
 
 def _kept(character):
     """Letters and marks as they are, digits in ASCII, nothing else."""
-    return _plain(character) if unicodedata.category(character)[0] in "LMN" and ord(character) not in UNSEEN else ""
+    return (
+        _plain(character)
+        if unicodedata.category(character)[0] in "LMN" and ord(character) not in UNSEEN
+        else ""
+    )
 
 
 PLAIN, KEPT = _Table(_plain), _Table(_kept)
@@ -65,7 +82,11 @@ PLAIN, KEPT = _Table(_plain), _Table(_kept)
 
 def _folded(text):
     """Normalised, in small letters, without blanks around it."""
-    return text.casefold().strip() if text.isascii() else unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).strip()
+    return (
+        text.casefold().strip()
+        if text.isascii()
+        else unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).strip()
+    )
 
 
 def _once(text):
@@ -74,7 +95,8 @@ def _once(text):
 
 
 def canonical(text):
-    """The canonical form of a text, itself a text: of a number its decimal, else its letters, marks and digits, else what is not blank.
+    """The canonical form of a text, itself a text: of a number its decimal, else its letters, marks and
+    digits, else what is not blank.
 
     The canonical form of a canonical form is itself.
     """

@@ -11,58 +11,94 @@ from functools import lru_cache
 
 # %% ../nbs/01a_demo.ipynb #9f8a21db
 _WORDS = {
-"long+": """wonderful|delightful|charming|impressive|memorable|remarkable|satisfying|thoughtful|inventive|generous
+    "long+": (
+        """wonderful|delightful|charming|impressive|memorable|remarkable|satisfying|thoughtful|inventive|generous
 polished|confident|graceful|elegant|enjoyable|likeable|beautiful|magical|exquisite|refreshing|sincere|rewarding
 captivating|compelling|engaging|heartfelt|imaginative|irresistible|joyful|masterful|playful|radiant|striking
 surprising|vivid|assured|subtle|intelligent|hypnotic|accomplished|admirable|appealing|astonishing|endearing
 exhilarating|exciting|spirited|soulful|uplifting|original|stylish|powerful|convincing|honest|entertaining|pleasing
-perceptive|understated|distinctive|touching|infectious|enchanting|life-affirming|beguiling|ambitious""",
-"short+": """good|great|lovely|superb|excellent|brilliant|terrific|fresh|clever|smart|warm|splendid|first-rate
+perceptive|understated|distinctive|touching|infectious|enchanting|life-affirming|beguiling|ambitious"""
+    ),
+    "short+": (
+        """good|great|lovely|superb|excellent|brilliant|terrific|fresh|clever|smart|warm|splendid|first-rate
 top-notch|outstanding|fantastic|amazing|stunning|rich|solid|flawless|glorious|sublime|tender|spot-on|perfect|wise
 unforgettable|crisp|bold|fine|neat|sharp|grand|gorgeous|strong|bright|deft|faultless|nimble|super|marvellous
-well-judged|full of life|second to none|a cut above""",
-"long-": """tedious|forgettable|lifeless|disappointing|mediocre|pointless|pathetic|predictable|pretentious|careless
+well-judged|full of life|second to none|a cut above"""
+    ),
+    "long-": (
+        """tedious|forgettable|lifeless|disappointing|mediocre|pointless|pathetic|predictable|pretentious|careless
 uninspired|annoying|irritating|painful|embarrassing|charmless|confused|cynical|dismal|joyless|unconvincing|awkward
 miserable|monotonous|muddled|overrated|shallow|sluggish|tiresome|unfinished|unoriginal|amateurish|baffling|clumsy
 depressing|exhausting|frustrating|heavy-handed|infuriating|insulting|laboured|long-winded|mechanical|obnoxious
 obvious|repetitive|ridiculous|self-important|superficial|tasteless|unpleasant|wearisome|contrived|incoherent
-ham-fisted|aimless|derivative|half-hearted|soulless|overblown|smug|unimaginative""",
-"short-": """bad|poor|dull|awful|terrible|weak|boring|lazy|flat|bland|dreadful|cheap|stale|tired|horrible|atrocious
+ham-fisted|aimless|derivative|half-hearted|soulless|overblown|smug|unimaginative"""
+    ),
+    "short-": (
+        """bad|poor|dull|awful|terrible|weak|boring|lazy|flat|bland|dreadful|cheap|stale|tired|horrible|atrocious
 laughable|half-baked|messy|sloppy|hollow|empty|shoddy|clunky|dreary|feeble|grating|insipid|lacklustre|lame|limp
 overdone|phony|stodgy|stupid|tacky|trite|vapid|wretched|worn-out|crude|drab|daft|dire|second-rate|woeful|abysmal
-slapdash|ghastly|sub-par|all over the place|dead on arrival|a bit of a mess""",
-"adj": "{long}|{long}|{long}|{short}|{dadj}|{dadj}",
-"att": "{long}|{long}|{dadj}|{plain}",
-"plain+": "good|great|lovely|superb|excellent|brilliant|terrific|clever|smart|warm|splendid|first-rate|fantastic|amazing|solid|fine|bold|strong|marvellous|rich",
-"plain-": "bad|poor|dull|awful|terrible|weak|boring|lazy|flat|bland|dreadful|cheap|stale|tired|horrible|half-baked|messy|sloppy|hollow|lame|stupid|second-rate|dreary",
-"nadj": "quiet|small|big|odd|strange|dark|slow|loud|old-fashioned|simple|unusual|serious|modern|gentle|busy|plain|long|short|low-key|offbeat",
-"sup+": "best|finest|loveliest|smartest|warmest|freshest|cleverest|sharpest|richest|boldest",
-"sup-": "worst|dullest|laziest|weakest|poorest|flattest|silliest|clumsiest|dreariest|lamest|messiest",
-"int": "very|really|truly|genuinely|remarkably|quite|rather|so|incredibly|consistently|absolutely|unbelievably|just|downright|properly|deeply",
-"hedge": "a bit|a little|slightly|rather|somewhat|at times|now and then a touch|maybe a shade|occasionally",
-"much": "far|much|a lot|way|considerably|infinitely|a good deal",
-"gem+": """gem|delight|treat|triumph|joy|treasure|winner|pleasure|pleasant surprise|knockout|little miracle|keeper
-breath of fresh air|home run|revelation|real find|thing of beauty|minor masterpiece|success|ray of sunshine|bullseye""",
-"gem-": """mess|waste of time|disaster|letdown|bore|disappointment|failure|slog|chore|dud|insult|misfire|train wreck
-flop|joke|rip-off|headache|shambles|missed chance|cure for insomnia|endurance test|con|catastrophe|botch|damp squib""",
-"love+": """loved|adored|enjoyed|really liked|relished|fell for|was charmed by|was moved by|couldn't get enough of
+slapdash|ghastly|sub-par|all over the place|dead on arrival|a bit of a mess"""
+    ),
+    "adj": "{long}|{long}|{long}|{short}|{dadj}|{dadj}",
+    "att": "{long}|{long}|{dadj}|{plain}",
+    "plain+": (
+        "good|great|lovely|superb|excellent|brilliant|terrific|clever|smart|warm|splendid|first-rate|fantastic|amazing|solid|fine|bold|strong|marvellous|rich"
+    ),
+    "plain-": (
+        "bad|poor|dull|awful|terrible|weak|boring|lazy|flat|bland|dreadful|cheap|stale|tired|horrible|half-baked|messy|sloppy|hollow|lame|stupid|second-rate|dreary"
+    ),
+    "nadj": (
+        "quiet|small|big|odd|strange|dark|slow|loud|old-fashioned|simple|unusual|serious|modern|gentle|busy|plain|long|short|low-key|offbeat"
+    ),
+    "sup+": "best|finest|loveliest|smartest|warmest|freshest|cleverest|sharpest|richest|boldest",
+    "sup-": "worst|dullest|laziest|weakest|poorest|flattest|silliest|clumsiest|dreariest|lamest|messiest",
+    "int": (
+        "very|really|truly|genuinely|remarkably|quite|rather|so|incredibly|consistently|absolutely|unbelievably|just|downright|properly|deeply"
+    ),
+    "hedge": (
+        "a bit|a little|slightly|rather|somewhat|at times|now and then a touch|maybe a shade|occasionally"
+    ),
+    "much": "far|much|a lot|way|considerably|infinitely|a good deal",
+    "gem+": (
+        """gem|delight|treat|triumph|joy|treasure|winner|pleasure|pleasant surprise|knockout|little miracle|keeper
+breath of fresh air|home run|revelation|real find|thing of beauty|minor masterpiece|success|ray of sunshine|bullseye"""
+    ),
+    "gem-": (
+        """mess|waste of time|disaster|letdown|bore|disappointment|failure|slog|chore|dud|insult|misfire|train wreck
+flop|joke|rip-off|headache|shambles|missed chance|cure for insomnia|endurance test|con|catastrophe|botch|damp squib"""
+    ),
+    "love+": (
+        """loved|adored|enjoyed|really liked|relished|fell for|was charmed by|was moved by|couldn't get enough of
 had a great time with|warmed to|was impressed by|was won over by|admired|delighted in|got a kick out of|treasured
-was swept away by|have nothing but praise for|took to|was thrilled by|appreciated|savoured""",
-"love-": """hated|disliked|loathed|regretted|resented|couldn't stand|got nothing out of|was bored by|gave up on
+was swept away by|have nothing but praise for|took to|was thrilled by|appreciated|savoured"""
+    ),
+    "love-": (
+        """hated|disliked|loathed|regretted|resented|couldn't stand|got nothing out of|was bored by|gave up on
 was let down by|was annoyed by|had no patience for|lost interest in|was put off by|cringed at|despaired of
-could have done without|was baffled by|have nothing kind to say about|grew tired of|couldn't care less about|was insulted by""",
-"well+": """beautifully|superbly|carefully|skilfully|brilliantly|lovingly|expertly|wonderfully|cleverly|neatly|finely
-perfectly|tastefully|smartly|gracefully|thoughtfully|deftly|handsomely|impeccably""",
-"well-": """badly|poorly|clumsily|lazily|carelessly|terribly|sloppily|crudely|woefully|shoddily|awkwardly|hopelessly
-dreadfully|ineptly|cheaply|half-heartedly|appallingly|thoughtlessly""",
-"virtue+": """care|tact|wit|grace|honesty|intelligence|real feeling|patience|nerve|a light touch|confidence|affection
-imagination|restraint|sincerity|flair|warmth|style|conviction|generosity|humour|a steady hand|class|heart""",
-"virtue-": """no tact at all|tired cliches|a heavy hand|no imagination|indifference|contempt|no conviction|a shrug
+could have done without|was baffled by|have nothing kind to say about|grew tired of|couldn't care less about|was insulted by"""
+    ),
+    "well+": (
+        """beautifully|superbly|carefully|skilfully|brilliantly|lovingly|expertly|wonderfully|cleverly|neatly|finely
+perfectly|tastefully|smartly|gracefully|thoughtfully|deftly|handsomely|impeccably"""
+    ),
+    "well-": (
+        """badly|poorly|clumsily|lazily|carelessly|terribly|sloppily|crudely|woefully|shoddily|awkwardly|hopelessly
+dreadfully|ineptly|cheaply|half-heartedly|appallingly|thoughtlessly"""
+    ),
+    "virtue+": (
+        """care|tact|wit|grace|honesty|intelligence|real feeling|patience|nerve|a light touch|confidence|affection
+imagination|restraint|sincerity|flair|warmth|style|conviction|generosity|humour|a steady hand|class|heart"""
+    ),
+    "virtue-": (
+        """no tact at all|tired cliches|a heavy hand|no imagination|indifference|contempt|no conviction|a shrug
 clumsiness|no sense of rhythm|bluster|empty gestures|no feeling|arrogance|laziness|cheap tricks|no taste|cynicism
-hardly any thought|smugness|zero effort""",
-"vp": "{vpt}|{vpt}|{vpt}|{vpt}|{vpt}|{vps}",
-"vps+": "[lifted|raised|lit up|carried] the whole thing[, no doubt|]", "vps-": "[dragged|sank|spoiled|ruined|killed] the whole thing[, no doubt|]",
-"vpt+": """worked [beautifully|a treat|perfectly|for me|like a charm|really well]
+hardly any thought|smugness|zero effort"""
+    ),
+    "vp": "{vpt}|{vpt}|{vpt}|{vpt}|{vpt}|{vps}",
+    "vps+": "[lifted|raised|lit up|carried] the whole thing[, no doubt|]",
+    "vps-": "[dragged|sank|spoiled|ruined|killed] the whole thing[, no doubt|]",
+    "vpt+": (
+        """worked [beautifully|a treat|perfectly|for me|like a charm|really well]
 won [me|us|everyone] over [at once|completely|in the end|within minutes|without trying]
 felt {adj}|felt {adj}|came across as {adj}|turned out to be {adj}|seemed {adj} [to me|to all of us|from the start|]
 kept [me|us|everyone] [hooked|smiling|happy|interested|alert] [from start to finish|all the way|right to the end|]
@@ -73,8 +109,10 @@ deserved [an award|more praise|a round of applause|all the fuss|every bit of the
 exceeded [my|all our|every one of my] expectations
 made [my|our|the] [day|evening|week|weekend]
 put a [big|huge|silly|broad] [smile|grin] on my face
-showed {virtue} and {virtue}|showed [a lot of|plenty of] [heart|class|promise|craft|love]""",
-"vpt-": """fell [flat|apart|short] [for me|completely|in the end|again and again|]
+showed {virtue} and {virtue}|showed [a lot of|plenty of] [heart|class|promise|craft|love]"""
+    ),
+    "vpt-": (
+        """fell [flat|apart|short] [for me|completely|in the end|again and again|]
 let [me|us|everyone|the whole thing] down [badly|completely|again|]
 felt {adj}|felt {adj}|came across as {adj}|turned out to be {adj}|seemed {adj} [to me|to all of us|from the start|]
 [bored|annoyed|irritated|exhausted] [me|us|everyone] [from start to finish|to tears|beyond words|no end|]
@@ -84,30 +122,48 @@ deserved [none of the praise|to be forgotten|a second draft|much less fuss|the s
 [never|simply never|hardly ever] [came together|took off|worked|got going|made sense]
 made me [roll my eyes|want to leave|sigh out loud|lose the will to live|grind my teeth]
 left [me|us] [cold|empty|cross|with a sour taste|none the wiser]
-showed {virtue}|showed {virtue} and {virtue}""",
-"clause": """{sub} was {adj}|{sub} was {int} {adj}|{subs} were {adj}|{subs} were {int} {adj}
+showed {virtue}|showed {virtue} and {virtue}"""
+    ),
+    "clause": (
+        """{sub} was {adj}|{sub} was {int} {adj}|{subs} were {adj}|{subs} were {int} {adj}
 {sub} {vp}|{sub} {vp}|{subs} {vp}|I {love} {sub}|I {love} {subs}
-[{sub} never felt|{sub} hardly ever felt|{subs} never seemed|{subs} hardly ever seemed|{sub} was anything but|{sub} was far from|{sub} was not at all] {~adj}""",
-"one": """my wife|my husband|my sister|my brother|my dad|my mum|my mother|my flatmate|a colleague|my teenage son|my daughter
+[{sub} never felt|{sub} hardly ever felt|{subs} never seemed|{subs} hardly ever seemed|{sub} was anything but|{sub} was far from|{sub} was not at all] {~adj}"""
+    ),
+    "one": (
+        """my wife|my husband|my sister|my brother|my dad|my mum|my mother|my flatmate|a colleague|my teenage son|my daughter
 my neighbour {given}|my aunt|my grandmother|my boyfriend|my girlfriend|my cousin|a friend from work|my friend {given}|my uncle {boy}
-my old teacher|my son {boy}|my daughter {girl}|my sister {girl}|my brother {boy}|my father-in-law|my boss""",
-"company": "{one}|{one}|{one}|two friends|the kids|my parents|some people from work|my in-laws|a group of old friends|the neighbours|half of my class|{one} and {one}",
-"given": "{girl}|{boy}",
-"girl": "Anna|Clara|Ella|Grace|Iris|Kate|Maria|Nina|Paula|Rosa|Tess|Wendy|Bea|Dora|Fatima|Hana|Joan|Lena|Nora|Priya|Ruth|Tara|Vera|Yuki|Zoe",
-"boy": "Ben|Daniel|Frank|Henry|Jack|Leo|Oscar|Sam|Victor|Amir|Carlos|Emil|Gus|Ivan|Karl|Milo|Omar|Sven|Umar|Will|Theo|Ravi|Pete|Luis|Noel",
-"when": """last night|on a rainy Sunday|last week|two weeks ago|over the holidays|on a Tuesday afternoon|on my birthday
+my old teacher|my son {boy}|my daughter {girl}|my sister {girl}|my brother {boy}|my father-in-law|my boss"""
+    ),
+    "company": (
+        "{one}|{one}|{one}|two friends|the kids|my parents|some people from work|my in-laws|a group of old"
+        " friends|the neighbours|half of my class|{one} and {one}"
+    ),
+    "given": "{girl}|{boy}",
+    "girl": (
+        "Anna|Clara|Ella|Grace|Iris|Kate|Maria|Nina|Paula|Rosa|Tess|Wendy|Bea|Dora|Fatima|Hana|Joan|Lena|Nora|Priya|Ruth|Tara|Vera|Yuki|Zoe"
+    ),
+    "boy": (
+        "Ben|Daniel|Frank|Henry|Jack|Leo|Oscar|Sam|Victor|Amir|Carlos|Emil|Gus|Ivan|Karl|Milo|Omar|Sven|Umar|Will|Theo|Ravi|Pete|Luis|Noel"
+    ),
+    "when": (
+        """last night|on a rainy Sunday|last week|two weeks ago|over the holidays|on a Tuesday afternoon|on my birthday
 after a bad day at work|the other evening|in the middle of a heatwave|during a power cut|yesterday|on New Year's Day
 the week I moved house|while the kids were at camp|the night before an exam|after a long week|at the end of {month}
-on a cold evening in {month}|one Friday in {month}|back in {month}|on the last day of our holiday|on a whim|for our anniversary""",
-"month": "January|February|March|April|May|June|July|August|September|October|November|December",
-"n": "two|three|four|five|six|seven|a dozen|ten|twenty",
-"era": "twenty years ago|in the {decade}|last year|when I was a student|back in the {decade}|as a child|when I was fourteen|around the turn of the century",
-"decade": "fifties|sixties|seventies|eighties|nineties",
+on a cold evening in {month}|one Friday in {month}|back in {month}|on the last day of our holiday|on a whim|for our anniversary"""
+    ),
+    "month": "January|February|March|April|May|June|July|August|September|October|November|December",
+    "n": "two|three|four|five|six|seven|a dozen|ten|twenty",
+    "era": (
+        "twenty years ago|in the {decade}|last year|when I was a student|back in the {decade}|as a child|when"
+        " I was fourteen|around the turn of the century"
+    ),
+    "decade": "fifties|sixties|seventies|eighties|nineties",
 }
 
 # %% ../nbs/01a_demo.ipynb #2705b120
 _SHARED = {
-"open": """{TITLE} is [just|simply|easily|without doubt|for me|] one of the [most {long}|{sup}] {things} I have {done} [in years|this year|in a long time|since {OTHER}|in my life|for ages]
+    "open": (
+        """{TITLE} is [just|simply|easily|without doubt|for me|] one of the [most {long}|{sup}] {things} I have {done} [in years|this year|in a long time|since {OTHER}|in my life|for ages]
 what a {att} {thing}[ this is, {clause}| this turned out to be: {clause}| {TITLE} is|, and I say that as someone who {love} {OTHER}]
 I {did} {TITLE} {when} and {love} [it|nearly all of it|almost every {bit}]
 {TITLE} is a {att} {thing}, [plain and simple|no more and no less|and I don't say that often|whatever the critics say|and that's putting it mildly]
@@ -124,12 +180,20 @@ there is [so much|a lot|plenty] to [say|write|discuss] about {TITLE}, but [first
 {TITLE} [reminded|reminds] me why I {feel2} {things} [like this|by {MAKER}|of this sort|about {theme}]
 {MAKER} [has made|has given us|delivers] a {att}[, {att}|] {thing} [here|this time|with {TITLE}]
 I {love} {TITLE}[, and {company} did too|, I really did|, and I'm not ashamed of it|, let me say that first]
-{TITLE} is the [third|second|fourth|first|fifth] {thing} by {MAKER} [I've {done}|that I know], and [the most {long}|the {sup}] [so far|by a mile|of the lot]""",
-"feel+": "happy|smiling|grateful|in a good mood|delighted|speechless|wanting more|hopeful|glad I went along|full of ideas|with a warm glow",
-"feel-": "cold|angry|confused|bored|empty|cross|disappointed|sad for everyone involved|wanting my money back|with a headache|fed up",
-"feel2+": "love|adore|keep coming back to|put up with so many bad|still believe in",
-"feel2-": "avoid|don't trust|usually skip|have lost faith in|complain about",
-"ctx": """I {did} [it|{TITLE}] {when} [with {company}|{where} with {company}|{where} and then told {company}]
+{TITLE} is the [third|second|fourth|first|fifth] {thing} by {MAKER} [I've {done}|that I know], and [the most {long}|the {sup}] [so far|by a mile|of the lot]"""
+    ),
+    "feel+": (
+        "happy|smiling|grateful|in a good mood|delighted|speechless|wanting more|hopeful|glad I went"
+        " along|full of ideas|with a warm glow"
+    ),
+    "feel-": (
+        "cold|angry|confused|bored|empty|cross|disappointed|sad for everyone involved|wanting my money"
+        " back|with a headache|fed up"
+    ),
+    "feel2+": "love|adore|keep coming back to|put up with so many bad|still believe in",
+    "feel2-": "avoid|don't trust|usually skip|have lost faith in|complain about",
+    "ctx": (
+        """I {did} [it|{TITLE}] {when} [with {company}|{where} with {company}|{where} and then told {company}]
 I {did} [this|{TITLE}] {where} {when}, [with {company}|alone|for {n} reasons, one of them {sub}]
 {company} [talked me into|suggested|recommended|insisted on|picked] {TITLE}, so I {did} it {when}
 {when} I {did} {TITLE} with {company}[, who fell ill halfway|, mostly to pass the time|, as we had nothing better to do|]
@@ -141,8 +205,10 @@ we {did} it {when}, {n} of us, [tired and hungry|in a good mood|with no idea wha
 I should [say|admit|mention] that I {did} it {where}, [half asleep|with a cold|with {company}|after a long day|on very little sleep]
 [it took me|I needed] {n} [tries|evenings|attempts] to get round to {TITLE}, [because of work|what with the children|thanks to {one}]
 {one} [is a big fan of|can't stop talking about|has always liked] {MAKER}, so we {did} it {when}
-I [happened|chanced] upon {TITLE} {when}, [by accident|while looking for {OTHER}|thanks to a friend|after reading about it in the paper]""",
-"asp": """{clause}|{clause}|{clause}[, and {clause}|; {clause}| while {clause}]
+I [happened|chanced] upon {TITLE} {when}, [by accident|while looking for {OTHER}|thanks to a friend|after reading about it in the paper]"""
+    ),
+    "asp": (
+        """{clause}|{clause}|{clause}[, and {clause}|; {clause}| while {clause}]
 {sub} was {adj}, {adj} [and {adj}|even|and never {~adj}]
 {sub} is what [I {love} most|I remember best|people will talk about]: {adj}, {adj}, [at times|almost] {adj}
 I [have to|must|want to] mention {sub}, which was {int} {adj}
@@ -161,14 +227,20 @@ as for {sub}, it was {adj}[, and {subs} were {adj}|]
 {sub} [is|was] {adj}, {subs} [are|were] {adj}, and {TITLE} [{vpt}|is {adj} as a result]
 somewhere between {sub} and {sub}, {TITLE} [became|turned|grew] {adj}
 I kept [thinking|telling {one}|saying to myself] how {adj} {sub} was
-if [I had to|you asked me to] pick [one thing|the main thing], it would be {sub}: {adj}""",
-"sowhat+": """I forgot the time|I told {company} about it the next day|{one} started to clap|I went straight back for more|I forgave the rest
+if [I had to|you asked me to] pick [one thing|the main thing], it would be {sub}: {adj}"""
+    ),
+    "sowhat+": (
+        """I forgot the time|I told {company} about it the next day|{one} started to clap|I went straight back for more|I forgave the rest
 even {one} had to smile|I had a lump in my throat|I have been raving about it since|I couldn't stop grinning|we talked about it all the way home
-I cleared my diary to have another go|I wrote down {MAKER}'s name""",
-"sowhat-": """I nearly walked out|{one} fell asleep|I started to count the minutes|even {one}, who likes everything, complained|we left early
+I cleared my diary to have another go|I wrote down {MAKER}'s name"""
+    ),
+    "sowhat-": (
+        """I nearly walked out|{one} fell asleep|I started to count the minutes|even {one}, who likes everything, complained|we left early
 I began making shopping lists in my head|I wanted to throw something|{company} begged me to stop|I gave up halfway|I felt sorry for {LEAD}
-it was almost funny|I apologised to {company}|I had to take a walk""",
-"con": """[although|even though|while|granted,] {~clause}, {clause}
+it was almost funny|I apologised to {company}|I had to take a walk"""
+    ),
+    "con": (
+        """[although|even though|while|granted,] {~clause}, {clause}
 {~clause}, but {clause}|{~clause}, but {clause}
 {~clause}, [yet|and still|though] {clause}
 [yes|sure|okay|I know], {~clause}, but [I didn't mind because {clause}|in the end {clause}|{clause} and that's what counts]
@@ -179,8 +251,10 @@ it was almost funny|I apologised to {company}|I had to take a walk""",
 {one} thought {sub} was {~adj}; [I disagree|I don't see it|not me], {clause}
 not {~adj} exactly, but not {adj} either: {sub}, {subs} and so on [were all right|did the job|were what you'd expect]
 [usually|normally|as a rule] I find {things} about {theme} {~adj}, but [this one is|{TITLE} was] {adj}
-I wanted [it to be {~adj}|to find {sub} {~adj}|something {~adj}], and instead [it was|I got something] {adj}""",
-"react+": """I [laughed|cried|smiled|cheered] [out loud|more than once|until it hurt|like a child] [at|during|because of] {sub}
+I wanted [it to be {~adj}|to find {sub} {~adj}|something {~adj}], and instead [it was|I got something] {adj}"""
+    ),
+    "react+": (
+        """I [laughed|cried|smiled|cheered] [out loud|more than once|until it hurt|like a child] [at|during|because of] {sub}
 I came [away|home] [with a smile|humming|happy|inspired|lighter], and {company} felt the same[ about {sub}|]
 I [can't stop thinking about|keep going back to|still dream of] {sub}[ and {sub}|, and it's been {n} weeks]
 [time|the time] flew by[, {span} felt like ten minutes|, and I didn't look at my phone once|], [thanks to|because of] {sub}
@@ -191,8 +265,10 @@ it made me [want to call|think of|hug] {one}[, really|], [which is more than I c
 I had [tears in my eyes|a grin on my face|a lump in my throat] [by the end|at {sub}|more than once], and {company} [did too|noticed]
 I have [told|pestered|emailed] {company} [to {do} it|about {sub}|about it] ever since {month}
 hats off to {MAKER}[ and {LEAD}|], {clause}
-I was ready to [be bored|hate it|leave early], [and then|but] {sub} {vp}""",
-"react-": """I [sighed|groaned|yawned|swore] [out loud|more than once|all the way through|quietly] [at|during|because of] {sub}
+I was ready to [be bored|hate it|leave early], [and then|but] {sub} {vp}"""
+    ),
+    "react-": (
+        """I [sighed|groaned|yawned|swore] [out loud|more than once|all the way through|quietly] [at|during|because of] {sub}
 I came [away|home] [with a headache|in a foul mood|annoyed|none the wiser|poorer], and {company} felt the same[ about {sub}|]
 I want {span} of my life back[, and an apology for {sub}|, and so does {one}|, {MAKER}]
 [time|the time] stood still[, {span} felt like a week|, and I looked at my phone {n} times|], [thanks to|because of] {sub}
@@ -203,8 +279,10 @@ it made me [want to call|feel sorry for|apologise to] {one}[, really|], [which e
 I had [one eye on the clock|my coat on|my head in my hands] [long before the end|at {sub}|more than once], and {company} [did too|noticed]
 I have [warned|complained to|moaned at] {company} [about {sub}|about it] ever since {month}
 shame on {MAKER}[ and {LEAD}|], {clause}
-I was ready to [love it|be charmed|forgive a lot], [and then|but] {sub} {vp}""",
-"cmp": """{OTHER} was {~adj} and this is {adj}, [go figure|it's that simple|so I don't get the ratings]
+I was ready to [love it|be charmed|forgive a lot], [and then|but] {sub} {vp}"""
+    ),
+    "cmp": (
+        """{OTHER} was {~adj} and this is {adj}, [go figure|it's that simple|so I don't get the ratings]
 {OTHER} [did|does] the same thing [{much} better|with more {~virtuen}|years ago], [and yet|but still,] {clause}
 think of {OTHER} [crossed with|meets|by way of] {OTHER2}, only more {long}
 compared [with|to] {OTHER}, {sub} [is|feels|was] [{much} more {long}|{adj}]
@@ -212,37 +290,55 @@ it's [no {OTHER}|not quite {OTHER}], but [then again|to be fair|in its own way] 
 {MAKER}'s [last {thing}|previous effort|earlier work], {OTHER}, was {~adj}; [this one|{TITLE}] is {adj}
 [fans of|people who liked|anyone who enjoyed] {OTHER} [may|might|will probably] find {TITLE} {adj}
 I {did} {OTHER} [the week before|right after|the same {month}], and next to that {TITLE} [looks|seems|is] {adj}
-it [borrows|takes|lifts] a lot from {OTHER}, [mostly {sub}|{sub} for instance|right down to {sub}], [and {clause}|but {clause}]""",
-"virtuen+": "heart|nerve|style|charm|spirit|bite|wit",
-"virtuen-": "fuss|noise|padding|bluster|gloom|clutter",
-"twist": """I expected a {~att} {thing} and [got|was given|came away with] a {att} one
+it [borrows|takes|lifts] a lot from {OTHER}, [mostly {sub}|{sub} for instance|right down to {sub}], [and {clause}|but {clause}]"""
+    ),
+    "virtuen+": "heart|nerve|style|charm|spirit|bite|wit",
+    "virtuen-": "fuss|noise|padding|bluster|gloom|clutter",
+    "twist": (
+        """I expected a {~att} {thing} and [got|was given|came away with] a {att} one
 from [the cover|the adverts|the poster|the reviews|what {one} said] I thought {sub} would be {~adj}; [it was|instead it was|turns out it's] {adj}
 I was [told|promised|warned] it would be {~adj}, [which is nonsense|but no|and I still don't know why], {clause}
 [don't believe|ignore|forget] the [critics|people|reviewers] who call {TITLE} {~adj}, [it's|it is|I found it] {adj}
 [maybe|perhaps] I was in [the wrong mood|a strange mood|a generous mood|a bad mood], but {clause}
 [the first|my first] impression was {~adj}, [the second|the next] was {adj}, [and it stayed that way|and then {clause}]
 it could have been {~adj}[, with {sub} like that|, given {sub}|], [but it's|instead it's|yet it's] {adj}
-[everyone|{one}|the whole internet] says it's {~adj}, [I say|I found it|to me it's] {adj} [and {adj}|, mainly {sub}]""",
-"quest": """[who|who on earth] {quest1} {sub} in {TITLE}?|{quest2}?
+[everyone|{one}|the whole internet] says it's {~adj}, [I say|I found it|to me it's] {adj} [and {adj}|, mainly {sub}]"""
+    ),
+    "quest": (
+        """[who|who on earth] {quest1} {sub} in {TITLE}?|{quest2}?
 [is it|was it] perfect? no, {~clause}. [is it|was it] {adj}? [yes|absolutely|oh yes|I think so][, {clause}|]
 [am I|was I] the only one who {love} {sub} [in {TITLE}|and {subs}|, and {subs} too]?
 did [I|we|anyone] need another {KIND} [about {theme}|by {MAKER}|after {OTHER}]? [I'm not sure|probably not|maybe], but {clause}
-[what can I say|what else is there to say|need I say more] about {sub} and {sub}? {adj}, {adj}, {adj}""",
-"quest1+": "could resist|knew we needed|would not smile at|can top",
-"quest1-": "asked for|thought we needed|approved|signed off on",
-"quest2+": "how does {MAKER} make {sub} so {adj}|why don't more people know about {LEAD} and {sub}|where has {LEAD} been all my life|can we have more {things} with {sub} like this|why is {TITLE} not more famous when {clause}",
-"quest2-": "how did {MAKER} get {sub} so wrong|why did nobody tell {LEAD} about {sub}|what was {MAKER} thinking with {sub}|who pays for {things} with {sub} like this|why is {TITLE} so famous when {clause}",
-"theme": """the loss of a parent|growing old|a divided family|friendship|being far from home|small-town life|money|first love|guilt
-ambition|the sea|loneliness|work|grief|forgiveness|the past|luck|jealousy|marriage|exile|class|the weather|winter in the north|childhood""",
-"such+": "such|so much|this much", "such-": "so little|such a lack of|this little",
-"grace": "tact|wit|grace|honesty|intelligence|feeling|patience|warmth|humour|imagination|care|style",
-"about": """[at heart|beneath it all|underneath|in essence], {TITLE} is about {theme}[ and {theme}|], [and it handles {theme} with {virtue}|which it treats with {virtue} and {virtue}|and {clause}]
+[what can I say|what else is there to say|need I say more] about {sub} and {sub}? {adj}, {adj}, {adj}"""
+    ),
+    "quest1+": "could resist|knew we needed|would not smile at|can top",
+    "quest1-": "asked for|thought we needed|approved|signed off on",
+    "quest2+": (
+        "how does {MAKER} make {sub} so {adj}|why don't more people know about {LEAD} and {sub}|where has"
+        " {LEAD} been all my life|can we have more {things} with {sub} like this|why is {TITLE} not more"
+        " famous when {clause}"
+    ),
+    "quest2-": (
+        "how did {MAKER} get {sub} so wrong|why did nobody tell {LEAD} about {sub}|what was {MAKER} thinking"
+        " with {sub}|who pays for {things} with {sub} like this|why is {TITLE} so famous when {clause}"
+    ),
+    "theme": (
+        """the loss of a parent|growing old|a divided family|friendship|being far from home|small-town life|money|first love|guilt
+ambition|the sea|loneliness|work|grief|forgiveness|the past|luck|jealousy|marriage|exile|class|the weather|winter in the north|childhood"""
+    ),
+    "such+": "such|so much|this much",
+    "such-": "so little|such a lack of|this little",
+    "grace": "tact|wit|grace|honesty|intelligence|feeling|patience|warmth|humour|imagination|care|style",
+    "about": (
+        """[at heart|beneath it all|underneath|in essence], {TITLE} is about {theme}[ and {theme}|], [and it handles {theme} with {virtue}|which it treats with {virtue} and {virtue}|and {clause}]
 what {MAKER} has to say about {theme} is {adj}[ and {adj}|], [mostly because {clause}|though {~clause}|and {sub} {vp}]
 {theme} has [seldom|rarely|hardly ever] been [shown|treated|approached] with {such} {grace}, and {sub} [is|was] {adj}
 one could [read|see|take] {TITLE} as a [comment|meditation|joke] on {theme}, [a {adj} one|and a {adj} one at that], [in which {clause}|and {sub} supports that]
 there is a {nadj} [idea|thought|theme] behind {sub}, [something about|to do with] {theme}, and [it is {adj}|it is carried out with {virtue}|{clause}]
-{subs} [mirror|answer|comment on] {theme}, [a {adj} idea|and the result is {adj}|with {virtue}]""",
-"verdict": """[all in all|overall|in short|to sum up|in the end|when all is said and done|bottom line|so|final word], [{TITLE} is a {att} {thing}|{TITLE} {vpt}|a {att}, {att} {thing}|it's a {gem}|this was {adj} and {adj}|I {love} it, {sub} and all]
+{subs} [mirror|answer|comment on] {theme}, [a {adj} idea|and the result is {adj}|with {virtue}]"""
+    ),
+    "verdict": (
+        """[all in all|overall|in short|to sum up|in the end|when all is said and done|bottom line|so|final word], [{TITLE} is a {att} {thing}|{TITLE} {vpt}|a {att}, {att} {thing}|it's a {gem}|this was {adj} and {adj}|I {love} it, {sub} and all]
 [all in all|overall|in short|to sum up|on balance|taken together], {~clause} [and|while] {clause}, but the {final} [wins|wins out|weighs more|decides it]
 a {gem}, [and {clause}|{clause}|from start to finish|from {sub} to {sub}|in every way that matters to {KIND} fans]
 {TITLE} is a {gem}[, {clause}|, nothing less| and {MAKER} knows it| for anyone who cares about {sub}]
@@ -250,149 +346,237 @@ for a {att} {thing} about {theme} [it's hard to do better|you'll look a long tim
 [call it|I'd call {TITLE}|let's call {TITLE}] a {gem}, [a {adj} one|a {nadj} one|with {adj} {bits}]
 {MAKER} [should be proud|deserves better|can do anything|should take a bow|should take note]: {clause}
 not [a masterpiece|perfect|a total disaster|the end of the world], but {adj} [enough|all the same|in its {nadj} way], and {clause}
-my [verdict|opinion|two cents]: {adj}, {adj}[, {adj}|], [and a {gem}|with a {nadj} {bit} or two]""",
-"final+": "good|charm|pleasure|quality|fun",
-"final-": "bad|dullness|annoyance|mess|tedium",
-"rec+": """[do yourself a favour and|just|please|by all means] {do} {TITLE}[, if only for {sub}|, you won't regret it|, ideally with {company}|]
+my [verdict|opinion|two cents]: {adj}, {adj}[, {adj}|], [and a {gem}|with a {nadj} {bit} or two]"""
+    ),
+    "final+": "good|charm|pleasure|quality|fun",
+    "final-": "bad|dullness|annoyance|mess|tedium",
+    "rec+": (
+        """[do yourself a favour and|just|please|by all means] {do} {TITLE}[, if only for {sub}|, you won't regret it|, ideally with {company}|]
 {TITLE} is [recommended|highly recommended|warmly recommended|a must] for [fans of {OTHER}|anyone interested in {theme}|everyone who likes {sub}|{KIND} fans|people like {one}]
 if you [like|enjoyed|care about] [{OTHER}|{KIND} and {theme}|{sub}], [go for it|this is for you|you'll be in heaven|don't miss this]
 I'll [be back for|be looking out for|certainly try] [more by {MAKER}|whatever {MAKER} does next|anything {MAKER} touches][, and {company} will too|]
 I can't wait to {do} [it|{TITLE}] again with {company}, [{sub} especially|since {clause}|{clause}]
 don't miss [it|{TITLE}|this one][, {clause}|, even if {sub} isn't your thing]
 give {TITLE} a [chance|try|go][, {clause}| even if {theme} isn't your thing| and tell {company}]
-[worth|well worth|worth every bit of] the [money|time|trip|effort|wait][, {clause}| for {sub} alone]""",
-"rec-": """[do yourself a favour and|just|please|by all means] skip {TITLE}[, unless you need to know about {sub}|, you won't miss a thing|, or send {company} instead|]
+[worth|well worth|worth every bit of] the [money|time|trip|effort|wait][, {clause}| for {sub} alone]"""
+    ),
+    "rec-": (
+        """[do yourself a favour and|just|please|by all means] skip {TITLE}[, unless you need to know about {sub}|, you won't miss a thing|, or send {company} instead|]
 [avoid|I can't recommend|steer clear of|stay away from] {TITLE}, [fans of {OTHER}|even if you're interested in {theme}|unless you enjoy {sub}|{KIND} fans|people like {one} excepted]
 if you [like|enjoyed|care about] [{OTHER}|{KIND} and {theme}|{sub}], [look elsewhere|this is not for you|you'll be furious|save your money]
 I'll [think twice about|be giving a miss to|not be trying] [more by {MAKER}|whatever {MAKER} does next|anything {MAKER} touches][, and {company} won't either|]
 I can't imagine who would {do} it again[, {company} least of all|, {sub} being what it is]
 don't bother with [it|{TITLE}|this one][, {clause}|, even if {sub} sounds like your thing]
 give {TITLE} a [miss|wide berth|rest][, {clause}| even if {theme} is your thing| and tell {company}]
-[not worth|hardly worth|worth none of] the [money|time|trip|effort|wait][, {clause}| even for {sub}]""",
-"rate+": "[7|8|8|9|9|10]/10|[four|five] stars|[8|9|10] points for {sub} and {sub}|I [give|gave] {TITLE} [7|8|9|9.5] out of 10|[A|A-|B+], mostly because of {sub} and {subs}|[two thumbs up for|full marks to] {sub} and {sub}|from me {TITLE} gets [four|four and a half|five] stars",
-"rate-": "[1|2|3|3|4|5]/10|[one|two] stars|[2|3|4] points for {sub} and {sub}|I [give|gave] {TITLE} [1|2|3|4|4.5] out of 10|[D|D-|E], mostly because of {sub} and {subs}|[two thumbs down for|no marks to] {sub} and {sub}|from me {TITLE} gets [one|one and a half|two] stars",
-"line": """{TITLE}: {adj}[, {adj}|] [and {adj}|but also {adj}]|{clause}, {clause}, [what else|enough said|the end]
+[not worth|hardly worth|worth none of] the [money|time|trip|effort|wait][, {clause}| even for {sub}]"""
+    ),
+    "rate+": (
+        "[7|8|8|9|9|10]/10|[four|five] stars|[8|9|10] points for {sub} and {sub}|I [give|gave] {TITLE}"
+        " [7|8|9|9.5] out of 10|[A|A-|B+], mostly because of {sub} and {subs}|[two thumbs up for|full marks"
+        " to] {sub} and {sub}|from me {TITLE} gets [four|four and a half|five] stars"
+    ),
+    "rate-": (
+        "[1|2|3|3|4|5]/10|[one|two] stars|[2|3|4] points for {sub} and {sub}|I [give|gave] {TITLE}"
+        " [1|2|3|4|4.5] out of 10|[D|D-|E], mostly because of {sub} and {subs}|[two thumbs down for|no marks"
+        " to] {sub} and {sub}|from me {TITLE} gets [one|one and a half|two] stars"
+    ),
+    "line": (
+        """{TITLE}: {adj}[, {adj}|] [and {adj}|but also {adj}]|{clause}, {clause}, [what else|enough said|the end]
 [short version|in one word|quick review|one line is enough]: {adj}[, and {clause}|, {sub} above all|. {TITLE} {vpt}]
 I {love} it[, {sub} more than anything|, mostly {sub} and {sub}|, and I {love} {sub} in particular]
 {att} {sub2}, {att} {sub2}, {att} {thing}|a {gem}[. {TITLE} {vpt}|, and {clause}|: {clause}]
-{clause}|{one} {lovet} it, I {love} it[, and {clause}|, {TITLE} {vpt}]|{TITLE} {vpt}, and {clause}|[sorry|well], but {clause}""",
-"lovet+": "loved|adored|enjoyed|praised|liked",
-"lovet-": "hated|disliked|loathed|cursed|slept through",
-"pc": """[pros|the good|plus points|what I liked]: {sub}, {subs}[, {sub}|]; [cons|the bad|minus points|what I didn't like]: {sub}, {subs}
+{clause}|{one} {lovet} it, I {love} it[, and {clause}|, {TITLE} {vpt}]|{TITLE} {vpt}, and {clause}|[sorry|well], but {clause}"""
+    ),
+    "lovet+": "loved|adored|enjoyed|praised|liked",
+    "lovet-": "hated|disliked|loathed|cursed|slept through",
+    "pc": (
+        """[pros|the good|plus points|what I liked]: {sub}, {subs}[, {sub}|]; [cons|the bad|minus points|what I didn't like]: {sub}, {subs}
 [best thing|highlight|high point]: {sub}, [worst thing|low point|biggest flaw]: {sub}, [net result|verdict|sum]: {adj}
-three things: {sub} ({adj}), {subs} ({adj}), and {sub} ({adj})""",
-"more": "{plot}",
-"hist": """{MAKER} [made|gave us|was behind] {OTHER} [some years back|in {YEAR}|before this], [which I never {did}|which had a small following|which {one} knows by heart]
+three things: {sub} ({adj}), {subs} ({adj}), and {sub} ({adj})"""
+    ),
+    "more": "{plot}",
+    "hist": (
+        """{MAKER} [made|gave us|was behind] {OTHER} [some years back|in {YEAR}|before this], [which I never {did}|which had a small following|which {one} knows by heart]
 {MAKER} [is|seems to be] [mostly known|known|best known] for {OTHER}[ and {OTHER2}|], [neither of which I know|so the bar was set|and not for {KIND}]
 [this is|that makes it] the {nadj} sort of {KIND} [they made|that was common|people liked] [in the {decade}|around {YEAR}|when I grew up][, with {sub} up front|]
-{KIND} is a {nadj} [genre|field|niche] [these days|in {TOWN}|at the best of times], and {MAKER} [has been at it since {YEAR}|came to it late|knows that]""",
-"leadin": """honestly,|to my mind,|frankly,|I have to say,|for me,|if I'm honest,|in my opinion,|look,|well,|I mean,|and|also,|plus,|in fact,|the thing is,|on top of that,|as {one} put it,|what's more,|personally,|to be honest,|then again,|besides,|above all,|like {one} said,""",
-"tail": """, at least for me|, if you ask me|, and {one} agreed|, I thought|, or so it seemed to me|, to be honest|, even on a second go|, in my humble opinion|, and that's rare|, as {one} noticed|, from the first minute|, and I'm not easily pleased|, though {one} saw it differently|, believe me|, especially in the second half|, as always with {MAKER}| (just ask {one})| (sorry, {MAKER})| (or was it just me?)|, and I don't say that lightly|, in true {KIND} style|, I must say|, which {one} also said|, for a {nadj} {thing} at least""",
-"aside": """ ([a {adj} {bit}|{adj}, if you ask {one}|I {love} that part|which {vp}|and it's as {adj} as it sounds|it's more {long} than that sounds])|, [all of it {adj}|which is as {adj} as it sounds|and {clause}|all done with {virtue}|and I {love} that part]""",
-"admit": "to be fair,|admittedly,|I'll admit that|granted,|in its defence,|on the other hand,|one has to say that|fair enough,|the other side of it:",
-"but": "but|still,|even so,|however,|all the same,|that said,|nevertheless,|and yet",
+{KIND} is a {nadj} [genre|field|niche] [these days|in {TOWN}|at the best of times], and {MAKER} [has been at it since {YEAR}|came to it late|knows that]"""
+    ),
+    "leadin": (
+        """honestly,|to my mind,|frankly,|I have to say,|for me,|if I'm honest,|in my opinion,|look,|well,|I mean,|and|also,|plus,|in fact,|the thing is,|on top of that,|as {one} put it,|what's more,|personally,|to be honest,|then again,|besides,|above all,|like {one} said,"""
+    ),
+    "tail": (
+        """, at least for me|, if you ask me|, and {one} agreed|, I thought|, or so it seemed to me|, to be honest|, even on a second go|, in my humble opinion|, and that's rare|, as {one} noticed|, from the first minute|, and I'm not easily pleased|, though {one} saw it differently|, believe me|, especially in the second half|, as always with {MAKER}| (just ask {one})| (sorry, {MAKER})| (or was it just me?)|, and I don't say that lightly|, in true {KIND} style|, I must say|, which {one} also said|, for a {nadj} {thing} at least"""
+    ),
+    "aside": (
+        """ ([a {adj} {bit}|{adj}, if you ask {one}|I {love} that part|which {vp}|and it's as {adj} as it sounds|it's more {long} than that sounds])|, [all of it {adj}|which is as {adj} as it sounds|and {clause}|all done with {virtue}|and I {love} that part]"""
+    ),
+    "admit": (
+        "to be fair,|admittedly,|I'll admit that|granted,|in its defence,|on the other hand,|one has to say"
+        " that|fair enough,|the other side of it:"
+    ),
+    "but": "but|still,|even so,|however,|all the same,|that said,|nevertheless,|and yet",
 }
 _SHARED["admit+"] = "on the bright side,|credit where it's due,|one good thing:|I'll say this much:"
 _SHARED["admit-"] = "my only complaint:|one small gripe:|if I have to nitpick,|a minor quibble:"
 
 # %% ../nbs/01a_demo.ipynb #4397620d
 _STORY = {
-"job": """retired teacher|young nurse|bankrupt farmer|lighthouse keeper|failed boxer|night-shift taxi driver|country vet|small-time thief
+    "job": (
+        """retired teacher|young nurse|bankrupt farmer|lighthouse keeper|failed boxer|night-shift taxi driver|country vet|small-time thief
 widowed baker|disgraced detective|piano tuner|army doctor|bus driver|shy librarian|prison cook|ambitious lawyer|beekeeper|war photographer
 translator|former priest|card sharp|postal clerk|circus acrobat|ship's engineer|schoolgirl|runaway prince|truck driver|clockmaker
 substitute teacher|insurance salesman|gravedigger|jazz singer|stuntman|astronaut|chess prodigy|locksmith|radio host|forger|coroner
-ferry captain|hotel maid|rookie reporter|wedding planner|mountain guide|out-of-work actor|botanist|tailor|bounty hunter|judge""",
-"object": """a suitcase full of money|a box of old letters|a map of {TOWN}|a stolen painting|a diary|a locked chest|a child nobody claims
+ferry captain|hotel maid|rookie reporter|wedding planner|mountain guide|out-of-work actor|botanist|tailor|bounty hunter|judge"""
+    ),
+    "object": (
+        """a suitcase full of money|a box of old letters|a map of {TOWN}|a stolen painting|a diary|a locked chest|a child nobody claims
 a gun with one bullet|a strange machine|a roll of undeveloped photographs|a wounded stranger|a winning ticket|a list of names|a silver ring
-a tape of a phone call|the wrong coffin|a dog that won't leave|a key with no door|a violin worth a fortune|a skeleton|an unsigned will""",
-"spot": """the harbour|an abandoned mine|the attic|a motel room|the old railway station|the church|a burning house|the desert|the hospital
+a tape of a phone call|the wrong coffin|a dog that won't leave|a key with no door|a violin worth a fortune|a skeleton|an unsigned will"""
+    ),
+    "spot": (
+        """the harbour|an abandoned mine|the attic|a motel room|the old railway station|the church|a burning house|the desert|the hospital
 the swimming pool|a courtroom|the kitchen|a lifeboat|the graveyard|the casino|a snowed-in cabin|the market square|the school gym
-a moving train|the greenhouse|an empty theatre|the cellar|the ballroom|the laundry|a petrol station|the forest""",
-"kin": "brother|sister|father|mother|best friend|teacher|first love|husband|wife|twin|grandmother|partner|only child|uncle",
-"foejob": """crooked mayor|landlord|corrupt sheriff|rival|jealous cousin|banker|cult leader|smuggler|retired general|charming con man
-wealthy widow|ruthless lawyer|hired killer|former friend|strict headmistress|newspaper owner|half-mad scientist|gang boss|colonel|stepmother""",
-"incident": """finds {object} in {spot}|inherits {object} from {HIS} {kin}|is sent back to {TOWN} after {n} years away|loses everything in one night
+a moving train|the greenhouse|an empty theatre|the cellar|the ballroom|the laundry|a petrol station|the forest"""
+    ),
+    "kin": (
+        "brother|sister|father|mother|best friend|teacher|first"
+        " love|husband|wife|twin|grandmother|partner|only child|uncle"
+    ),
+    "foejob": (
+        """crooked mayor|landlord|corrupt sheriff|rival|jealous cousin|banker|cult leader|smuggler|retired general|charming con man
+wealthy widow|ruthless lawyer|hired killer|former friend|strict headmistress|newspaper owner|half-mad scientist|gang boss|colonel|stepmother"""
+    ),
+    "incident": (
+        """finds {object} in {spot}|inherits {object} from {HIS} {kin}|is sent back to {TOWN} after {n} years away|loses everything in one night
 falls in love with the {kin} of {HIS} {foejob}|is mistaken for a {foejob}|wakes up in {spot} without a memory|sees a murder in {spot}
 agrees to hide {object} for {HIS} {kin}|gets a letter from {HIS} dead {kin}|is accused of a crime in {TOWN}|moves into a house by {spot}
 takes in the child of a {foejob}|is hired to find {object}|misses the last boat out of {TOWN}|hears voices in {spot}
 is blackmailed by a {foejob}|makes a bet with a {foejob}|has to share a room with a {foejob}|discovers that {HIS} {kin} is still alive
-steals {object} from a {foejob}|is left alone with {object}|returns from the war to find {HIS} {kin} gone|is followed by a {foejob}""",
-"goal": """win back {HIS} {kin}|find out who betrayed {HIS} {kin}|save {spot} from {FOE}|get {object} across the border|clear {HIS} name
+steals {object} from a {foejob}|is left alone with {object}|returns from the war to find {HIS} {kin} gone|is followed by a {foejob}"""
+    ),
+    "goal": (
+        """win back {HIS} {kin}|find out who betrayed {HIS} {kin}|save {spot} from {FOE}|get {object} across the border|clear {HIS} name
 keep the secret from {HIS} {kin}|make peace with {HIS} {kin}|escape from {TOWN} before the winter|bring {FOE} to justice|raise the money in {n} days
 put on a show in {spot}|return {object} to its owner|prove that {FOE} is lying|stop the wedding of {HIS} {kin}|bury {HIS} {kin} in {TOWN}
-learn the truth about {object}|reach {TOWN} alive|hold on to {spot}|take revenge on {FOE}|start again in {TOWN} under a new name""",
-"miniact": "{mini}|{mini}|{mini} in {spot}|hides in {spot}|breaks into {spot}|dances in {spot}|gets lost in {spot}",
-"mini": """confronts {FOE}|walks back to {TOWN}|reads the letter aloud|burns the photographs|says goodbye to {HIS} {kin}|cuts {HIS} own hair
+learn the truth about {object}|reach {TOWN} alive|hold on to {spot}|take revenge on {FOE}|start again in {TOWN} under a new name"""
+    ),
+    "miniact": (
+        "{mini}|{mini}|{mini} in {spot}|hides in {spot}|breaks into {spot}|dances in {spot}|gets lost in"
+        " {spot}"
+    ),
+    "mini": (
+        """confronts {FOE}|walks back to {TOWN}|reads the letter aloud|burns the photographs|says goodbye to {HIS} {kin}|cuts {HIS} own hair
 opens the box|meets {FOE} for the first time|phones {HIS} {kin}|loses {object}|finally tells the truth|gets drunk with {FOE}|sings to {HIS} {kin}
-falls through the ice|refuses to shake hands with {FOE}|cooks for {FOE}|counts the money|forgives {HIS} {kin}|learns to dance|throws away {object}|hides {object}""",
-"turn": """{FOE}, a {FOEJOB}, [turns up|gets wind of it|has other plans|wants {object}|offers a deal]
+falls through the ice|refuses to shake hands with {FOE}|cooks for {FOE}|counts the money|forgives {HIS} {kin}|learns to dance|throws away {object}|hides {object}"""
+    ),
+    "turn": (
+        """{FOE}, a {FOEJOB}, [turns up|gets wind of it|has other plans|wants {object}|offers a deal]
 it turns out that {FOE} [is {HIS} {kin}|was in {spot} all along|has {object}|knows everything]
 {HIS} {kin} [disappears|gets involved|dies|goes over to {FOE}|falls ill]
 the {foejob} of {TOWN} [starts asking questions|closes {spot}|is found dead in {spot}]
-[a storm|a strike|a flood|a trial|a wedding|an election] [cuts off|divides|changes] {TOWN}""",
-"plot": """{HERO} {HEROLAST} is a {JOB} [in|from|near] {TOWN} who {INCIDENT}[ and wants to {GOAL}| and has to {GOAL}|]
+[a storm|a strike|a flood|a trial|a wedding|an election] [cuts off|divides|changes] {TOWN}"""
+    ),
+    "plot": (
+        """{HERO} {HEROLAST} is a {JOB} [in|from|near] {TOWN} who {INCIDENT}[ and wants to {GOAL}| and has to {GOAL}|]
 the story [is about|follows|concerns|centres on] {HERO}, a {JOB} who {INCIDENT}; [then|soon|before long] {turn}
 {HERO} ({LEAD}) {INCIDENT}, and [all {HE} wants is to|{HE} has to|{HE} swears to|{HE} tries to] {GOAL}
 set in {TOWN} in [the {decade}|{YEAR}|the near future|the middle of a drought|a single summer], it [tells of|is about] a {JOB} who {INCIDENT}
 [without giving too much away|no spoilers|the plot in brief|here's the setup]: {HERO} {INCIDENT}, [and|then] {turn}
 a {JOB} called {HERO} {INCIDENT} and [tries|decides|sets out] to {GOAL}[ with the help of a {job}| while {turn}|]
 when {HERO} {INCIDENT}, {turn}, and [soon|from then on|by the end] [nobody in {TOWN} is safe|it's {HERO} against {FOE}|{HE} has to {GOAL}]
-{HERO}, a {JOB} with [a bad back|a secret|one friend|no money|a famous {kin}|a fear of water], {INCIDENT}""",
-"more": """to {GOAL}, {HERO} must [first|] [trust a {job}|outwit {FOE}|leave {TOWN}|sell {object}|spend a night in {spot}]
+{HERO}, a {JOB} with [a bad back|a secret|one friend|no money|a famous {kin}|a fear of water], {INCIDENT}"""
+    ),
+    "more": (
+        """to {GOAL}, {HERO} must [first|] [trust a {job}|outwit {FOE}|leave {TOWN}|sell {object}|spend a night in {spot}]
 [meanwhile|at the same time|in a second strand], a {job} {incident}, [and you can guess|but it takes a while to see] how [that|this] fits in with {HERO} and {FOE}
 [then|and then|later|halfway through] there is a {nadj} [scene|part|stretch] in {spot} where {HERO} {mini}
 it [starts|opens|begins] in {spot}, where {HERO} {mini}, and [ends|closes] in {spot}
 {FOE} is a {FOEJOB} who [knew {HERO}'s {kin}|owns half of {TOWN}|wants {object}|once lived in {spot}|will stop at nothing], [and {HERO} {miniact}|while {HERO} {INCIDENT}|until {HERO} {miniact}]
 the [second half|middle part|last part] [moves|shifts] to {spot}, where {HERO} {mini} [and {turn}|while {turn}|]
-there is also a {job} who {incident}, [for some reason|which is never quite explained|as a kind of echo of {HERO}]""",
-"sub": """the plot|the story|the pacing|the ending|the opening|the dialogue|the humour|the romance|the big twist|the tone|the atmosphere|the love story
+there is also a {job} who {incident}, [for some reason|which is never quite explained|as a kind of echo of {HERO}]"""
+    ),
+    "sub": (
+        """the plot|the story|the pacing|the ending|the opening|the dialogue|the humour|the romance|the big twist|the tone|the atmosphere|the love story
 the villain|the first half|the second half|the last act|the part in {TOWN}|the storytelling|the {theme2} angle|the friendship between {HERO} and {FOE}
 the part where {HERO} {miniact}|the bit where {HERO} {miniact}|the whole business with {object}|{HERO}'s {kin}|{FOE} as a villain|the scene in {spot}
-the moment when {HERO} {miniact}|the subplot about {object}|the idea of a {job} who {incident}""",
-"theme2": "family|money|crime|religious|political|historical|moral|romantic|revenge",
-"subs": """the characters|the jokes|the minor characters|the flashbacks|the twists|the scenes in {spot}|the quiet moments|the arguments|the one-liners
+the moment when {HERO} {miniact}|the subplot about {object}|the idea of a {job} who {incident}"""
+    ),
+    "theme2": "family|money|crime|religious|political|historical|moral|romantic|revenge",
+    "subs": (
+        """the characters|the jokes|the minor characters|the flashbacks|the twists|the scenes in {spot}|the quiet moments|the arguments|the one-liners
 the scenes between {HERO} and {FOE}|the locals of {TOWN}|the clues|the period details|the many subplots|the long speeches|the villains
-the parts about {theme}|the emotional moments|the surprises|the scenes with {HERO}'s {kin}""",
-"short+": "scary in the right way|well worth a look|a joy to follow", "short-": "by the numbers|slow as treacle|full of holes|as thin as paper",
-"dadj+": "moving|gripping|funny|suspenseful|hilarious|believable|witty|romantic|poetic|tense|bittersweet|well-paced|haunting|mysterious|dramatic|humane|unpredictable",
-"dadj-": "cliched|far-fetched|dragged-out|unfunny|melodramatic|implausible|sentimental|overlong|sappy|paper-thin|preachy|corny|cheesy|drawn-out|one-note",
-"asp+": """you [really|actually|always|] care about {HERO}[ and {HIS} {kin}| even when {HE} {miniact}|], [and {clause}|because {sub} is so {adj}]
+the parts about {theme}|the emotional moments|the surprises|the scenes with {HERO}'s {kin}"""
+    ),
+    "short+": "scary in the right way|well worth a look|a joy to follow",
+    "short-": "by the numbers|slow as treacle|full of holes|as thin as paper",
+    "dadj+": (
+        "moving|gripping|funny|suspenseful|hilarious|believable|witty|romantic|poetic|tense|bittersweet|well-paced|haunting|mysterious|dramatic|humane|unpredictable"
+    ),
+    "dadj-": (
+        "cliched|far-fetched|dragged-out|unfunny|melodramatic|implausible|sentimental|overlong|sappy|paper-thin|preachy|corny|cheesy|drawn-out|one-note"
+    ),
+    "asp+": (
+        """you [really|actually|always|] care about {HERO}[ and {HIS} {kin}| even when {HE} {miniact}|], [and {clause}|because {sub} is so {adj}]
 I [didn't see|never saw] the [twist|ending|turn] with {FOE} coming[, {clause}|, and {sub} {vp}]
 the [scene|part] where {HERO} {miniact} [had me in tears|is worth the price alone|gave me goosebumps|made us all gasp|will stay with me]
 every [line|twist|detail], even {object}, [pays off|matters|finds its place] [in the end|when {HERO} {miniact}]
 {HERO} is [the kind of|a] {plain} [hero|character] you [root for|want to meet|never forget], [even when {HE} {miniact}|a {JOB} with {virtue}]
-it takes {theme} and {theme} [seriously|to heart] and [never talks down to|always respects] [its audience|you|us], [{clause}|{sub} above all]""",
-"asp-": """I never [cared|worried|wanted to know] about {HERO}[ or {HIS} {kin}|, even when {HE} {miniact}|], [and {clause}|because {sub} is so {adj}]
+it takes {theme} and {theme} [seriously|to heart] and [never talks down to|always respects] [its audience|you|us], [{clause}|{sub} above all]"""
+    ),
+    "asp-": (
+        """I never [cared|worried|wanted to know] about {HERO}[ or {HIS} {kin}|, even when {HE} {miniact}|], [and {clause}|because {sub} is so {adj}]
 I [saw|guessed|smelled] the [twist|ending|turn] with {FOE} coming [a mile off|from the start|in the first ten minutes][, {clause}|, and {sub} {vp}]
 the [scene|part] where {HERO} {miniact} [made me laugh for the wrong reasons|makes no sense|goes on for ever|had us all groaning|is just filler]
 [nothing|no line|no thread], not even {object}, [pays off|matters|leads anywhere] [in the end|when {HERO} {miniact}]
 {HERO} is [the kind of|a] {plain} [hero|character] you [want to slap|forget at once|never believe], [even when {HE} {miniact}|a {JOB} with {virtue}]
 it drags in {theme} and {theme} [for show|as an excuse] and [talks down to|preaches at] [its audience|you|us], [{clause}|{sub} above all]
-[why would|since when does|how does] a {JOB} [end up in {spot}|know how to {goal}|carry {object} around]? nobody [asks|explains|cares][, {clause}|]""",
-"info": """[it's|it is] based on [a true story|an old folk tale|the life of a {job}|a newspaper article] from {TOWN}, [or so they say|apparently|if you believe {one}]
+[why would|since when does|how does] a {JOB} [end up in {spot}|know how to {goal}|carry {object} around]? nobody [asks|explains|cares][, {clause}|]"""
+    ),
+    "info": (
+        """[it's|it is] based on [a true story|an old folk tale|the life of a {job}|a newspaper article] from {TOWN}, [or so they say|apparently|if you believe {one}]
 [you get|expect|there's] [some swearing|a little violence|some drinking|one death] in {spot} and [{spot}|when {HERO} {miniact}], [nothing worse|in case that matters|which {one} didn't mind]
-the action [covers|takes place over] [one night|{n} days|{n} years|a single winter] in [and around|] {TOWN}[, mostly in {spot}|]""",
-"kid": """my {n2}-year-old [asked|wanted to know] why {HERO} {miniact}, and [I had no answer|we talked about it|{one} explained]
+the action [covers|takes place over] [one night|{n} days|{n} years|a single winter] in [and around|] {TOWN}[, mostly in {spot}|]"""
+    ),
+    "kid": (
+        """my {n2}-year-old [asked|wanted to know] why {HERO} {miniact}, and [I had no answer|we talked about it|{one} explained]
 [parents|mums and dads] [should know|take note|be warned]: {HERO} {miniact}, [and there is some shouting|and it may raise questions|but nothing graphic]
-[the kids|our two|both children] [liked|preferred|talked about] the part where {HERO} {miniact}""",
-"n2": "six|seven|eight|nine|ten|eleven|twelve|thirteen",
+[the kids|our two|both children] [liked|preferred|talked about] the part where {HERO} {miniact}"""
+    ),
+    "n2": "six|seven|eight|nine|ten|eleven|twelve|thirteen",
 }
 
 # %% ../nbs/01a_demo.ipynb #f0610c1e
 _FILM = {
-"thing": "film|film|movie|movie|picture|flick", "things": "films|movies|pictures|flicks",
-"do": "watch|watch|see", "did": "watched|watched|saw|caught", "done": "seen|watched", "bit": "scene|shot|minute", "bits": "scenes|moments",
-"where": "at the cinema in {TOWN}|on a scratched DVD|on late-night TV|at a small festival|on a plane|at the drive-in|at home on the sofa|on an old tape|in a packed theatre|in an empty theatre|on my laptop|at a midnight screening|in the front row|at {one}'s place",
-"ppl": "acted|written|directed|shot|edited|paced|cast|lit|staged|scored|dubbed|plotted",
-"span": "two hours|ninety minutes|an hour and a half|three hours|a whole evening|100 minutes|the running time|most of a Friday night",
-"sub2": "acting|script|camera work|music|plot|editing|ending|direction|dialogue|premise",
-"sub": """the acting|the script|the camera work|the lighting|the score|the soundtrack|the editing|the direction|the casting|the sound mix|the set design
+    "thing": "film|film|movie|movie|picture|flick",
+    "things": "films|movies|pictures|flicks",
+    "do": "watch|watch|see",
+    "did": "watched|watched|saw|caught",
+    "done": "seen|watched",
+    "bit": "scene|shot|minute",
+    "bits": "scenes|moments",
+    "where": (
+        "at the cinema in {TOWN}|on a scratched DVD|on late-night TV|at a small festival|on a plane|at the"
+        " drive-in|at home on the sofa|on an old tape|in a packed theatre|in an empty theatre|on my laptop|at"
+        " a midnight screening|in the front row|at {one}'s place"
+    ),
+    "ppl": "acted|written|directed|shot|edited|paced|cast|lit|staged|scored|dubbed|plotted",
+    "span": (
+        "two hours|ninety minutes|an hour and a half|three hours|a whole evening|100 minutes|the running"
+        " time|most of a Friday night"
+    ),
+    "sub2": "acting|script|camera work|music|plot|editing|ending|direction|dialogue|premise",
+    "sub": (
+        """the acting|the script|the camera work|the lighting|the score|the soundtrack|the editing|the direction|the casting|the sound mix|the set design
 the car chase|the final shot|the opening shot|the screenplay|the cinematography|the chemistry between {LEAD} and {CO}|{LEAD}|{LEAD}|{CO}|{LEADLAST}'s accent
-{LEAD} as {HERO}|{CO} as {FOE}|{MAKERLAST}'s direction|{MAKERLAST}'s use of colour|the voice-over|the supporting cast|the showdown in {spot}|the trailer""",
-"subs": """the performances|the special effects|the costumes|the locations|the fight scenes|the songs|the supporting actors|the action scenes|the stunts
+{LEAD} as {HERO}|{CO} as {FOE}|{MAKERLAST}'s direction|{MAKERLAST}'s use of colour|the voice-over|the supporting cast|the showdown in {spot}|the trailer"""
+    ),
+    "subs": (
+        """the performances|the special effects|the costumes|the locations|the fight scenes|the songs|the supporting actors|the action scenes|the stunts
 the child actors|the sets|the close-ups|the long takes|the visuals|the landscapes around {TOWN}|the closing credits|the production values|the scenes with {CO}
-{LEADLAST} and {CO}|{LEAD} and {CO}|the night scenes|the crowd scenes|the effects in {spot}""",
-"asp+": """{LEAD} [is|was] {adj} as {HERO}[, and {CO} is [just|almost] as {adj}|, a {JOB} with {virtue}|, {int} {adj} even]
+{LEADLAST} and {CO}|{LEAD} and {CO}|the night scenes|the crowd scenes|the effects in {spot}"""
+    ),
+    "asp+": (
+        """{LEAD} [is|was] {adj} as {HERO}[, and {CO} is [just|almost] as {adj}|, a {JOB} with {virtue}|, {int} {adj} even]
 {LEAD} gives [a|one] {att} performance as a {JOB}[, and {clause}|, full of {virtue}|; {clause}]
 you believe every [word|look|gesture] of {LEAD}[ when {HERO} {miniact}|, even when {HERO} {miniact}|, and {sub} {vp}]
 {CO} [steals|owns] every scene [as {FOE}|{HE} shares with {HERO}|in {spot}], [and {clause}|with {virtue} and {virtue}]
@@ -401,8 +585,10 @@ the music [swells|comes in|falls silent] just when {HERO} {miniact}, [and it's {
 [somebody give|give] {LEAD} [an award|more work|a lead role every year][, {clause}|, and {CO} too]
 {MAKER} directs with {virtue}[ and {virtue}|], [and it shows|from the first shot on|especially in {spot}]
 the script by {WRITER} [is|was] {adj}[, {adj}|][, with {virtue} in every line| and never {~adj}]
-[visually|to look at|on a technical level] it's {int} {adj}: {sub}, {subs}, [the lot|everything|all of it]""",
-"asp-": """{LEAD} [is|was] {adj} as {HERO}[, and {CO} is [just|almost] as {adj}|, a {JOB} with {virtue}|, {int} {adj} even]
+[visually|to look at|on a technical level] it's {int} {adj}: {sub}, {subs}, [the lot|everything|all of it]"""
+    ),
+    "asp-": (
+        """{LEAD} [is|was] {adj} as {HERO}[, and {CO} is [just|almost] as {adj}|, a {JOB} with {virtue}|, {int} {adj} even]
 {LEAD} gives [a|one] {att} performance as a {JOB}[, and {clause}|, full of {virtue}|; {clause}]
 you don't believe a [word|look|gesture] of {LEAD}[ when {HERO} {miniact}|, least of all when {HERO} {miniact}|, and {sub} {vp}]
 {CO} [sleepwalks|mumbles|shouts] through every scene [as {FOE}|with {HERO}|in {spot}], [and {clause}|with {virtue}]
@@ -412,297 +598,581 @@ the music [blares|whines|drones] just when {HERO} {miniact}, [and it's {adj}|a {
 {MAKER} directs with {virtue}, [and it shows|from the first shot on|especially in {spot}]
 the script by {WRITER} [is|was] {adj}[, {adj}|][, with {virtue} in every line| and never {~adj}]
 [visually|to look at|on a technical level] it's {int} {adj}: {sub}, {subs}, [the lot|everything|all of it]
-you can see the [strings|boom mike|wires|crew] [in {spot}|when {HERO} {miniact}|behind {LEAD}], [and {clause}|that's how {adj} it is]""",
-"info": """{LEAD} plays {HERO}[, {CO} plays {FOE}|; {CO} is {FOE}|], [the {FOEJOB}|and {WRITER} wrote the script|and {MAKER} directs|and that's most of the cast]
+you can see the [strings|boom mike|wires|crew] [in {spot}|when {HERO} {miniact}|behind {LEAD}], [and {clause}|that's how {adj} it is]"""
+    ),
+    "info": (
+        """{LEAD} plays {HERO}[, {CO} plays {FOE}|; {CO} is {FOE}|], [the {FOEJOB}|and {WRITER} wrote the script|and {MAKER} directs|and that's most of the cast]
 it [runs|lasts|goes on] for [about|just under|a little over] {span}, [in black and white|with subtitles|without a break|in the version I {did}], [and was made in {YEAR}|with {LEAD} in nearly every scene|if you include the credits]
 [made|shot|filmed] in {YEAR} [in|near|around] {TOWN}, [it stars {LEAD} and {CO}|with {LEAD} in the lead|on what must have been a {nadj} budget]
 [it's|this is] {MAKER}'s [first|second|third|last] {thing}, [written by {WRITER}|made in {YEAR}|with {LEAD} as {HERO}]
 {LEAD}, [best known for|last seen in|who was in] {OTHER}, [is|plays] {HERO} here[, a {JOB}|]
-the DVD has [a commentary by {MAKER}|an interview with {LEAD}|{n} deleted scenes with {LEAD}|a trailer for {OTHER}], [if you care|for those who want it|as {one} told me]""",
-"recipe": {"KIND": """horror|science fiction|romantic comedy|western|crime drama|war drama|slapstick|film noir|fantasy|family drama|martial arts|spy thriller
-teen comedy|heist|disaster|courtroom drama|period drama|sports drama|musical|psychological thriller|road movie|black comedy|adventure|monster movie"""},
-"role": "director",
+the DVD has [a commentary by {MAKER}|an interview with {LEAD}|{n} deleted scenes with {LEAD}|a trailer for {OTHER}], [if you care|for those who want it|as {one} told me]"""
+    ),
+    "recipe": {
+        "KIND": (
+            """horror|science fiction|romantic comedy|western|crime drama|war drama|slapstick|film noir|fantasy|family drama|martial arts|spy thriller
+teen comedy|heist|disaster|courtroom drama|period drama|sports drama|musical|psychological thriller|road movie|black comedy|adventure|monster movie"""
+        )
+    },
+    "role": "director",
 }
 
 _BOOK = {
-"thing": "book|book|novel|novel|story|read", "things": "books|novels|stories", "do": "read", "did": "read|finished|picked up", "done": "read",
-"bit": "chapter|page|sentence|paragraph", "bits": "chapters|passages",
-"where": "in bed|on the train to work|in the library in {TOWN}|on the beach|as an audiobook in the car|in one sitting|in the garden|in a second-hand copy|on my e-reader|with my reading group|in a waiting room|at {one}'s place",
-"ppl": "written|plotted|translated|researched|edited|paced|narrated|structured|printed",
-"span": "four hundred pages|three evenings|a whole weekend|six hours|two weeks of bedtimes|300 pages",
-"sub2": "prose|plot|narration|ending|characters|dialogue|style|premise",
-"sub": """the prose|the narration|the first chapter|the last chapter|the style|the translation|the cover|the narrator's voice|the chapter about {object}|{MAKERLAST}'s prose
-the language|the research|the structure|the chapter in {spot}|the vocabulary|{MAKERLAST}'s sense of place|the description of {spot}|the epilogue|the prologue""",
-"subs": """the descriptions|the sentences|the chapters about {HERO}|the footnotes|the metaphors|the descriptions of {TOWN}|the last pages|the chapters in {spot}|the letters|the short chapters""",
-"asp+": """{MAKER} writes with {virtue}[ and {virtue}|], [and it shows|sentence by sentence|especially about {spot}]
+    "thing": "book|book|novel|novel|story|read",
+    "things": "books|novels|stories",
+    "do": "read",
+    "did": "read|finished|picked up",
+    "done": "read",
+    "bit": "chapter|page|sentence|paragraph",
+    "bits": "chapters|passages",
+    "where": (
+        "in bed|on the train to work|in the library in {TOWN}|on the beach|as an audiobook in the car|in one"
+        " sitting|in the garden|in a second-hand copy|on my e-reader|with my reading group|in a waiting"
+        " room|at {one}'s place"
+    ),
+    "ppl": "written|plotted|translated|researched|edited|paced|narrated|structured|printed",
+    "span": "four hundred pages|three evenings|a whole weekend|six hours|two weeks of bedtimes|300 pages",
+    "sub2": "prose|plot|narration|ending|characters|dialogue|style|premise",
+    "sub": (
+        """the prose|the narration|the first chapter|the last chapter|the style|the translation|the cover|the narrator's voice|the chapter about {object}|{MAKERLAST}'s prose
+the language|the research|the structure|the chapter in {spot}|the vocabulary|{MAKERLAST}'s sense of place|the description of {spot}|the epilogue|the prologue"""
+    ),
+    "subs": (
+        """the descriptions|the sentences|the chapters about {HERO}|the footnotes|the metaphors|the descriptions of {TOWN}|the last pages|the chapters in {spot}|the letters|the short chapters"""
+    ),
+    "asp+": (
+        """{MAKER} writes with {virtue}[ and {virtue}|], [and it shows|sentence by sentence|especially about {spot}]
 I [couldn't|could not] put it down[ once {HERO} {miniact}| and read until {n} in the morning|, {clause}]
 I [underlined|copied out|read aloud to {one}] [whole pages|so many sentences|half of the chapter] where {HERO} {miniact}
-the pages about {TOWN} [are|were] {adj}, [you can smell|you can almost see|you feel you know] {spot}""",
-"asp-": """{MAKER} writes with {virtue}, [and it shows|sentence by sentence|especially about {spot}]
+the pages about {TOWN} [are|were] {adj}, [you can smell|you can almost see|you feel you know] {spot}"""
+    ),
+    "asp-": (
+        """{MAKER} writes with {virtue}, [and it shows|sentence by sentence|especially about {spot}]
 I [kept putting|had to put] it down[ once {HERO} {miniact}| and did the ironing for {n} days|, {clause}]
 I [skimmed|skipped|fell asleep over] [whole pages|so many sentences|half of the chapter] where {HERO} {miniact}
-the pages about {TOWN} [are|were] {adj}, [you'd think|I bet|one feels] nobody has ever been to {spot}""",
-"info": """[it has|there are] [about|just under|over] [two|three|four|five] hundred pages[ in my edition|, printed in {YEAR}|], [told by {HERO}|told by a {job}|with a map of {TOWN}]
+the pages about {TOWN} [are|were] {adj}, [you'd think|I bet|one feels] nobody has ever been to {spot}"""
+    ),
+    "info": (
+        """[it has|there are] [about|just under|over] [two|three|four|five] hundred pages[ in my edition|, printed in {YEAR}|], [told by {HERO}|told by a {job}|with a map of {TOWN}]
 {MAKER} [lives|was born|taught] in {TOWN} and [published|wrote] this in {YEAR}[, after {OTHER}|]
-[it's|this is] the [first|second|third|last] part of a series about {HERO}[, after {OTHER}|, a {JOB}|]""",
-"recipe": {"KIND": "crime|science fiction|fantasy|romance|historical fiction|horror|family saga|spy fiction|literary fiction|memoir|young adult|travel writing|mystery|satire"},
-"role": "author",
+[it's|this is] the [first|second|third|last] part of a series about {HERO}[, after {OTHER}|, a {JOB}|]"""
+    ),
+    "recipe": {
+        "KIND": (
+            "crime|science fiction|fantasy|romance|historical fiction|horror|family saga|spy fiction|literary"
+            " fiction|memoir|young adult|travel writing|mystery|satire"
+        )
+    },
+    "role": "author",
 }
 
 _PLAY = {
-"thing": "play|play|show|production|evening of theatre", "things": "plays|shows|productions", "do": "see", "did": "saw|saw|went to", "done": "seen",
-"bit": "line|entrance|gesture|minute", "bits": "scenes|moments",
-"where": "at the playhouse in {TOWN}|in the back row|from the balcony|in a church hall|at the summer festival|on the opening night|at a matinee|in the open air|with a standing ticket|on the last night of the run",
-"ppl": "acted|written|staged|lit|directed|rehearsed|sung|cast|choreographed",
-"span": "two hours|three acts|a whole evening|two and a half hours|an evening with a babysitter paid for",
-"sub2": "acting|staging|lighting|script|ending|direction|set",
-"sub": """the acting|the staging|the lighting|the set|the first act|the second act|the direction|the monologue about {object}|{LEAD}|{CO}|{LEAD} as {HERO}|{CO} as {FOE}|the curtain call
-the chorus|the stage design|the sound|{MAKERLAST}'s staging|the live music|the casting|the interval|the seating""",
-"subs": "the performances|the costumes|the songs|the set changes|the monologues|the actors|{LEAD} and {CO}|the dances|the props|the seats|the understudies",
-"asp+": """{LEAD} [is|was] {adj} as {HERO}[, and {CO} is [just|almost] as {adj}|, a {JOB} with {virtue}|, {int} {adj} even]
+    "thing": "play|play|show|production|evening of theatre",
+    "things": "plays|shows|productions",
+    "do": "see",
+    "did": "saw|saw|went to",
+    "done": "seen",
+    "bit": "line|entrance|gesture|minute",
+    "bits": "scenes|moments",
+    "where": (
+        "at the playhouse in {TOWN}|in the back row|from the balcony|in a church hall|at the summer"
+        " festival|on the opening night|at a matinee|in the open air|with a standing ticket|on the last night"
+        " of the run"
+    ),
+    "ppl": "acted|written|staged|lit|directed|rehearsed|sung|cast|choreographed",
+    "span": "two hours|three acts|a whole evening|two and a half hours|an evening with a babysitter paid for",
+    "sub2": "acting|staging|lighting|script|ending|direction|set",
+    "sub": (
+        """the acting|the staging|the lighting|the set|the first act|the second act|the direction|the monologue about {object}|{LEAD}|{CO}|{LEAD} as {HERO}|{CO} as {FOE}|the curtain call
+the chorus|the stage design|the sound|{MAKERLAST}'s staging|the live music|the casting|the interval|the seating"""
+    ),
+    "subs": (
+        "the performances|the costumes|the songs|the set changes|the monologues|the actors|{LEAD} and"
+        " {CO}|the dances|the props|the seats|the understudies"
+    ),
+    "asp+": (
+        """{LEAD} [is|was] {adj} as {HERO}[, and {CO} is [just|almost] as {adj}|, a {JOB} with {virtue}|, {int} {adj} even]
 you could hear a pin drop when {HERO} {miniact}[, {clause}|, and {sub} {vp}]
 the audience [stood|cheered|clapped] for {n} minutes[, and {LEAD} was in tears|, {one} too|, and {clause}]
-{MAKER} stages it with {virtue}[ and {virtue}|][, {sub} above all|, and {clause}]""",
-"asp-": """{LEAD} [is|was] {adj} as {HERO}[, and {CO} is [just|almost] as {adj}|, a {JOB} with {virtue}|, {int} {adj} even]
+{MAKER} stages it with {virtue}[ and {virtue}|][, {sub} above all|, and {clause}]"""
+    ),
+    "asp-": (
+        """{LEAD} [is|was] {adj} as {HERO}[, and {CO} is [just|almost] as {adj}|, a {JOB} with {virtue}|, {int} {adj} even]
 you could hear people [cough|snore|leave] when {HERO} {miniact}[, {clause}|, and {sub} {vp}]
 the audience [thinned out|shuffled|whispered] for {n} minutes[, and {LEAD} noticed|, {one} too|, and {clause}]
-{MAKER} stages it with {virtue}[, {sub} above all|, and {clause}]""",
-"info": """{LEAD} plays {HERO}[, {CO} plays {FOE}|; {CO} is {FOE}|], and {MAKER} directs
-[it runs|it's on|you can see it] until [the end of {month}|{month}] in {TOWN}, [with one interval|without an interval|with a bar downstairs]""",
-"recipe": {"KIND": "tragedy|farce|musical theatre|puppet theatre|comedy of manners|political drama|kitchen-sink drama|historical drama|improvised theatre|dance theatre"},
-"role": "director",
+{MAKER} stages it with {virtue}[, {sub} above all|, and {clause}]"""
+    ),
+    "info": (
+        """{LEAD} plays {HERO}[, {CO} plays {FOE}|; {CO} is {FOE}|], and {MAKER} directs
+[it runs|it's on|you can see it] until [the end of {month}|{month}] in {TOWN}, [with one interval|without an interval|with a bar downstairs]"""
+    ),
+    "recipe": {
+        "KIND": (
+            "tragedy|farce|musical theatre|puppet theatre|comedy of manners|political drama|kitchen-sink"
+            " drama|historical drama|improvised theatre|dance theatre"
+        )
+    },
+    "role": "director",
 }
 
 _SERIES = {
-"thing": "series|show|series|show|programme", "things": "shows|series|programmes", "do": "watch", "did": "watched|binged|started", "done": "watched|seen",
-"bit": "episode|minute|line", "bits": "episodes|moments",
-"where": "on the sofa|with dinner on my lap|on my tablet|over one weekend|an episode a night|on late-night TV|in the gym|at {one}'s place|with the subtitles on|on the commute",
-"ppl": "acted|written|cast|paced|produced|shot|edited|dubbed|plotted",
-"span": "eight hours|two seasons|ten episodes|a whole weekend|six evenings",
-"sub2": "acting|writing|casting|plot|finale|music|dialogue",
-"sub": """the acting|the writing|the casting|the pilot|the season finale|the theme tune|the first season|the second season|{LEAD}|{CO}|{LEAD} as {HERO}|{CO} as {FOE}|the cliffhanger in {spot}|the production
-the episode about {object}|the episode in {spot}|the episode where {HERO} {miniact}|the title sequence|the running gag about {object}""",
-"subs": "the performances|the episodes in {TOWN}|the cliffhangers|the cameos|the costumes|the recaps|{LEAD} and {CO}|the later episodes|the early episodes|the guest stars",
-"asp+": """{LEAD} [is|was] {adj} as {HERO}[, and {CO} is [just|almost] as {adj}|, a {JOB} with {virtue}|, {int} {adj} even]
+    "thing": "series|show|series|show|programme",
+    "things": "shows|series|programmes",
+    "do": "watch",
+    "did": "watched|binged|started",
+    "done": "watched|seen",
+    "bit": "episode|minute|line",
+    "bits": "episodes|moments",
+    "where": (
+        "on the sofa|with dinner on my lap|on my tablet|over one weekend|an episode a night|on late-night"
+        " TV|in the gym|at {one}'s place|with the subtitles on|on the commute"
+    ),
+    "ppl": "acted|written|cast|paced|produced|shot|edited|dubbed|plotted",
+    "span": "eight hours|two seasons|ten episodes|a whole weekend|six evenings",
+    "sub2": "acting|writing|casting|plot|finale|music|dialogue",
+    "sub": (
+        """the acting|the writing|the casting|the pilot|the season finale|the theme tune|the first season|the second season|{LEAD}|{CO}|{LEAD} as {HERO}|{CO} as {FOE}|the cliffhanger in {spot}|the production
+the episode about {object}|the episode in {spot}|the episode where {HERO} {miniact}|the title sequence|the running gag about {object}"""
+    ),
+    "subs": (
+        "the performances|the episodes in {TOWN}|the cliffhangers|the cameos|the costumes|the recaps|{LEAD}"
+        " and {CO}|the later episodes|the early episodes|the guest stars"
+    ),
+    "asp+": (
+        """{LEAD} [is|was] {adj} as {HERO}[, and {CO} is [just|almost] as {adj}|, a {JOB} with {virtue}|, {int} {adj} even]
 [just one more episode|next episode, please], [we said|I told {one}], [until {n} in the morning|and then {HERO} {miniact}|and {clause}]
 it gets [better|richer|stronger] with every episode[, and when {HERO} {miniact}, it's {adj}|, {clause}]
-bring on [season two|the next season|more of {FOE}][, {clause}|, and more of {LEAD}]""",
-"asp-": """{LEAD} [is|was] {adj} as {HERO}[, and {CO} is [just|almost] as {adj}|, a {JOB} with {virtue}|, {int} {adj} even]
+bring on [season two|the next season|more of {FOE}][, {clause}|, and more of {LEAD}]"""
+    ),
+    "asp-": (
+        """{LEAD} [is|was] {adj} as {HERO}[, and {CO} is [just|almost] as {adj}|, a {JOB} with {virtue}|, {int} {adj} even]
 [no more episodes|that's enough], [we said|I told {one}], [after {n} of them|and then {HERO} {miniact}|and {clause}]
 it gets [worse|thinner|sillier] with every episode[, and when {HERO} {miniact}, it's {adj}|, {clause}]
-cancel [season two|the next season|{FOE}][, {clause}|, and {LEAD} too]""",
-"info": """there are [six|eight|ten|twelve] episodes of [about|] [thirty|forty|fifty] minutes, [with {LEAD} as {HERO}|set in {TOWN}|written by {WRITER}]
-{LEAD}, [best known for|last seen in|who was in] {OTHER}, [is|plays] {HERO} here[, a {JOB}|]""",
-"recipe": {"KIND": "crime|sitcom|hospital drama|fantasy|science fiction|costume drama|real-life crime|soap|mystery|political drama|sketch comedy|survival"},
-"role": "showrunner",
+cancel [season two|the next season|{FOE}][, {clause}|, and {LEAD} too]"""
+    ),
+    "info": (
+        """there are [six|eight|ten|twelve] episodes of [about|] [thirty|forty|fifty] minutes, [with {LEAD} as {HERO}|set in {TOWN}|written by {WRITER}]
+{LEAD}, [best known for|last seen in|who was in] {OTHER}, [is|plays] {HERO} here[, a {JOB}|]"""
+    ),
+    "recipe": {
+        "KIND": (
+            "crime|sitcom|hospital drama|fantasy|science fiction|costume drama|real-life"
+            " crime|soap|mystery|political drama|sketch comedy|survival"
+        )
+    },
+    "role": "showrunner",
 }
 
 _RESTAURANT = {
-"thing": "restaurant|place|restaurant|place|kitchen|dining room", "things": "restaurants|places|kitchens", "do": "visit|try", "did": "visited|tried|went to|ate at", "done": "visited|tried",
-"bit": "dish|bite|course|plate|mouthful", "bits": "dishes|corners",
-"where": "at a table by the window|at the bar|for Sunday lunch|without a booking|on the terrace|at the last free table|with a voucher|next to the kitchen door|before a concert|in the upstairs room",
-"ppl": "run|cooked|served|seasoned|lit|decorated|organised|priced|plated",
-"span": "two hours|three courses|a whole evening|ninety minutes|an hour and a half",
-"sub2": "food|service|music|wine|decor|menu|lighting",
-"theme!": "home cooking|hospitality|tradition|spice|seafood|bread|comfort food|local produce|dessert|seasonal food|good wine|simple food|vegetables",
-"dish": """{cook} {food} [with|on|over] {side}|{cook} {food} [with|on|over] {side}|{cook} {food}|{food} soup|{food} pie|{food} and {side}|{cook} {food} in a {sauce} sauce
-{food} [stew|curry|salad|dumplings|pasta|tart|risotto]""",
-"cook": "grilled|roast|slow-cooked|fried|smoked|braised|pickled|baked|steamed|charred|stuffed|marinated",
-"food": "lamb|trout|chicken|aubergine|pumpkin|beef|duck|mushroom|cod|lentil|prawn|cauliflower|pork belly|goat cheese|rabbit|squid|beetroot|salmon|tofu|artichoke|mussel|chickpea",
-"side": "rice|polenta|mashed potatoes|fennel|wild garlic|couscous|spinach|lemon butter|black beans|noodles|roasted peppers|green beans|cabbage|walnuts|plum chutney|yoghurt|flatbread",
-"sauce": "mustard|pepper|lemon|tomato|plum|coconut|herb|red wine|peanut|saffron|cream|ginger",
-"dessert": "the apple cake|the lemon tart|the chocolate mousse|the cheese plate|the rice pudding|the plum crumble|the honey ice cream|the pear sorbet|the almond biscuits",
-"sub": """the food|the service|the menu|the wine list|the bread|the soup|the starter|the main course|the dessert|the atmosphere|the music|the lighting|the bill|the coffee
-the decor|the terrace|the house wine|our waiter {LEAD}|{LEAD}|{CO} behind the bar|the {dish}|the {dish}|the {dish}|the {dish}|the {DISH}|{dessert}|the table by the door|the set lunch|{MAKERLAST}'s cooking|the {sauce} sauce""",
-"subs": """the portions|the vegetables|the side dishes|the staff|the prices|the desserts|the starters|the cocktails|the flavours|the chairs|the waiters|the daily specials
-the other guests|the toilets|the small plates|the opening hours|{LEAD} and {CO}|the fried things|the spices""",
-"short+": "cooked to perfection|good value|worth every penny", "short-": "cold in the middle|hard to swallow|a long way from fresh",
-"dadj+": "tasty|delicious|juicy|fragrant|mouth-watering|cosy|attentive|well-seasoned|homely|friendly|welcoming|tangy|hearty|light|aromatic|clean",
-"dadj-": "greasy|soggy|overcooked|salty|lukewarm|rude|overpriced|undercooked|rubbery|watery|noisy|stingy|dry|burnt|sticky|bitter|grubby|reheated",
-"plot": """we [ordered|had|started with|shared] the {dish}, the {dish} and [later|then|finally] {dessert}
+    "thing": "restaurant|place|restaurant|place|kitchen|dining room",
+    "things": "restaurants|places|kitchens",
+    "do": "visit|try",
+    "did": "visited|tried|went to|ate at",
+    "done": "visited|tried",
+    "bit": "dish|bite|course|plate|mouthful",
+    "bits": "dishes|corners",
+    "where": (
+        "at a table by the window|at the bar|for Sunday lunch|without a booking|on the terrace|at the last"
+        " free table|with a voucher|next to the kitchen door|before a concert|in the upstairs room"
+    ),
+    "ppl": "run|cooked|served|seasoned|lit|decorated|organised|priced|plated",
+    "span": "two hours|three courses|a whole evening|ninety minutes|an hour and a half",
+    "sub2": "food|service|music|wine|decor|menu|lighting",
+    "theme!": (
+        "home cooking|hospitality|tradition|spice|seafood|bread|comfort food|local produce|dessert|seasonal"
+        " food|good wine|simple food|vegetables"
+    ),
+    "dish": (
+        """{cook} {food} [with|on|over] {side}|{cook} {food} [with|on|over] {side}|{cook} {food}|{food} soup|{food} pie|{food} and {side}|{cook} {food} in a {sauce} sauce
+{food} [stew|curry|salad|dumplings|pasta|tart|risotto]"""
+    ),
+    "cook": "grilled|roast|slow-cooked|fried|smoked|braised|pickled|baked|steamed|charred|stuffed|marinated",
+    "food": (
+        "lamb|trout|chicken|aubergine|pumpkin|beef|duck|mushroom|cod|lentil|prawn|cauliflower|pork belly|goat"
+        " cheese|rabbit|squid|beetroot|salmon|tofu|artichoke|mussel|chickpea"
+    ),
+    "side": (
+        "rice|polenta|mashed potatoes|fennel|wild garlic|couscous|spinach|lemon butter|black"
+        " beans|noodles|roasted peppers|green beans|cabbage|walnuts|plum chutney|yoghurt|flatbread"
+    ),
+    "sauce": "mustard|pepper|lemon|tomato|plum|coconut|herb|red wine|peanut|saffron|cream|ginger",
+    "dessert": (
+        "the apple cake|the lemon tart|the chocolate mousse|the cheese plate|the rice pudding|the plum"
+        " crumble|the honey ice cream|the pear sorbet|the almond biscuits"
+    ),
+    "sub": (
+        """the food|the service|the menu|the wine list|the bread|the soup|the starter|the main course|the dessert|the atmosphere|the music|the lighting|the bill|the coffee
+the decor|the terrace|the house wine|our waiter {LEAD}|{LEAD}|{CO} behind the bar|the {dish}|the {dish}|the {dish}|the {dish}|the {DISH}|{dessert}|the table by the door|the set lunch|{MAKERLAST}'s cooking|the {sauce} sauce"""
+    ),
+    "subs": (
+        """the portions|the vegetables|the side dishes|the staff|the prices|the desserts|the starters|the cocktails|the flavours|the chairs|the waiters|the daily specials
+the other guests|the toilets|the small plates|the opening hours|{LEAD} and {CO}|the fried things|the spices"""
+    ),
+    "short+": "cooked to perfection|good value|worth every penny",
+    "short-": "cold in the middle|hard to swallow|a long way from fresh",
+    "dadj+": (
+        "tasty|delicious|juicy|fragrant|mouth-watering|cosy|attentive|well-seasoned|homely|friendly|welcoming|tangy|hearty|light|aromatic|clean"
+    ),
+    "dadj-": (
+        "greasy|soggy|overcooked|salty|lukewarm|rude|overpriced|undercooked|rubbery|watery|noisy|stingy|dry|burnt|sticky|bitter|grubby|reheated"
+    ),
+    "plot": (
+        """we [ordered|had|started with|shared] the {dish}, the {dish} and [later|then|finally] {dessert}
 [I|{one}] [had|chose|went for|ordered] the {dish}, [while|and] {one} [had|took|shared] the {dish}
 {LEAD}, [our waiter|who served us], [brought|recommended|forgot|described] the {dish} [first|at once|after {n} minutes|twice]
 the menu [changes|is short|lists {n} dishes], [with|among them] the {DISH}, the {dish} and {dessert}
 we [came|arrived|walked in] at [six|seven|eight|half past seven], [had booked|had not booked] and [sat|were seated] [by the window|near the kitchen|in a corner|outside] after {n} minutes
 {MAKER} [cooks|runs the kitchen|does everything] and {CO} [pours the drinks|runs the front|bakes the bread], [since {YEAR}|in a former {shop}|on two floors]
-[after|following] the {dish} came the {dish}, [with|and] [a glass of|a jug of|a bottle of] [red|white|cider|house wine|beer|water]""",
-"shop": "bank|bakery|post office|barn|garage|school|pharmacy|warehouse|stable|chapel",
-"asp+": """the {dish} [was|tasted] {adj}[, the {dish} even more so| and {adj}|, and the {dish} was {int} {adj}]
+[after|following] the {dish} came the {dish}, [with|and] [a glass of|a jug of|a bottle of] [red|white|cider|house wine|beer|water]"""
+    ),
+    "shop": "bank|bakery|post office|barn|garage|school|pharmacy|warehouse|stable|chapel",
+    "asp+": (
+        """the {dish} [was|tasted] {adj}[, the {dish} even more so| and {adj}|, and the {dish} was {int} {adj}]
 {LEAD} [remembered|knew|brought] [our order|every allergy|extra {side}|a high chair] without [being asked|a note|fuss][, and {clause}|]
 I [mopped up|dream of|would cross town for] the {sauce} sauce[ and the {dish}|, {clause}|]
-we [left|went home] [full|happy|singing] and [not a penny too poor|with a box of {side}|with the recipe for the {dish}]""",
-"asp-": """the {dish} [was|tasted] {adj}[, the {dish} even more so| and {adj}|, and the {dish} was {int} {adj}]
+we [left|went home] [full|happy|singing] and [not a penny too poor|with a box of {side}|with the recipe for the {dish}]"""
+    ),
+    "asp-": (
+        """the {dish} [was|tasted] {adj}[, the {dish} even more so| and {adj}|, and the {dish} was {int} {adj}]
 {LEAD} [forgot|mixed up|ignored] [our order|every allergy|the {side}|us completely] [twice|for {n} minutes|with a shrug][, and {clause}|]
 I [found a hair in|sent back|am still tasting] the {sauce} sauce[ and the {dish}|, {clause}|]
-we [left|went home] [hungry|cross|silent] and [{n} notes poorer|with stomach ache|had {side} on toast instead of the {dish}]""",
-"info": """it's [a short walk|five minutes|two streets] from the [station|river|market|town hall] in {TOWN}, [closed on Mondays|cash only|open since {YEAR}|with {n} tables]
-they [do|offer|have] [lunch|brunch|takeaway] [on weekdays|at weekends|until late], [mostly {dish}|including the {DISH}|with {dessert}]""",
-"kid": """there is a [children's menu|box of toys|small garden], and my {n2}-year-old [ate|left|asked for] the {dish}
-{n2}-year-olds will [look at|poke|eat] the {dish} [with suspicion|and ask for chips|if you call it something else]""",
-"n2": "three|four|five|six|seven|eight|nine|ten",
-"recipe": {"KIND": "seafood|street food|vegetarian food|country cooking|barbecue|mountain food|noodle|pizza|fusion cooking|tapas|brunch|curry|harbour food", "DISH": "{dish}"},
-"role": "chef",
+we [left|went home] [hungry|cross|silent] and [{n} notes poorer|with stomach ache|had {side} on toast instead of the {dish}]"""
+    ),
+    "info": (
+        """it's [a short walk|five minutes|two streets] from the [station|river|market|town hall] in {TOWN}, [closed on Mondays|cash only|open since {YEAR}|with {n} tables]
+they [do|offer|have] [lunch|brunch|takeaway] [on weekdays|at weekends|until late], [mostly {dish}|including the {DISH}|with {dessert}]"""
+    ),
+    "kid": (
+        """there is a [children's menu|box of toys|small garden], and my {n2}-year-old [ate|left|asked for] the {dish}
+{n2}-year-olds will [look at|poke|eat] the {dish} [with suspicion|and ask for chips|if you call it something else]"""
+    ),
+    "n2": "three|four|five|six|seven|eight|nine|ten",
+    "recipe": {
+        "KIND": (
+            "seafood|street food|vegetarian food|country cooking|barbecue|mountain food|noodle|pizza|fusion"
+            " cooking|tapas|brunch|curry|harbour food"
+        ),
+        "DISH": "{dish}",
+    },
+    "role": "chef",
 }
 
 _HOTEL = {
-"thing": "hotel|place|hotel|guest house|inn", "things": "hotels|places|inns", "do": "book|visit", "did": "booked|visited|tried", "done": "visited|tried|stayed at",
-"bit": "night|morning|corner|hour|detail", "bits": "rooms|corners",
-"where": "for a long weekend|on a business trip|on our honeymoon|with the dog|off season|with a voucher|for a wedding|on the way south|in the middle of the fair|for {n} nights",
-"ppl": "run|furnished|kept|decorated|cleaned|organised|heated|located|staffed",
-"span": "three nights|a whole weekend|two nights|an entire holiday|a week",
-"sub2": "room|service|breakfast|view|bed|lobby|staff",
-"theme!": "rest|hospitality|comfort|the seaside|sleep|good manners|peace and quiet|silence|country life|breakfast|clean sheets|tradition",
-"item": "lamp|shower|wardrobe|kettle|window|lift|bed|curtain|carpet|key card|heating|mirror|minibar|balcony door|hairdryer|sofa|safe|radiator|television|bath",
-"room": "a double room|a single room|the attic room|a family room|room {no}|room {no}|room {no}|the corner suite|a room over the {yard}",
-"no": "[1|2|3|4|5][0|1|2][1|2|3|4|5|6|7|8|9]", "yard": "courtyard|garden|harbour|street|car park|kitchen|square|canal|railway line|pool",
-"sub": """the room|the bed|the breakfast|the view of the {yard}|the service|the lobby|the lift|the bathroom|the shower|the pool|the sauna|the garden|the bar|the welcome
-the location|the price|the coffee|the restaurant|{LEAD} at the front desk|{LEAD}|{CO} from the bar|the {item}|the {item}|the {item} in {room}|the smell of the {item}|the check-in|the car park|the wifi|the sound of the {yard}|{room}""",
-"subs": """the rooms|the beds|the towels|the staff|the pillows|the walls|the windows|the corridors|the breakfast eggs|the curtains|the stairs|the other guests|the views
-the prices|the extras|the house rules|{LEAD} and {CO}|the rolls at breakfast|the sun beds""",
-"short+": "good value|a home from home", "short-": "not worth the price|in need of paint",
-"dadj+": "comfortable|clean|spotless|quiet|cosy|friendly|spacious|central|helpful|sunny|airy|welcoming|relaxing|well-kept|peaceful|luxurious|homely",
-"dadj-": "dirty|noisy|damp|cramped|rude|overpriced|mouldy|smelly|dusty|draughty|stuffy|unfriendly|broken|run-down|stained|chilly|creaky|understaffed",
-"plot": """we [had|were given|stayed in|got] {room} [with|and] [a view of|a door to|a window on] the {yard}, [on the {ord} floor|for {n} nights|next to the lift]
+    "thing": "hotel|place|hotel|guest house|inn",
+    "things": "hotels|places|inns",
+    "do": "book|visit",
+    "did": "booked|visited|tried",
+    "done": "visited|tried|stayed at",
+    "bit": "night|morning|corner|hour|detail",
+    "bits": "rooms|corners",
+    "where": (
+        "for a long weekend|on a business trip|on our honeymoon|with the dog|off season|with a voucher|for a"
+        " wedding|on the way south|in the middle of the fair|for {n} nights"
+    ),
+    "ppl": "run|furnished|kept|decorated|cleaned|organised|heated|located|staffed",
+    "span": "three nights|a whole weekend|two nights|an entire holiday|a week",
+    "sub2": "room|service|breakfast|view|bed|lobby|staff",
+    "theme!": (
+        "rest|hospitality|comfort|the seaside|sleep|good manners|peace and quiet|silence|country"
+        " life|breakfast|clean sheets|tradition"
+    ),
+    "item": (
+        "lamp|shower|wardrobe|kettle|window|lift|bed|curtain|carpet|key card|heating|mirror|minibar|balcony"
+        " door|hairdryer|sofa|safe|radiator|television|bath"
+    ),
+    "room": (
+        "a double room|a single room|the attic room|a family room|room {no}|room {no}|room {no}|the corner"
+        " suite|a room over the {yard}"
+    ),
+    "no": "[1|2|3|4|5][0|1|2][1|2|3|4|5|6|7|8|9]",
+    "yard": "courtyard|garden|harbour|street|car park|kitchen|square|canal|railway line|pool",
+    "sub": (
+        """the room|the bed|the breakfast|the view of the {yard}|the service|the lobby|the lift|the bathroom|the shower|the pool|the sauna|the garden|the bar|the welcome
+the location|the price|the coffee|the restaurant|{LEAD} at the front desk|{LEAD}|{CO} from the bar|the {item}|the {item}|the {item} in {room}|the smell of the {item}|the check-in|the car park|the wifi|the sound of the {yard}|{room}"""
+    ),
+    "subs": (
+        """the rooms|the beds|the towels|the staff|the pillows|the walls|the windows|the corridors|the breakfast eggs|the curtains|the stairs|the other guests|the views
+the prices|the extras|the house rules|{LEAD} and {CO}|the rolls at breakfast|the sun beds"""
+    ),
+    "short+": "good value|a home from home",
+    "short-": "not worth the price|in need of paint",
+    "dadj+": (
+        "comfortable|clean|spotless|quiet|cosy|friendly|spacious|central|helpful|sunny|airy|welcoming|relaxing|well-kept|peaceful|luxurious|homely"
+    ),
+    "dadj-": (
+        "dirty|noisy|damp|cramped|rude|overpriced|mouldy|smelly|dusty|draughty|stuffy|unfriendly|broken|run-down|stained|chilly|creaky|understaffed"
+    ),
+    "plot": (
+        """we [had|were given|stayed in|got] {room} [with|and] [a view of|a door to|a window on] the {yard}, [on the {ord} floor|for {n} nights|next to the lift]
 we [came|arrived|checked in] [late|at noon|by train|by bike|after a delayed flight] and [{LEAD} gave us|were handed|had to wait for] the key to {room}
 [breakfast|coffee|tea] is [served|laid out] from [six|seven|half past seven] [in the cellar|in the old stable|by the {yard}|under a glass roof], [with eggs|with fresh bread|with {n} kinds of jam|by {CO}]
 on the [first|second|third|last] [night|morning] the {item} [stopped working|made a noise|fell down|was replaced], [so|and] {one} [called|fetched|asked for] {LEAD}
 {MAKER} [opened|took over|rebuilt] the {thing} in {YEAR}, [when it was still|it used to be] a [mill|convent|school|hospital|farm|brewery|bank]
-during the day we [walked to|took the bus to|drove round] {TOWN}[ and back|, saw the {yard}|], [and in the evening|then] we [sat by|read in|drank tea in] [the lobby|{room}|the garden]""",
-"ord": "first|second|third|fourth|top",
-"asp+": """{LEAD} [upgraded us to|found us|had kept] {room} [for free|without fuss|with a smile][, and {clause}|]
+during the day we [walked to|took the bus to|drove round] {TOWN}[ and back|, saw the {yard}|], [and in the evening|then] we [sat by|read in|drank tea in] [the lobby|{room}|the garden]"""
+    ),
+    "ord": "first|second|third|fourth|top",
+    "asp+": (
+        """{LEAD} [upgraded us to|found us|had kept] {room} [for free|without fuss|with a smile][, and {clause}|]
 I slept like a [log|baby|stone] in {room}[, {clause}|, despite the {item}|, with the {yard} below]
 when the {item} [broke|failed], {LEAD} [fixed|replaced] it within {n} minutes[, {adj}|, and {clause}]
-we [didn't want to leave|extended our stay|booked again] {room}, [{one} least of all|and {clause}|thanks to {sub}]""",
-"asp-": """{LEAD} [downgraded us to|had lost|had double-booked] {room} [without a word|with a shrug|and blamed us][, and {clause}|]
+we [didn't want to leave|extended our stay|booked again] {room}, [{one} least of all|and {clause}|thanks to {sub}]"""
+    ),
+    "asp-": (
+        """{LEAD} [downgraded us to|had lost|had double-booked] {room} [without a word|with a shrug|and blamed us][, and {clause}|]
 I didn't sleep a wink in {room}[, {clause}|, because of the {item}|, with the {yard} below]
 when the {item} [broke|failed], {LEAD} [laughed|ignored us] for {n} hours[, {adj}|, and {clause}]
-we [wanted to leave|cut short our stay|fled from] {room}, [{one} first of all|and {clause}|thanks to {sub}]""",
-"info": """it's [a short walk|ten minutes|two stops] from the [station|beach|old town|lake] in {TOWN}, [with {n} rooms|open all year|built in {YEAR}|next to a {yard2}]
-parking [costs|is] [extra|free|limited], [dogs are welcome|no pets|there is a lift], and [check-out|breakfast] is at [ten|eleven|nine][ sharp|, as {LEAD} says|]""",
-"yard2": "church|park|bakery|school|fire station|theatre|museum|market",
-"kid": """my {n2}-year-old [jumped on|slept on|asked about] the {item} in {room}
-for children there is [a slide|a sandpit|a games room] by the {yard}, [next to the {item}|which our {n2}-year-old found]""",
-"n2": "three|four|five|six|seven|eight|nine|ten",
-"recipe": {"KIND": "seaside|boutique|budget|spa|country|city break|mountain|airport|wellness|family holiday"},
-"role": "owner",
+we [wanted to leave|cut short our stay|fled from] {room}, [{one} first of all|and {clause}|thanks to {sub}]"""
+    ),
+    "info": (
+        """it's [a short walk|ten minutes|two stops] from the [station|beach|old town|lake] in {TOWN}, [with {n} rooms|open all year|built in {YEAR}|next to a {yard2}]
+parking [costs|is] [extra|free|limited], [dogs are welcome|no pets|there is a lift], and [check-out|breakfast] is at [ten|eleven|nine][ sharp|, as {LEAD} says|]"""
+    ),
+    "yard2": "church|park|bakery|school|fire station|theatre|museum|market",
+    "kid": (
+        """my {n2}-year-old [jumped on|slept on|asked about] the {item} in {room}
+for children there is [a slide|a sandpit|a games room] by the {yard}, [next to the {item}|which our {n2}-year-old found]"""
+    ),
+    "n2": "three|four|five|six|seven|eight|nine|ten",
+    "recipe": {
+        "KIND": "seaside|boutique|budget|spa|country|city break|mountain|airport|wellness|family holiday"
+    },
+    "role": "owner",
 }
 
 _ALBUM = {
-"thing": "album|record|album|record|disc", "things": "albums|records|discs", "do": "play|hear", "did": "played|heard|listened to|bought", "done": "heard|played|owned",
-"bit": "note|song|track|chorus|second", "bits": "songs|moments",
-"where": "on headphones|on the night bus|in the car|on vinyl|in the kitchen|on my brother's old stereo|while cooking|on a long run|in a record shop in {TOWN}|on a cheap speaker|at {one}'s place",
-"ppl": "sung|played|recorded|mixed|produced|arranged|written|sequenced|mastered",
-"span": "forty minutes|an hour|twelve songs|a double album|three quarters of an hour",
-"sub2": "singing|drumming|songwriting|production|artwork|guitar work|mixing",
-"inst": "guitar|piano|cello|trumpet|banjo|organ|violin|saxophone|drum machine|accordion|synth|flute|bass|harmonica|harp|choir",
-"song": "\"{SONG1}\"|\"{SONG2}\"|\"{SONG3}\"|the song about {theme}|the {ord} track",
-"ord": "first|second|third|fourth|fifth|sixth|last",
-"sub": """the singing|the drumming|the bass|the production|the opener|the closing track|the title track|the songwriting|the mix|the artwork|the voice of {LEAD}|{LEAD}|{CO} on {inst}
-{LEAD} on {inst}|the {inst}|the {inst} solo|the {inst} in {song}|{song}|{song}|{song}|the bridge of {song}|the intro to {song}|{MAKERLAST}'s voice|the first side|the second side|the cover version|the tempo|the duet with {CO}""",
-"subs": """the lyrics|the melodies|the choruses|the harmonies|the drums|the vocals|the guitars|the strings|the ballads|the words of {song}|the liner notes|the fast songs|the slow songs
-the verses of {song}|the live tracks|the horns|{LEAD} and {CO}|the backing vocals|the bonus tracks|the {inst} parts|the samples""",
-"short+": "raw in a good way|easy on the ear", "short-": "out of tune|auto-tuned to death",
-"dadj+": "catchy|groovy|melodic|soaring|danceable|lush|hummable|dreamy|intimate|funky|rousing|well-produced|haunting|poetic|tight|harmonious|timeless",
-"dadj-": "tuneless|overproduced|whiny|off-key|noisy|droning|shrill|samey|muffled|syrupy|tinny|plodding|cluttered|screechy|rambling|thin",
-"plot": """it [starts|opens] with {song}, a {nadj} [tune|number|piece] [for|with] {inst} and {inst}, [and then comes|followed by] {song}
+    "thing": "album|record|album|record|disc",
+    "things": "albums|records|discs",
+    "do": "play|hear",
+    "did": "played|heard|listened to|bought",
+    "done": "heard|played|owned",
+    "bit": "note|song|track|chorus|second",
+    "bits": "songs|moments",
+    "where": (
+        "on headphones|on the night bus|in the car|on vinyl|in the kitchen|on my brother's old stereo|while"
+        " cooking|on a long run|in a record shop in {TOWN}|on a cheap speaker|at {one}'s place"
+    ),
+    "ppl": "sung|played|recorded|mixed|produced|arranged|written|sequenced|mastered",
+    "span": "forty minutes|an hour|twelve songs|a double album|three quarters of an hour",
+    "sub2": "singing|drumming|songwriting|production|artwork|guitar work|mixing",
+    "inst": (
+        "guitar|piano|cello|trumpet|banjo|organ|violin|saxophone|drum"
+        " machine|accordion|synth|flute|bass|harmonica|harp|choir"
+    ),
+    "song": '"{SONG1}"|"{SONG2}"|"{SONG3}"|the song about {theme}|the {ord} track',
+    "ord": "first|second|third|fourth|fifth|sixth|last",
+    "sub": (
+        """the singing|the drumming|the bass|the production|the opener|the closing track|the title track|the songwriting|the mix|the artwork|the voice of {LEAD}|{LEAD}|{CO} on {inst}
+{LEAD} on {inst}|the {inst}|the {inst} solo|the {inst} in {song}|{song}|{song}|{song}|the bridge of {song}|the intro to {song}|{MAKERLAST}'s voice|the first side|the second side|the cover version|the tempo|the duet with {CO}"""
+    ),
+    "subs": (
+        """the lyrics|the melodies|the choruses|the harmonies|the drums|the vocals|the guitars|the strings|the ballads|the words of {song}|the liner notes|the fast songs|the slow songs
+the verses of {song}|the live tracks|the horns|{LEAD} and {CO}|the backing vocals|the bonus tracks|the {inst} parts|the samples"""
+    ),
+    "short+": "raw in a good way|easy on the ear",
+    "short-": "out of tune|auto-tuned to death",
+    "dadj+": (
+        "catchy|groovy|melodic|soaring|danceable|lush|hummable|dreamy|intimate|funky|rousing|well-produced|haunting|poetic|tight|harmonious|timeless"
+    ),
+    "dadj-": (
+        "tuneless|overproduced|whiny|off-key|noisy|droning|shrill|samey|muffled|syrupy|tinny|plodding|cluttered|screechy|rambling|thin"
+    ),
+    "plot": (
+        """it [starts|opens] with {song}, a {nadj} [tune|number|piece] [for|with] {inst} and {inst}, [and then comes|followed by] {song}
 {song} is about {theme}[ and {theme}|], [sung|played|written] by {LEAD} [with|over] a {nadj} {inst}
 halfway through {song} [the {inst} drops out|{CO} joins in on {inst}|the {inst} takes over|it turns into a waltz]
 the band is {LEAD} ({inst}), {CO} ({inst}) and [a friend|{one2}|a session player] on {inst}
 [recorded|taped|written] in [a barn|a church|a cellar|a kitchen|a studio] [near|in] {TOWN} in {n} [days|weeks|months], it has [nine|ten|eleven|twelve] songs[ about {theme}|]
-the [first|second] side is [mostly|all] {inst} and {inst}, the other has {song} and {song}""",
-"one2": "a cousin|their producer|a retired teacher|a neighbour|an old schoolfriend",
-"asp+": """{LEAD} sings {song} with {virtue}[ and {virtue}|][, and {clause}|, over a {adj} {inst}]
+the [first|second] side is [mostly|all] {inst} and {inst}, the other has {song} and {song}"""
+    ),
+    "one2": "a cousin|their producer|a retired teacher|a neighbour|an old schoolfriend",
+    "asp+": (
+        """{LEAD} sings {song} with {virtue}[ and {virtue}|][, and {clause}|, over a {adj} {inst}]
 the {inst} in {song} [is|was] {adj}[, {adj}|], [and {clause}|it gave me goosebumps|I had it on repeat]
 I [hum|whistle|sing] {song} [all day|in the shower|at work][, and {one} has caught it too|, {clause}|]
-{MAKER} has never sounded so {adj}[, {song} is proof|, listen to {song}|, and {clause}]""",
-"asp-": """{LEAD} sings {song} with {virtue}[, and {clause}|, over a {adj} {inst}]
+{MAKER} has never sounded so {adj}[, {song} is proof|, listen to {song}|, and {clause}]"""
+    ),
+    "asp-": (
+        """{LEAD} sings {song} with {virtue}[, and {clause}|, over a {adj} {inst}]
 the {inst} in {song} [is|was] {adj}[, {adj}|], [and {clause}|it gave me a headache|I hit skip]
 I [skip|mute|dread] {song} [every time|by now|at work][, and {one} has banned it|, {clause}|]
-{MAKER} has never sounded so {adj}[, {song} is proof|, listen to {song}|, and {clause}]""",
-"info": """it came out in {YEAR} [on a small label|on tape|on vinyl only|without much notice] from {TOWN}, [after {OTHER}|with {n} singles|with {LEAD} on {inst}]
-{MAKER} [plays|wrote|arranged] [everything|most of it] [apart from|except] the {inst}, [which is {CO}|played by {CO}|on loan from {one}]""",
-"kid": """my {n2}-year-old [dances to|sings|asks for] {song} [in the car|at bedtime|with a wooden spoon]
-one [rude word|shout] in {song}, [otherwise|apart from that] [fine for|nothing to worry] a {n2}-year-old [and {one}|in the back seat|]""",
-"n2": "three|four|five|six|seven|eight|nine|ten",
-"recipe": {"KIND": "folk|jazz|indie rock|soul|country|electro|hip hop|heavy metal|chamber pop|blues|punk|ambient|reggae|synth pop", "SONG1": "{song_}", "SONG2": "{song_}", "SONG3": "{song_}"},
-"song_": "{t_noun} {t_noun}|{t_adj} {t_noun}|The {t_noun} [Song|Waltz|Blues]|{t_ger} [Home|You|{TOWN}|the {t_noun}]|[Goodbye|Hello|Dear|Oh,] {HERO}|{TOWN} [Road|Rain|Line|Nights]|My {t_adj} {t_noun}",
-"role": "singer",
+{MAKER} has never sounded so {adj}[, {song} is proof|, listen to {song}|, and {clause}]"""
+    ),
+    "info": (
+        """it came out in {YEAR} [on a small label|on tape|on vinyl only|without much notice] from {TOWN}, [after {OTHER}|with {n} singles|with {LEAD} on {inst}]
+{MAKER} [plays|wrote|arranged] [everything|most of it] [apart from|except] the {inst}, [which is {CO}|played by {CO}|on loan from {one}]"""
+    ),
+    "kid": (
+        """my {n2}-year-old [dances to|sings|asks for] {song} [in the car|at bedtime|with a wooden spoon]
+one [rude word|shout] in {song}, [otherwise|apart from that] [fine for|nothing to worry] a {n2}-year-old [and {one}|in the back seat|]"""
+    ),
+    "n2": "three|four|five|six|seven|eight|nine|ten",
+    "recipe": {
+        "KIND": (
+            "folk|jazz|indie rock|soul|country|electro|hip hop|heavy metal|chamber"
+            " pop|blues|punk|ambient|reggae|synth pop"
+        ),
+        "SONG1": "{song_}",
+        "SONG2": "{song_}",
+        "SONG3": "{song_}",
+    },
+    "song_": (
+        "{t_noun} {t_noun}|{t_adj} {t_noun}|The {t_noun} [Song|Waltz|Blues]|{t_ger} [Home|You|{TOWN}|the"
+        " {t_noun}]|[Goodbye|Hello|Dear|Oh,] {HERO}|{TOWN} [Road|Rain|Line|Nights]|My {t_adj} {t_noun}"
+    ),
+    "role": "singer",
 }
 
 _GADGET = {
-"thing": "gadget|device|thing|product|machine", "things": "gadgets|devices|machines", "do": "buy|try", "did": "bought|tried|ordered|unpacked", "done": "bought|tried|owned",
-"bit": "button|detail|part|day with it", "bits": "features|details",
-"where": "in the sale|online|as a present|second-hand|at the electronics shop in {TOWN}|for the office|for the holiday flat|with a discount code|to replace {OTHER}|for {one}",
-"ppl": "built|designed|packed|made|documented|thought out|assembled|priced",
-"span": "two weeks|a month|three long evenings|a whole weekend|half a year",
-"sub2": "battery|design|build|display|app|manual|sound",
-"theme!": "battery life|design|simplicity|home comfort|privacy|durability|repairs|everyday use|saving energy|good tools|ease of use",
-"task": """[charge|clean|connect|reset|open|mount|update] [it|the thing] [in|from|under] [the kitchen|the garage|my desk|the car|the bathroom]|make coffee for {n} people|listen to [the news|music|podcasts] in [bed|the shower|the garden]
-read in [bed|the bath|the sun]|find my [keys|bike|glasses|cat]|wake up at [five|six] in {month}|clean up after [the dog|{one}|a party]|measure [my sleep|the rain|the flat]|heat [soup|milk|water] for {n}""",
-"piece": "battery|display|charger|app|lid|cable|handle|button|motor|sensor|speaker|switch|stand|hinge|plug|strap|filter|timer|remote control|light|microphone|fan",
-"mat": "plastic|metal|rubber|glass|wooden|aluminium",
-"sub": """the battery|the display|the app|the sound|the design|the manual|the price|the charger|the setup|the build quality|the packaging|the delivery|the customer service
-{LEAD} from the hotline|{LEAD} in support|the {piece}|the {piece}|the {mat} {piece}|the {mat} {piece}|the {piece} on the [side|back|front|bottom]|the {piece} after {n} [days|weeks|months]|the warranty|the menu|the finish|the weight""",
-"subs": "the buttons|the settings|the instructions|the accessories|the spare parts|the updates|the colours|the controls|the cables|the {mat} parts|the menus|the edges|the notifications|the {piece} settings|the extra features",
-"short+": "easy to use|good value|a doddle to clean", "short-": "scratched on arrival|badly made|dead within a month",
-"dadj+": "reliable|sturdy|intuitive|handy|practical|durable|user-friendly|compact|efficient|well-made|accurate|quiet|good value|responsive|versatile|silky smooth|fast",
-"dadj-": "flimsy|unreliable|fiddly|buggy|overpriced|noisy|fragile|defective|cumbersome|laggy|useless|wobbly|impractical|slow|bulky|overheated",
-"plot": """I [bought|got|ordered] it to {task}[, and sometimes to {task}|, because {OTHER} broke|, on the advice of {one}|]
+    "thing": "gadget|device|thing|product|machine",
+    "things": "gadgets|devices|machines",
+    "do": "buy|try",
+    "did": "bought|tried|ordered|unpacked",
+    "done": "bought|tried|owned",
+    "bit": "button|detail|part|day with it",
+    "bits": "features|details",
+    "where": (
+        "in the sale|online|as a present|second-hand|at the electronics shop in {TOWN}|for the office|for the"
+        " holiday flat|with a discount code|to replace {OTHER}|for {one}"
+    ),
+    "ppl": "built|designed|packed|made|documented|thought out|assembled|priced",
+    "span": "two weeks|a month|three long evenings|a whole weekend|half a year",
+    "sub2": "battery|design|build|display|app|manual|sound",
+    "theme!": (
+        "battery life|design|simplicity|home comfort|privacy|durability|repairs|everyday use|saving"
+        " energy|good tools|ease of use"
+    ),
+    "task": (
+        """[charge|clean|connect|reset|open|mount|update] [it|the thing] [in|from|under] [the kitchen|the garage|my desk|the car|the bathroom]|make coffee for {n} people|listen to [the news|music|podcasts] in [bed|the shower|the garden]
+read in [bed|the bath|the sun]|find my [keys|bike|glasses|cat]|wake up at [five|six] in {month}|clean up after [the dog|{one}|a party]|measure [my sleep|the rain|the flat]|heat [soup|milk|water] for {n}"""
+    ),
+    "piece": (
+        "battery|display|charger|app|lid|cable|handle|button|motor|sensor|speaker|switch|stand|hinge|plug|strap|filter|timer|remote"
+        " control|light|microphone|fan"
+    ),
+    "mat": "plastic|metal|rubber|glass|wooden|aluminium",
+    "sub": (
+        """the battery|the display|the app|the sound|the design|the manual|the price|the charger|the setup|the build quality|the packaging|the delivery|the customer service
+{LEAD} from the hotline|{LEAD} in support|the {piece}|the {piece}|the {mat} {piece}|the {mat} {piece}|the {piece} on the [side|back|front|bottom]|the {piece} after {n} [days|weeks|months]|the warranty|the menu|the finish|the weight"""
+    ),
+    "subs": (
+        "the buttons|the settings|the instructions|the accessories|the spare parts|the updates|the"
+        " colours|the controls|the cables|the {mat} parts|the menus|the edges|the notifications|the {piece}"
+        " settings|the extra features"
+    ),
+    "short+": "easy to use|good value|a doddle to clean",
+    "short-": "scratched on arrival|badly made|dead within a month",
+    "dadj+": (
+        "reliable|sturdy|intuitive|handy|practical|durable|user-friendly|compact|efficient|well-made|accurate|quiet|good"
+        " value|responsive|versatile|silky smooth|fast"
+    ),
+    "dadj-": (
+        "flimsy|unreliable|fiddly|buggy|overpriced|noisy|fragile|defective|cumbersome|laggy|useless|wobbly|impractical|slow|bulky|overheated"
+    ),
+    "plot": (
+        """I [bought|got|ordered] it to {task}[, and sometimes to {task}|, because {OTHER} broke|, on the advice of {one}|]
 in the box [you get|are|I found] the {thing}, a {mat} {piece}, a {piece} and [a manual in {n} languages|no manual|a spare {piece}|a card signed by {MAKER}]
 [setting it up|installing it|getting started] took {n} [minutes|hours], [mostly because of the {piece}|with help from {one}|and {n} restarts]
 to {task} you [press|hold|turn|tap] the {piece} [twice|for {n} seconds|and wait], [then|and after that] the {piece} [lights up|clicks|beeps]
 I use it [daily|every morning|at weekends|when I travel] to {task}[ and {task}|], [in {TOWN}|at home|at work]
 after {n} [days|weeks|months] the {piece} [needed|got|asked for] [a new {piece}|an update|a clean], [so|and] I [wrote to|called] {LEAD} [at the hotline|in support]
-{OTHER} had a {mat} {piece}, this one [has a {mat} one|comes without|needs two]""",
-"asp+": """it can {task} in [seconds|no time|half the time {OTHER} needs][, and {clause}|, thanks to the {piece}]
+{OTHER} had a {mat} {piece}, this one [has a {mat} one|comes without|needs two]"""
+    ),
+    "asp+": (
+        """it can {task} in [seconds|no time|half the time {OTHER} needs][, and {clause}|, thanks to the {piece}]
 the {mat} {piece} [feels|is|looks] {adj}[, and the {piece} is {adj} too|, {clause}|]
 {LEAD} [sent|posted] a new {piece} within {n} days[, free of charge|, {adj}|, and {clause}]
-I now {task} [every day|with pleasure|without thinking][, {one} too|, and {clause}|]""",
-"asp-": """it takes for ever to {task}[, and {clause}|, thanks to the {piece}|; even {OTHER} was quicker]
+I now {task} [every day|with pleasure|without thinking][, {one} too|, and {clause}|]"""
+    ),
+    "asp-": (
+        """it takes for ever to {task}[, and {clause}|, thanks to the {piece}|; even {OTHER} was quicker]
 the {mat} {piece} [feels|is|looks] {adj}[, and the {piece} is {adj} too|, {clause}|]
 {LEAD} [promised|forgot] to send a new {piece} {n} weeks ago[, no answer|, {adj}|, and {clause}]
 I can't {task} [any more|without swearing|at all][, {one} neither|, and {clause}|]
-the {piece} [broke|cracked|fell off|died] after {n} [days|hours|weeks][, {clause}|, and so did the {piece}]""",
-"info": """it [weighs|costs] [a bit more than|a bit less than|about the same as] {OTHER} and comes in [black|white|green|grey|red], [or with a {mat} {piece}|with a {piece}|with a {mat} {piece}]
-{MAKER} [designed|launched] it in {YEAR} [in {TOWN}|after {OTHER}|for people who {task}][, with a {mat} {piece}|]""",
-"kid": """my {n2}-year-old [took apart|hid|works] the {piece} [in {n} minutes|better than I do|within a day]
-keep the {piece} away from {n2}-year-olds, [ours|{one}] [bit it|lost the {piece}|tried to {task}]""",
-"n2": "three|four|five|six|seven|eight|nine|ten",
-"recipe": {"KIND": "coffee|audio|kitchen|garden|camping|bike|smart home|photo|office|fitness|travel|cleaning"},
-"role": "designer",
+the {piece} [broke|cracked|fell off|died] after {n} [days|hours|weeks][, {clause}|, and so did the {piece}]"""
+    ),
+    "info": (
+        """it [weighs|costs] [a bit more than|a bit less than|about the same as] {OTHER} and comes in [black|white|green|grey|red], [or with a {mat} {piece}|with a {piece}|with a {mat} {piece}]
+{MAKER} [designed|launched] it in {YEAR} [in {TOWN}|after {OTHER}|for people who {task}][, with a {mat} {piece}|]"""
+    ),
+    "kid": (
+        """my {n2}-year-old [took apart|hid|works] the {piece} [in {n} minutes|better than I do|within a day]
+keep the {piece} away from {n2}-year-olds, [ours|{one}] [bit it|lost the {piece}|tried to {task}]"""
+    ),
+    "n2": "three|four|five|six|seven|eight|nine|ten",
+    "recipe": {
+        "KIND": "coffee|audio|kitchen|garden|camping|bike|smart home|photo|office|fitness|travel|cleaning"
+    },
+    "role": "designer",
 }
 
 # %% ../nbs/01a_demo.ipynb #34f15a3f
 _TITLES = {
-"t_adj": """Silent|Broken|Golden|Last|Crimson|Hollow|Distant|Wooden|Second|Burning|Hidden|Bitter|Frozen|Paper|Midnight|Lonely|Wild|Borrowed|Iron|Northern
-Forgotten|Quiet|Restless|Blue|Crooked|Glass|Empty|Secret|Painted|Sleeping|Electric|Stolen|Velvet|Long|Early|Late|Dark|Tender|Savage|Salt|Invisible|Perfect""",
-"t_noun": """River|Winter|Harbour|Orchard|Train|Letter|Garden|Shadow|Summer|Mirror|Island|Storm|Promise|Road|House|Window|Bridge|Station|Kingdom|Ocean|Wolf|Clock
+    "t_adj": (
+        """Silent|Broken|Golden|Last|Crimson|Hollow|Distant|Wooden|Second|Burning|Hidden|Bitter|Frozen|Paper|Midnight|Lonely|Wild|Borrowed|Iron|Northern
+Forgotten|Quiet|Restless|Blue|Crooked|Glass|Empty|Secret|Painted|Sleeping|Electric|Stolen|Velvet|Long|Early|Late|Dark|Tender|Savage|Salt|Invisible|Perfect"""
+    ),
+    "t_noun": (
+        """River|Winter|Harbour|Orchard|Train|Letter|Garden|Shadow|Summer|Mirror|Island|Storm|Promise|Road|House|Window|Bridge|Station|Kingdom|Ocean|Wolf|Clock
 Lantern|Sparrow|Stranger|Tide|Valley|Crown|Fever|Circus|Desert|Echo|Feather|Machine|Moon|Morning|Night|Puppet|Rain|Saint|Soldier|Song|Tiger|Tower|Voyage|Wedding
-Widow|Witness|Angel|Bell|Candle|Doctor|Fox|Ghost|Hunter|Key|Ladder|Market|Needle|Piano|Queen|Rose|Snow|Thief|Uncle|Violin|Well|Yard""",
-"t_nouns": "Rivers|Winters|Letters|Shadows|Strangers|Wolves|Lanterns|Sparrows|Echoes|Ghosts|Thieves|Soldiers|Candles|Keys|Roses|Angels|Foxes|Islands|Promises|Bells|Tigers|Widows|Witnesses|Daughters|Brothers|Summers",
-"t_ger": "Leaving|Finding|Losing|Chasing|Burning|Forgetting|Saving|Following|Crossing|Waiting for|Calling|Watching|Selling|Dreaming of|Remembering|Stealing",
-"t_num": "Two|Three|Four|Five|Six|Seven|Nine|Twelve|Thirteen|A Hundred|A Thousand",
-"t_story": """The {t_adj} {t_noun}|The {t_noun} of {TOWN}|{t_adj} {t_nouns}|{t_ger} {TOWN}|{t_ger} {HERO}|{t_num} {t_nouns}|{HERO} and the {t_noun}|The {t_noun}'s {t_noun}|{t_noun} of {t_nouns}
+Widow|Witness|Angel|Bell|Candle|Doctor|Fox|Ghost|Hunter|Key|Ladder|Market|Needle|Piano|Queen|Rose|Snow|Thief|Uncle|Violin|Well|Yard"""
+    ),
+    "t_nouns": (
+        "Rivers|Winters|Letters|Shadows|Strangers|Wolves|Lanterns|Sparrows|Echoes|Ghosts|Thieves|Soldiers|Candles|Keys|Roses|Angels|Foxes|Islands|Promises|Bells|Tigers|Widows|Witnesses|Daughters|Brothers|Summers"
+    ),
+    "t_ger": (
+        "Leaving|Finding|Losing|Chasing|Burning|Forgetting|Saving|Following|Crossing|Waiting"
+        " for|Calling|Watching|Selling|Dreaming of|Remembering|Stealing"
+    ),
+    "t_num": "Two|Three|Four|Five|Six|Seven|Nine|Twelve|Thirteen|A Hundred|A Thousand",
+    "t_story": (
+        """The {t_adj} {t_noun}|The {t_noun} of {TOWN}|{t_adj} {t_nouns}|{t_ger} {TOWN}|{t_ger} {HERO}|{t_num} {t_nouns}|{HERO} and the {t_noun}|The {t_noun}'s {t_noun}|{t_noun} of {t_nouns}
 A {t_noun} in {TOWN}|{t_num} Days in {TOWN}|The {t_noun} and the {t_noun}|{MAKERLAST}'s {t_noun}|{t_noun} at the {t_noun}|{t_adj} {t_noun}|The {t_nouns} of {TOWN}|No {t_noun} for {HERO}
-{HERO} {HEROLAST}|The Last {t_noun} in {TOWN}|My {t_adj} {t_noun}|Return to {TOWN}|{t_adj} as {t_noun}|The {t_adj} {t_nouns}|The {HEROLAST} {affair}|Once in {TOWN}|{t_ger} the {t_noun}|{t_noun} {n2_}""",
-"affair": "Affair|File|Case|Brothers|Sisters|Inheritance|Letters|Trial|Murders|Wedding", "n2_": "II|III|Zero|Forever|Blues|Road",
-"title": "{t_story}",
+{HERO} {HEROLAST}|The Last {t_noun} in {TOWN}|My {t_adj} {t_noun}|Return to {TOWN}|{t_adj} as {t_noun}|The {t_adj} {t_nouns}|The {HEROLAST} {affair}|Once in {TOWN}|{t_ger} the {t_noun}|{t_noun} {n2_}"""
+    ),
+    "affair": "Affair|File|Case|Brothers|Sisters|Inheritance|Letters|Trial|Murders|Wedding",
+    "n2_": "II|III|Zero|Forever|Blues|Road",
+    "title": "{t_story}",
 }
 _FILM["title"] = _BOOK["title"] = _PLAY["title"] = _SERIES["title"] = "{t_story}"
-_RESTAURANT["title"] = """The {t_adj} {tool}|The {t_noun} and {tool}|{MAKERLAST}'s {eat}|{MAKERLAST} & {LEADLAST}|Chez {HERO}|{HERO}'s {eat}|{TOWN} {eat}|The {TOWN} {tool}|{t_adj} {tool}
+_RESTAURANT[
+    "title"
+] = """The {t_adj} {tool}|The {t_noun} and {tool}|{MAKERLAST}'s {eat}|{MAKERLAST} & {LEADLAST}|Chez {HERO}|{HERO}'s {eat}|{TOWN} {eat}|The {TOWN} {tool}|{t_adj} {tool}
 {eat} {TOWN}|The {tool} on {LEADLAST} Street"""
-_RESTAURANT["tool"] = "Spoon|Ladle|Fork|Kettle|Goose|Table|Oven|Pot|Olive|Onion|Barrel|Apron|Pepper|Plate|Lemon|Pheasant|Carp|Grape|Pan|Fig"
-_RESTAURANT["eat"] = "Kitchen|Grill|Bistro|Diner|Canteen|Tavern|Brasserie|Noodle Bar|Cantina|Smokehouse|Pizzeria|Table"
-_HOTEL["title"] = "Hotel {TOWN}|Hotel {t_noun}|The {t_adj} {t_noun} Inn|{MAKERLAST} House|The {TOWN} {inn}|{t_noun} {inn}|{inn} {HERO}|The {MAKERLAST} {inn}|{t_adj} {t_noun} {inn}|{TOWN} {t_noun} {inn}|The {t_noun} at {TOWN}"
+_RESTAURANT["tool"] = (
+    "Spoon|Ladle|Fork|Kettle|Goose|Table|Oven|Pot|Olive|Onion|Barrel|Apron|Pepper|Plate|Lemon|Pheasant|Carp|Grape|Pan|Fig"
+)
+_RESTAURANT["eat"] = (
+    "Kitchen|Grill|Bistro|Diner|Canteen|Tavern|Brasserie|Noodle Bar|Cantina|Smokehouse|Pizzeria|Table"
+)
+_HOTEL["title"] = (
+    "Hotel {TOWN}|Hotel {t_noun}|The {t_adj} {t_noun} Inn|{MAKERLAST} House|The {TOWN} {inn}|{t_noun}"
+    " {inn}|{inn} {HERO}|The {MAKERLAST} {inn}|{t_adj} {t_noun} {inn}|{TOWN} {t_noun} {inn}|The {t_noun} at"
+    " {TOWN}"
+)
 _HOTEL["inn"] = "Inn|Lodge|Hotel|Guest House|Palace|Park Hotel|Manor|Hostel|Retreat|Court|Pension"
-_ALBUM["title"] = "{song_}|{t_story}|{t_adj} {t_noun}|{t_adj} {t_nouns}|Songs [for|from] {TOWN}|{t_noun}/{t_noun}|{MAKERLAST} [Sings|Live|Again|Volume Two]|{t_noun} Music"
-_GADGET["title"] = "the {MAKERLAST} {code} {kit}|the {code} {kit} by {MAKERLAST}|the {t_noun} {code} {kit}|the {LEADLAST} {t_noun} {kit}|the {MAKERLAST} {kit} {gen}|the {t_noun} {kit}"
-_GADGET["code"] = "[A|B|C|D|E|K|M|Q|R|S|T|V|X|Z][1|2|3|4|5|7|9][0||00|50|]|[Pro|Mini|Max|Go|Air|Eco|Duo|Neo] [2|3|4|5|7|]"
+_ALBUM["title"] = (
+    "{song_}|{t_story}|{t_adj} {t_noun}|{t_adj} {t_nouns}|Songs [for|from]"
+    " {TOWN}|{t_noun}/{t_noun}|{MAKERLAST} [Sings|Live|Again|Volume Two]|{t_noun} Music"
+)
+_GADGET["title"] = (
+    "the {MAKERLAST} {code} {kit}|the {code} {kit} by {MAKERLAST}|the {t_noun} {code} {kit}|the {LEADLAST}"
+    " {t_noun} {kit}|the {MAKERLAST} {kit} {gen}|the {t_noun} {kit}"
+)
+_GADGET["code"] = (
+    "[A|B|C|D|E|K|M|Q|R|S|T|V|X|Z][1|2|3|4|5|7|9][0||00|50|]|[Pro|Mini|Max|Go|Air|Eco|Duo|Neo] [2|3|4|5|7|]"
+)
 _GADGET["gen"] = "[Pro|Mini|Max|Go|Plus|Eco|Lite] [II|III|2|3|]|2000|3000|Second Edition"
-_GADGET["kit"] = "kettle|headphones set|alarm clock|vacuum cleaner|bike light|e-reader|coffee grinder|rice cooker|smart watch|desk lamp|radio|power bank|toaster|keyboard|air fryer|weather station|thermostat|speaker|razor|blender|torch|tracker"
+_GADGET["kit"] = (
+    "kettle|headphones set|alarm clock|vacuum cleaner|bike light|e-reader|coffee grinder|rice cooker|smart"
+    " watch|desk lamp|radio|power bank|toaster|keyboard|air fryer|weather"
+    " station|thermostat|speaker|razor|blender|torch|tracker"
+)
 
 # %% ../nbs/01a_demo.ipynb #13b8c9ce
-_PRE = "Mar Hal Bren Tor Wes Cal Dun Fen Gar Hol Ken Lang Mor Nor Or Pel Quin Ros Sel Thorn Ul Van Wal Yar Zel Ash Bel Cor Dal El Far Gren Had Ing Jar Kel Lor Mel Nev Os".split()
+_PRE = (
+    "Mar Hal Bren Tor Wes Cal Dun Fen Gar Hol Ken Lang Mor Nor Or Pel Quin Ros Sel Thorn Ul Van Wal Yar Zel"
+    " Ash Bel Cor Dal El Far Gren Had Ing Jar Kel Lor Mel Nev Os".split()
+)
 _SUR = "wick ridge man sen dale ley berg ova etti oux ard ström by er ston well ano ić ez low kin mere ek field".split()
 _PLACE = "bury ton port vale haven stad mouth ville ford bach wood moor minster grad holm cliff bay burg field ona".split()
 _WOMEN = """Alma Berta Celia Delia Edith Flora Greta Hilda Ida Judith Kira Lydia Mabel Nadia Olga Petra Ramona Sylvia Thea Ursula Viola Wanda
@@ -710,13 +1180,16 @@ Ximena Yvonne Zelda Agnes Bianca Carla Doris Esther Freya Gloria Helen Irma Josi
 _MEN = """Albert Boris Conrad Dario Edgar Felix Gustav Hector Ignaz Jonas Kurt Lionel Marcus Nestor Otto Pavel Quentin Rufus Silas Tobias Ulrich
 Vincent Walter Xavier Yann Zoltan Arno Bruno Cyril Dimitri Ernest Floyd Gordon Hugo Ivo Jasper Kaspar Lewis Magnus Ned""".split()
 
+
 def _side(s):
     "0 or 1, the half of all names and titles that `s` falls into."
     return hashlib.md5(s.lower().encode()).digest()[0] & 1
 
+
 def _half(pre, post, side):
     "The compound names on one side."
     return [a + b for a in pre for b in post if a[-1] != b[0] and _side(a + b) == side]
+
 
 _SURNAMES = [_half(_PRE, _SUR, s) for s in (0, 1)]
 _TOWNS = [_half(_PRE, _PLACE, s) for s in (0, 1)]
@@ -725,29 +1198,42 @@ _TOWNS = [_half(_PRE, _PLACE, s) for s in (0, 1)]
 _TOKEN = re.compile(r"[\[\]|]|\{[^}]*\}|[^\[\]|{}]+")
 _FLIP = {"+": "-", "-": "+"}
 
+
 class _Words(tuple):
     "The options of a table of plain words, of which the first are said most often."
 
+
 class _Slot:
     "A reference to the table `key`, to be said with sentiment `sign`."
+
     __slots__ = ("key", "sign", "opts")
-    def __init__(self, key, sign): self.key, self.sign, self.opts = key, sign, None
+
+    def __init__(self, key, sign):
+        self.key, self.sign, self.opts = key, sign, None
+
 
 def _slot(tok, sign):
     "The slot that the token `{...}` asks for."
     key = tok[1:-1]
-    if key[0] == "~": return _Slot(key[1:], _FLIP[sign])
+    if key[0] == "~":
+        return _Slot(key[1:], _FLIP[sign])
     return _Slot(key, sign)
+
 
 def _parse(toks, sign):
     "Options up to the closing bracket, each a list of strings, slots and tuples of options."
     opts = [[]]
     for t in toks:
-        if t == "]": break
-        elif t == "|": opts.append([])
-        elif t == "[": opts[-1].append(_parse(toks, sign))
-        else: opts[-1].append(_slot(t, sign) if t[0] == "{" else t)
+        if t == "]":
+            break
+        elif t == "|":
+            opts.append([])
+        elif t == "[":
+            opts[-1].append(_parse(toks, sign))
+        else:
+            opts[-1].append(_slot(t, sign) if t[0] == "{" else t)
     return tuple(opts)
+
 
 def _options(text, sign):
     "The options of a table, one per line or between bars."
@@ -760,20 +1246,27 @@ def _merge(layers):
     out = {}
     for lay in layers:
         for k, v in lay.items():
-            if not isinstance(v, str): continue
-            if k[-1] == "!": out[k[:-1]] = v
-            else: out[k] = f"{out[k]}\n{v}" if k in out else v
+            if not isinstance(v, str):
+                continue
+            if k[-1] == "!":
+                out[k[:-1]] = v
+            else:
+                out[k] = f"{out[k]}\n{v}" if k in out else v
     return out
+
 
 class _Grammar:
     "The tables of one domain, parsed on first use."
-    def __init__(self, *layers): self.tables, self.parsed = _merge(layers), {}
+
+    def __init__(self, *layers):
+        self.tables, self.parsed = _merge(layers), {}
 
     def options(self, key, sign):
         "All options of `key`, those of sentiment `sign` included."
         if (key, sign) not in self.parsed:
             texts = [self.tables[k] for k in (key, key + sign) if k in self.tables]
-            if not texts: raise KeyError(f"no table {key!r}")
+            if not texts:
+                raise KeyError(f"no table {key!r}")
             opts = _options("\n".join(texts), sign)
             plain = key + sign in self.tables and all(len(o) == 1 and type(o[0]) is str for o in opts)
             self.parsed[key, sign] = _Words(opts) if plain else opts
@@ -782,21 +1275,28 @@ class _Grammar:
     def walk(self, seq, out, rand, facts, used):
         "Append the words of `seq` to `out`."
         for x in seq:
-            if type(x) is str: out.append(x)
-            elif type(x) is tuple: self.walk(x[int(rand()*len(x))], out, rand, facts, used)
-            elif x.key in facts: out.append(facts[x.key])
-            else: self.walk(self.pick(x, rand, used), out, rand, facts, used)
+            if type(x) is str:
+                out.append(x)
+            elif type(x) is tuple:
+                self.walk(x[int(rand() * len(x))], out, rand, facts, used)
+            elif x.key in facts:
+                out.append(facts[x.key])
+            else:
+                self.walk(self.pick(x, rand, used), out, rand, facts, used)
 
     def pick(self, slot, rand, used):
         "An option of a slot, if possible one that is not `used` yet."
         opts = slot.opts
-        if opts is None: opts = slot.opts = self.options(slot.key, slot.sign)
+        if opts is None:
+            opts = slot.opts = self.options(slot.key, slot.sign)
         n, words = len(opts), type(opts) is _Words
         for _ in range(3):
             r = rand()
-            o = opts[int(r**2.5*n if words else r*n)]
-            if id(o) not in used: break
-        if n > 3: used.add(id(o))
+            o = opts[int(r**2.5 * n if words else r * n)]
+            if id(o) not in used:
+                break
+        if n > 3:
+            used.add(id(o))
         return o
 
     def say(self, key, sign, rand, facts, used):
@@ -806,24 +1306,36 @@ class _Grammar:
         return "".join(out)
 
 # %% ../nbs/01a_demo.ipynb #446f01d4
-_DOMAINS = dict(film=(_STORY, _FILM), book=(_STORY, _BOOK), restaurant=(_RESTAURANT,), hotel=(_HOTEL,),
-                album=(_ALBUM,), gadget=(_GADGET,), play=(_STORY, _PLAY), series=(_STORY, _SERIES))
+_DOMAINS = dict(
+    film=(_STORY, _FILM),
+    book=(_STORY, _BOOK),
+    restaurant=(_RESTAURANT,),
+    hotel=(_HOTEL,),
+    album=(_ALBUM,),
+    gadget=(_GADGET,),
+    play=(_STORY, _PLAY),
+    series=(_STORY, _SERIES),
+)
 DOMAINS = tuple(_DOMAINS)
 LABELS = ("negative", "positive")
 _SPLITS = ("train", "test")
 
+
 def _one_of(what, value, valid):
     "Raise ValueError unless `value` is among `valid`."
-    if value not in valid: raise ValueError(f"unknown {what} {value!r}: choose from {', '.join(map(repr, valid))}")
+    if value not in valid:
+        raise ValueError(f"unknown {what} {value!r}: choose from {', '.join(map(repr, valid))}")
+
 
 @lru_cache(None)
 def _grammar(domain):
     "The grammar of a domain."
     return _Grammar(_WORDS, _SHARED, _TITLES, *_DOMAINS[domain])
 
+
 def _names(rng, side):
     "People and places from one side."
-    fem = rng.random() < .5
+    fem = rng.random() < 0.5
     sur = rng.sample(_SURNAMES[side], 5)
     firsts = rng.sample(_WOMEN + _MEN, 5)
     hero, foe = rng.sample(_WOMEN if fem else _MEN, 2)
@@ -833,12 +1345,14 @@ def _names(rng, side):
     facts.update(zip(("HE", "HIS", "HIM"), ("she", "her", "her") if fem else ("he", "his", "him")))
     return facts
 
+
 def _title(rng, side, domain):
     "A new title from one side."
     facts = _names(rng, side)
     while True:
         t = _grammar(domain).say("title", "+", rng.random, facts, set()).strip()
-        if _side(t) == side: return t
+        if _side(t) == side:
+            return t
 
 # %% ../nbs/01a_demo.ipynb #e2fc646a
 @lru_cache(20000)
@@ -848,7 +1362,8 @@ def _facts(title, domain):
     facts, g = _names(rng, side), _grammar(domain)
     facts.update(TITLE=title, OTHER=_title(rng, side, domain), OTHER2=_title(rng, side, domain))
     recipe = dict(_DOMAINS[domain][-1]["recipe"])
-    if _STORY in _DOMAINS[domain]: recipe |= dict(JOB="{job}", FOEJOB="{foejob}", INCIDENT="{incident}", GOAL="{goal}")
+    if _STORY in _DOMAINS[domain]:
+        recipe |= dict(JOB="{job}", FOEJOB="{foejob}", INCIDENT="{incident}", GOAL="{goal}")
     for k, v in recipe.items():
         out = []
         g.walk((_options(v, "+"),), out, rng.random, facts, set())
@@ -857,16 +1372,56 @@ def _facts(title, domain):
 
 # %% ../nbs/01a_demo.ipynb #49f7c947
 _VOICES = [  # weight, first, middle, last, length, loud, sloppy
-    (6, "open open ctx twist", "asp asp asp con more react react cmp info", "verdict rec verdict rec rate", 1., .12, .1),   # plain
-    (3, "open react open", "react asp react quest hist asp", "rec rec rate react", .85, .6, .25),                 # fan
-    (3, "open quest twist", "con asp quest asp react react cmp", "verdict rec verdict", 1., .3, .1),               # grump
-    (4, "hist about plot info open", "asp more con about hist about asp asp", "verdict verdict rec", 1.45, 0, 0),   # analyst
-    (2, "ctx kid ctx", "kid asp more react asp con", "rec rec verdict", 1.05, .1, .1),                           # parent
-    (3, "line line open react", "line asp", "rate rec line", .3, .35, .35),                                       # one-liner
-    (3, "ctx ctx ctx hist", "ctx react asp more asp twist react", "verdict rec react", 1.25, .1, .15),            # storyteller
-    (3, "open line quest", "asp line react asp quest", "rate rec line", .7, .4, .8),                              # texter
-    (2, "plot plot info", "more more more asp asp info con", "verdict rec rate verdict", 1.3, 0, .05),                         # reteller
-    (2, "open ctx info", "pc asp con pc", "rate rec verdict", .8, .05, .1),                                       # list-maker
+    (
+        6,
+        "open open ctx twist",
+        "asp asp asp con more react react cmp info",
+        "verdict rec verdict rec rate",
+        1.0,
+        0.12,
+        0.1,
+    ),  # plain
+    (3, "open react open", "react asp react quest hist asp", "rec rec rate react", 0.85, 0.6, 0.25),  # fan
+    (
+        3,
+        "open quest twist",
+        "con asp quest asp react react cmp",
+        "verdict rec verdict",
+        1.0,
+        0.3,
+        0.1,
+    ),  # grump
+    (
+        4,
+        "hist about plot info open",
+        "asp more con about hist about asp asp",
+        "verdict verdict rec",
+        1.45,
+        0,
+        0,
+    ),  # analyst
+    (2, "ctx kid ctx", "kid asp more react asp con", "rec rec verdict", 1.05, 0.1, 0.1),  # parent
+    (3, "line line open react", "line asp", "rate rec line", 0.3, 0.35, 0.35),  # one-liner
+    (
+        3,
+        "ctx ctx ctx hist",
+        "ctx react asp more asp twist react",
+        "verdict rec react",
+        1.25,
+        0.1,
+        0.15,
+    ),  # storyteller
+    (3, "open line quest", "asp line react asp quest", "rate rec line", 0.7, 0.4, 0.8),  # texter
+    (
+        2,
+        "plot plot info",
+        "more more more asp asp info con",
+        "verdict rec rate verdict",
+        1.3,
+        0,
+        0.05,
+    ),  # reteller
+    (2, "open ctx info", "pc asp con pc", "rate rec verdict", 0.8, 0.05, 0.1),  # list-maker
 ]
 _VOICES = [(w, f.split(), m.split(), l.split(), *r) for w, f, m, l, *r in _VOICES]
 _VWEIGHTS = [v[0] for v in _VOICES]
@@ -875,15 +1430,18 @@ _NEUTRAL = {"ctx", "plot", "more", "info", "kid", "hist", "pc"}
 _LEADABLE = {"asp", "con", "react", "twist", "cmp", "about"}
 _FLIPPABLE = (_LEADABLE | {"open", "quest"}) - {"react"}
 
+
 def _length(rng, factor):
     "How many sentences a review has: roughly lognormal, never more than twelve."
-    return max(1, min(12, round(rng.lognormvariate(1.45, .42) * factor)))
+    return max(1, min(12, round(rng.lognormvariate(1.45, 0.42) * factor)))
+
 
 def _kinds(rng, voice, n):
     "The kinds of the `n` sentences of a review."
     _, first, middle, last, *_ = voice
     kinds = [rng.choice(first)] + [rng.choice(middle) for _ in range(n - 2)]
-    if n > 1: kinds.append(rng.choice(last))
+    if n > 1:
+        kinds.append(rng.choice(last))
     return ["asp" if k in _ONCE and k in kinds[:i] else k for i, k in enumerate(kinds)]
 
 # %% ../nbs/01a_demo.ipynb #52e92573
@@ -891,78 +1449,118 @@ _AN = re.compile(r"\b([Aa])n? (?=(\w+))")
 _START = re.compile(r"(?<!\.)[.?!] [a-z]")
 _VOWEL = re.compile(r"(?!(?:one|once|uni(?![mn])|use|usu|eu))(?:[aeiou]|honest|hour|heir|8|11\b|18\b)", re.I)
 
+
 def _article(m):
     "`a` or `an`, whichever suits the next word."
     return m[1] + ("n " if _VOWEL.match(m[2]) else " ")
+
 
 def _tidy(s):
     "A sentence with single spaces, a capital and a mark at its end."
     s = _AN.sub(_article, " ".join(s.split()).replace(" ,", ",").replace(" .", ".").replace("?,", "?"))
     return _START.sub(lambda m: m[0].upper(), s[0].upper() + s[1:])
 
+
 def _mark(rng, loud, sloppy):
     "The end of a sentence."
     r = rng.random()
-    if r < loud * .5: return "!" if r > loud * .06 else "!!!"
-    return "..." if r > 1 - sloppy * .2 else "."
+    if r < loud * 0.5:
+        return "!" if r > loud * 0.06 else "!!!"
+    return "..." if r > 1 - sloppy * 0.2 else "."
+
 
 def _dress(say, rng, i, kind, s):
     "Perhaps a lead-in before the clause `s`, unless it comes first, and a tail after it."
-    if kind in _LEADABLE and i and rng.random() < .3: s = f"{say('leadin')} {s}"
-    if kind in _LEADABLE and s[-1] not in "?!." and rng.random() < .22: s = f"{s}{say('tail')}"
-    if kind in ("plot", "more") and rng.random() < .4: s = f"{s}{say('aside')}"
+    if kind in _LEADABLE and i and rng.random() < 0.3:
+        s = f"{say('leadin')} {s}"
+    if kind in _LEADABLE and s[-1] not in "?!." and rng.random() < 0.22:
+        s = f"{s}{say('tail')}"
+    if kind in ("plot", "more") and rng.random() < 0.4:
+        s = f"{s}{say('aside')}"
     return s
+
 
 def _refer(say, rng, facts, s, before):
     "`s` with shorter names for what was named `before`."
-    if facts["TITLE"] in before and rng.random() < .55:
-        s = s.replace(facts["TITLE"], "it" if rng.random() < .5 else f"this {say('thing')}")
+    if facts["TITLE"] in before and rng.random() < 0.55:
+        s = s.replace(facts["TITLE"], "it" if rng.random() < 0.5 else f"this {say('thing')}")
     for k in ("MAKER", "LEAD", "CO"):
-        if facts[k] in before and rng.random() < .8: s = s.replace(facts[k], facts[k + "LAST"])
+        if facts[k] in before and rng.random() < 0.8:
+            s = s.replace(facts[k], facts[k + "LAST"])
     return s
+
 
 def _fresh(say, kind, facts, before):
     "A sentence that does not retell the story told `before`."
     for _ in range(4):
         s = say(kind)
-        if not any(facts.get(k, s + ".") in s and facts[k] in before for k in ("INCIDENT", "GOAL")): break
+        if not any(facts.get(k, s + ".") in s and facts[k] in before for k in ("INCIDENT", "GOAL")):
+            break
     return s
+
 
 def _sentences(rng, g, facts, voice, label, mix):
     "The sentences of one review, each with its mark."
     out, used, turned = [], set(), False
     for i, kind in enumerate(kinds := _kinds(rng, voice, _length(rng, voice[4]))):
-        flip = kind in _FLIPPABLE and i < len(kinds) - 1 and rng.random() < mix and (i > 0 or mix > .3)
+        flip = kind in _FLIPPABLE and i < len(kinds) - 1 and rng.random() < mix and (i > 0 or mix > 0.3)
         say = lambda key, sign="-+"[label ^ flip]: g.say(key, sign, rng.random, facts, used)
         before = " ".join(out)
         s = _refer(say, rng, facts, _fresh(say, kind, facts, before), before)
-        if flip and not turned and kind in _LEADABLE: s = f"{say('admit')} {s}"
-        elif turned and not flip and kind not in _NEUTRAL: s, turned = f"{say('but')} {s}", False
-        else: s = _dress(say, rng, i, kind, s)
+        if flip and not turned and kind in _LEADABLE:
+            s = f"{say('admit')} {s}"
+        elif turned and not flip and kind not in _NEUTRAL:
+            s, turned = f"{say('but')} {s}", False
+        else:
+            s = _dress(say, rng, i, kind, s)
         turned = turned or flip
         out.append(_tidy(s) + ("" if s.rstrip()[-1] in ".?!" else _mark(rng, *voice[5:])))
     return out
 
 # %% ../nbs/01a_demo.ipynb #034e3516
-_LOUD = set("""really never very not all love loved hate hated must please truly so absolutely everyone every nothing worst best great awful
-terrible wonderful boring brilliant why nobody always far much just don't avoid skip""".split())
-_SLIPS = {"definitely": "definately", "their": "there", "it's": "its", "its": "it's", "believe": "beleive", "a lot": "alot", "you're": "your",
-          "really": "realy", "until": "untill", "could have": "could of", "would have": "would of", "disappointing": "dissapointing",
-          "beautiful": "beutiful", "than": "then", "because": "cause", "though": "tho", "you": "u", "please": "pls"}
+_LOUD = set(
+    """really never very not all love loved hate hated must please truly so absolutely everyone every nothing worst best great awful
+terrible wonderful boring brilliant why nobody always far much just don't avoid skip""".split()
+)
+_SLIPS = {
+    "definitely": "definately",
+    "their": "there",
+    "it's": "its",
+    "its": "it's",
+    "believe": "beleive",
+    "a lot": "alot",
+    "you're": "your",
+    "really": "realy",
+    "until": "untill",
+    "could have": "could of",
+    "would have": "would of",
+    "disappointing": "dissapointing",
+    "beautiful": "beutiful",
+    "than": "then",
+    "because": "cause",
+    "though": "tho",
+    "you": "u",
+    "please": "pls",
+}
+
 
 def _paragraphs(rng, sents):
     "The review as one text, a longer one often with breaks."
-    if len(sents) < 5 or rng.random() > .4: return " ".join(sents)
+    if len(sents) < 5 or rng.random() > 0.4:
+        return " ".join(sents)
     cut = rng.randrange(2, len(sents) - 1)
     parts = [sents[:cut], sents[cut:]] if len(sents) < 8 else [sents[:2], sents[2:-2], sents[-2:]]
     return "<br /><br />".join(" ".join(p) for p in parts)
+
 
 def _shout(rng, text):
     "One word in capitals."
     words = text.split(" ")
     at = [i for i, w in enumerate(words) if w.lower() in _LOUD]
-    if at: words[i] = words[i := rng.choice(at)].upper()
+    if at:
+        words[i] = words[i := rng.choice(at)].upper()
     return " ".join(words)
+
 
 def _swap(rng, text):
     "Two neighbouring letters swapped in one longer word."
@@ -970,41 +1568,52 @@ def _swap(rng, text):
     i = rng.randrange(len(words))
     if (w := words[i]).isalpha() and len(w) > 4:
         k = rng.randrange(1, len(w) - 2)
-        words[i] = w[:k] + w[k+1] + w[k] + w[k+2:]
+        words[i] = w[:k] + w[k + 1] + w[k] + w[k + 2 :]
     return " ".join(words)
+
 
 def _slip(rng, text):
     "A common misspelling where the text has the word, else two letters swapped."
     have = [w for w in _SLIPS if f" {w} " in text]
-    if not have: return _swap(rng, text)
+    if not have:
+        return _swap(rng, text)
     w = rng.choice(have)
     return text.replace(f" {w} ", f" {_SLIPS[w]} ", 1)
 
+
 def _type(rng, text, loud, sloppy):
     "The text as this reviewer types it."
-    if rng.random() < loud * .6: text = _shout(rng, text)
-    if rng.random() < sloppy * .4: text = re.sub(r"\bI\b", "i", text)
-    if rng.random() < sloppy * .1: text = text.lower()
+    if rng.random() < loud * 0.6:
+        text = _shout(rng, text)
+    if rng.random() < sloppy * 0.4:
+        text = re.sub(r"\bI\b", "i", text)
+    if rng.random() < sloppy * 0.1:
+        text = text.lower()
     for _ in range(3):
-        if rng.random() < .03 + sloppy * .3: text = _slip(rng, text)
+        if rng.random() < 0.03 + sloppy * 0.3:
+            text = _slip(rng, text)
     return text
 
 # %% ../nbs/01a_demo.ipynb #774b1062
 def _mix(rng):
     "How often this reviewer argues the other side."
     r = rng.random()
-    return .02 if r < .65 else .1 if r < .9 else .28
+    return 0.02 if r < 0.65 else 0.1 if r < 0.9 else 0.28
+
 
 def _write(rng, label, domain, title):
     "One review of `title`."
     voice = rng.choices(_VOICES, _VWEIGHTS)[0]
     facts = _facts(title, domain)
-    if rng.random() < .15 and title[0].isupper(): facts = {**facts, "TITLE": f'"{title}"', "OTHER": f'"{facts["OTHER"]}"'}
+    if rng.random() < 0.15 and title[0].isupper():
+        facts = {**facts, "TITLE": f'"{title}"', "OTHER": f'"{facts["OTHER"]}"'}
     sents = _sentences(rng, _grammar(domain), facts, voice, label, _mix(rng))
     return _type(rng, _paragraphs(rng, sents), *voice[5:])
 
+
 def review(rng: random.Random, label: int, domain="film", titles=None) -> str:
-    """One review of sentiment `label` (an index into `LABELS`), of one of the list `titles` if given, else of something new.
+    """One review of sentiment `label` (an index into `LABELS`), of one of the list `titles` if given, else of
+    something new.
 
     Raises:
         ValueError: unknown domain, or a label other than 0 and 1.
@@ -1017,10 +1626,12 @@ def review(rng: random.Random, label: int, domain="film", titles=None) -> str:
 # %% ../nbs/01a_demo.ipynb #5ba1d680
 _BLOCK, _PER_BLOCK = 100, 20
 
+
 @lru_cache(20000)
 def _block_title(seed, domain, split, i):
     "The `i`-th title of a split."
     return _title(random.Random(f"title {seed} {domain} {split} {i}"), _SPLITS.index(split), domain)
+
 
 def _numbered(seed, domain, split, i):
     "The `i`-th review of a split."
@@ -1028,6 +1639,7 @@ def _numbered(seed, domain, split, i):
     title = _block_title(seed, domain, split, i // _BLOCK * _PER_BLOCK + rng.randrange(_PER_BLOCK))
     label = rng.randrange(2)
     return {"text": _write(rng, label, domain, title), "label": label, "title": title}
+
 
 def reviews(n: int, seed: int = 0, domain: str = "film", split: str = "train") -> list:
     """`n` reviews as dicts with `text`, `label` and `title`; the titles of the two splits never meet.
@@ -1037,12 +1649,14 @@ def reviews(n: int, seed: int = 0, domain: str = "film", split: str = "train") -
     """
     _one_of("domain", domain, DOMAINS)
     _one_of("split", split, _SPLITS)
-    if n < 0: raise ValueError(f"n must not be negative: {n}")
+    if n < 0:
+        raise ValueError(f"n must not be negative: {n}")
     return [_numbered(seed, domain, split, i) for i in range(n)]
 
 # %% ../nbs/01a_demo.ipynb #d3749dbe
 def demo_frame(n_train: int = 4000, n_test: int = 2000, seed: int = 0) -> tuple[list, list]:
-    """Film reviews to learn from and others, of other films, to test on: two lists of dicts, as `reviews` gives them.
+    """Film reviews to learn from and others, of other films, to test on: two lists of dicts, as `reviews`
+    gives them.
 
     Raises:
         ValueError: a negative number.

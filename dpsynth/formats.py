@@ -14,10 +14,21 @@ from .settings import SettingsError
 @dataclasses.dataclass(frozen=True)
 class Rejected:
     """A sample that does not make a row, and why."""
+
     reason: str
 
 # %% ../nbs/02_formats.ipynb #96fea317
-CONTROL_TOKENS = ("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<img>", "<bos>", "<eos>", "<pad>", "<unk>")
+CONTROL_TOKENS = (
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<start_of_image>",
+    "<end_of_image>",
+    "<img>",
+    "<bos>",
+    "<eos>",
+    "<pad>",
+    "<unk>",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +38,7 @@ class TextFormat:
     Raises:
         SettingsError: if there are several labels and the prompt has no `{label}`.
     """
+
     prompt: str
     labels: tuple[str, ...]
 

@@ -41,7 +41,10 @@ def seal(content):
 
 
 def read_sealed(path, way_back):
-    """The content of a JSON file that `seal` made; `way_back` says what to do where it is damaged. Raises DataError."""
+    """The content of a JSON file that `seal` made; `way_back` says what to do where it is damaged.
+
+    Raises DataError.
+    """
     try:
         content = json.loads(pathlib.Path(path).read_bytes())
     except ValueError:  # neither JSON nor UTF-8
@@ -59,7 +62,9 @@ SAMPLED = ("sampling.json", "synthetic.jsonl", "synthetic.parquet", "rejected.js
 
 
 def manifest_of(path):
-    """The manifest that a released file stands in: `manifest-SEED.json` for `synthetic-SEED.jsonl`, else `manifest.json` beside it."""
+    """The manifest that a released file stands in: `manifest-SEED.json` for `synthetic-SEED.jsonl`, else
+    `manifest.json` beside it.
+    """
     path = pathlib.Path(path)
     again = re.fullmatch(r"synthetic-(\d+)\.jsonl", path.name)
     return path.with_name(f"manifest-{again[1]}.json" if again else MANIFEST)
@@ -71,26 +76,50 @@ def way_back(path):
     again = re.fullmatch(r"(?:synthetic|manifest)-(\d+)\.jsonl?", path.name)
     if again:
         rows = path.with_name(f"synthetic-{again[1]}.jsonl")
-        return f"restore it, or remove {rows.name} and {manifest_of(rows).name} and run `dpsynth sample {folder.parent} --seed {again[1]}` with its number of rows"
+        return (
+            f"restore it, or remove {rows.name} and {manifest_of(rows).name} and run `dpsynth sample"
+            f" {folder.parent} --seed {again[1]}` with its number of rows"
+        )
     if any((place / EXPORTED).exists() for place in path.parents[:3]):
         return "restore it, or remove the folder and export again"
     if folder.name not in ("release", "private"):
         return f"restore it, or remove the folder {folder} and sample again, which gives the same rows"
-    sampled = f"{folder / 'sampling.json'} and {folder / 'synthetic.jsonl'} and run `dpsynth sample {folder.parent}`"
-    fitted = f"{folder / 'adapter.npz'} and run `dpsynth fit {folder.parent}`, which writes the same again from its checkpoint"
+    sampled = (
+        f"{folder / 'sampling.json'} and {folder / 'synthetic.jsonl'} and run `dpsynth sample"
+        f" {folder.parent}`"
+    )
+    fitted = (
+        f"{folder / 'adapter.npz'} and run `dpsynth fit {folder.parent}`, which writes the same again from"
+        " its checkpoint"
+    )
     if path.name == MANIFEST:
         trained = any((folder / name).exists() for name in FITTED)
-        return f"restore it, or remove it, {fitted}; then remove {sampled}" if trained else f"restore it, or remove it, {sampled}"
-    return f"restore it, or remove {fitted if path.name in FITTED else sampled + ', which makes the same rows again'}"
+        return (
+            f"restore it, or remove it, {fitted}; then remove {sampled}"
+            if trained
+            else f"restore it, or remove it, {sampled}"
+        )
+    return (
+        "restore it, or remove"
+        f" {fitted if path.name in FITTED else sampled + ', which makes the same rows again'}"
+    )
 
 
 def read_manifest(path):
-    """The content of a manifest: `statement` and `files`. Raises DataError where it is missing, damaged or none."""
+    """The content of a manifest: `statement` and `files`.
+
+    Raises DataError where it is missing, damaged or none.
+    """
     if not path.exists():
         raise DataError(f"{path}: is missing, so what lies beside it cannot be checked; {way_back(path)}")
     content = read_sealed(path, way_back(path))
     files = content.get("files")
-    if content.get("format") != 1 or "statement" not in content or not isinstance(files, dict) or not all(map(_is_entry, files.items())):
+    if (
+        content.get("format") != 1
+        or "statement" not in content
+        or not isinstance(files, dict)
+        or not all(map(_is_entry, files.items()))
+    ):
         raise DataError(f"{path}: not a manifest of a release; {way_back(path)}")
     return content
 
@@ -102,16 +131,21 @@ def _is_entry(named):
 
 
 def add_to_manifest(path, statement, files):
-    """Enter files, a dict of names to `entry`, into a manifest, which is made if need be; what it said of another statement is dropped.
+    """Enter files, a dict of names to `entry`, into a manifest, which is made if need be; what it said of
+    another statement is dropped.
 
-    Its signature no longer fits then, and is removed with a warning. Raises DataError where there is a manifest that is damaged.
+    Its signature no longer fits then, and is removed with a warning. Raises DataError where there is a
+    manifest that is damaged.
     """
     known = read_manifest(path) if path.exists() else {"statement": statement, "files": {}}
     kept = known["files"] if known["statement"] == statement else {}
     content = {"format": 1, "statement": statement, "files": dict(sorted({**kept, **files}.items()))}
     if content != known and signature_of(path).exists():
         signature_of(path).unlink()
-        warnings.warn(f"{path}: its signature was removed, for it lists other files now; `dpsynth sign {path.parent.parent} --key FILE` signs it again")
+        warnings.warn(
+            f"{path}: its signature was removed, for it lists other files now; `dpsynth sign"
+            f" {path.parent.parent} --key FILE` signs it again"
+        )
     write_json(path, seal(content))
 
 
@@ -126,7 +160,9 @@ def signature_of(manifest):
 
 # %% ../nbs/04b_manifest.ipynb #6ea0b675
 def statement_of(release):
-    """The statement of a release: SHA-256 of its certificate without the audit; None where it has no certificate. Raises DataError."""
+    """The statement of a release: SHA-256 of its certificate without the audit; None where it has no
+    certificate. Raises DataError.
+    """
     path = pathlib.Path(release) / "certificate.json"
     if not path.exists():
         return None
@@ -142,7 +178,9 @@ def statement(certificate):
 
 
 def check_file(path, known, where):
-    """Raise DataError unless a file has the SHA-256 that stands in `where`; `known` is None where none does."""
+    """Raise DataError unless a file has the SHA-256 that stands in `where`; `known` is None where none
+    does.
+    """
     if known is None:
         raise DataError(f"{path}: {where} does not list it, so it cannot be checked; {way_back(path)}")
     if not path.exists():
@@ -153,18 +191,25 @@ def check_file(path, known, where):
 
 
 def check_listed(paths, statement):
-    """Raise DataError unless files, all of one manifest, are as it says and it belongs to this statement. Returns the first file."""
+    """Raise DataError unless files, all of one manifest, are as it says and it belongs to this statement.
+
+    Returns the first file.
+    """
     manifest = manifest_of(paths[0])
     content = read_manifest(manifest)
     if content["statement"] != statement:
-        raise DataError(f"{paths[0]}: {manifest.name} says that it belongs to another certificate than the one that lies there; {way_back(paths[0])}")
+        raise DataError(
+            f"{paths[0]}: {manifest.name} says that it belongs to another certificate than the one that lies"
+            f" there; {way_back(paths[0])}"
+        )
     for path in paths:
         check_file(path, content["files"].get(path.name, {}).get("sha256"), manifest.name)
     return paths[0]
 
 
 def checked_fit(release, name, private):
-    """The path of `adapter.npz` or `label_prior.json` of a run, compared with its certificate, or without privacy with its manifest.
+    """The path of `adapter.npz` or `label_prior.json` of a run, compared with its certificate, or without
+    privacy with its manifest.
 
     Raises:
         DataError: it is missing, damaged or another file.
@@ -180,7 +225,9 @@ def checked_fit(release, name, private):
 
 
 def released_certificate(release):
-    """The certificate of a release as a dict, empty where it has none; compared with the manifest where that is kept (in a record it is not)."""
+    """The certificate of a release as a dict, empty where it has none; compared with the manifest where that
+    is kept (in a record it is not).
+    """
     path = pathlib.Path(release) / "certificate.json"
     if path.exists() and path.with_name(MANIFEST).exists():
         check_listed([path], statement_of(release))
@@ -188,11 +235,17 @@ def released_certificate(release):
 
 
 def write_release(certificate, release, files):
-    """Write a certificate (None: there is none) and the manifest of a run, with `files`, a dict of names to paths, in it."""
+    """Write a certificate (None: there is none) and the manifest of a run, with `files`, a dict of names to
+    paths, in it.
+    """
     if certificate:
         write_certificate(certificate, release)
         files = {**files, **{name: release / name for name in CERTIFICATE}}
-    add_to_manifest(release / MANIFEST, certificate and statement(certificate), {name: entry(path) for name, path in files.items()})
+    add_to_manifest(
+        release / MANIFEST,
+        certificate and statement(certificate),
+        {name: entry(path) for name, path in files.items()},
+    )
 
 
 def standing(certificate, release):
@@ -204,7 +257,14 @@ def standing(certificate, release):
         there = read_certificate(pathlib.Path(release) / "certificate.json")
     except SettingsError:  # missing or damaged: it is replaced
         return certificate
-    facts = [{name: part for name, part in json.loads(json.dumps(c)).items() if name not in ("audit", "composed", "accountant", "not_covered")} for c in (certificate, there)]
+    facts = [
+        {
+            name: part
+            for name, part in json.loads(json.dumps(c)).items()
+            if name not in ("audit", "composed", "accountant", "not_covered")
+        }
+        for c in (certificate, there)
+    ]
     return there if facts[0] == facts[1] else certificate
 
 # %% ../nbs/04b_manifest.ipynb #42c79f33
@@ -213,10 +273,13 @@ class Verified:
     """What a certificate was found to hold for.
 
     Attributes:
-        claims: both ε, recomputed, and δ. covered, absent: names of the files that it or a manifest speaks of, that lie there and that do not.
-        uncovered: names of the files that lie there and that none speaks of. signed: names of the manifests whose signature was checked.
+        claims: both ε, recomputed, and δ. covered, absent: names of the files that it or a manifest speaks
+            of, that lie there and that do not.
+        uncovered: names of the files that lie there and that none speaks of. signed: names of the manifests
+            whose signature was checked.
         told: what is to be said of a large δ, see `told_delta`; mostly empty.
     """
+
     claims: dict
     covered: tuple
     absent: tuple
@@ -225,18 +288,33 @@ class Verified:
     told: str = ""
 
     def __str__(self):
-        lists = {"covered": self.covered, "not covered": self.uncovered, "not here": self.absent, "signed": self.signed}
-        lists["unsigned"] = () if self.signed else ("whoever can change these files can write their hashes anew; a signature shows it (--key)",)
+        lists = {
+            "covered": self.covered,
+            "not covered": self.uncovered,
+            "not here": self.absent,
+            "signed": self.signed,
+        }
+        lists["unsigned"] = (
+            ()
+            if self.signed
+            else ("whoever can change these files can write their hashes anew; a signature shows it (--key)",)
+        )
         return "\n".join(f"  {what:12} {', '.join(names)}" for what, names in lists.items() if names)
 
 
 def find_release(path):
-    """(folder, certificate file) of a run folder, a release folder or a certificate. Raises SettingsError where there is no certificate."""
+    """(folder, certificate file) of a run folder, a release folder or a certificate.
+
+    Raises SettingsError where there is no certificate.
+    """
     path = pathlib.Path(path)
     release = path / "release" if (path / "release").is_dir() else path
     certificate = release / "certificate.json" if path.is_dir() else path
     if path.is_dir() and not certificate.exists():
-        raise SettingsError(f"{path}: no certificate.json lies there; a run without differential privacy, or one that is not fitted, has none")
+        raise SettingsError(
+            f"{path}: no certificate.json lies there; a run without differential privacy, or one that is not"
+            " fitted, has none"
+        )
     return certificate.parent, certificate
 
 
@@ -247,13 +325,22 @@ def manifests(release, everywhere=True):
 
 
 def compare_release(release, certificate, found, but=()):
-    """Compare the files of a release with its certificate and with manifests (`found`); returns the paths listed. Raises DataError."""
+    """Compare the files of a release with its certificate and with manifests (`found`); returns the paths
+    listed. Raises DataError.
+    """
     listed = {release / name: (known, "certificate.json") for name, known in certificate["files"].items()}
     for manifest in found:
         content = read_manifest(manifest)
         if content["statement"] != statement(certificate):
-            raise DataError(f"{manifest}: belongs to another certificate than {release / 'certificate.json'}; {way_back(manifest)}")
-        listed |= {manifest.parent / name: (told["sha256"], manifest.name) for name, told in content["files"].items() if name not in certificate["files"]}
+            raise DataError(
+                f"{manifest}: belongs to another certificate than {release / 'certificate.json'};"
+                f" {way_back(manifest)}"
+            )
+        listed |= {
+            manifest.parent / name: (told["sha256"], manifest.name)
+            for name, told in content["files"].items()
+            if name not in certificate["files"]
+        }
     for path, (known, where) in listed.items():
         if path.exists() and path.name not in but:
             check_file(path, known, where)
@@ -261,7 +348,9 @@ def compare_release(release, certificate, found, but=()):
 
 
 def check_derived(release, certificate, listed):
-    """Raise DataError unless what follows from another file of a release does: the page from the certificate, Parquet rows from JSON Lines."""
+    """Raise DataError unless what follows from another file of a release does: the page from the certificate,
+    Parquet rows from JSON Lines.
+    """
     page = release / "certificate.md"
     if page.exists() and page.read_bytes() != certificate.markdown().encode():
         raise DataError(f"{page}: says something else than certificate.json; {way_back(page)}")
@@ -273,12 +362,14 @@ def check_derived(release, certificate, listed):
 
 
 def verify_release(path, key=None):
-    """Check a certificate and the files that it speaks of: a run folder, a release folder, or a certificate. Returns `Verified`.
+    """Check a certificate and the files that it speaks of: a run folder, a release folder, or a certificate.
+    Returns `Verified`.
 
     `key` is a file with a public key; every manifest has to be signed with it then.
 
     Raises:
-        PrivacyError: the certificate does not hold. SettingsError: there is none, or it cannot be read, or the key cannot. DataError: a file is not the one
+        PrivacyError: the certificate does not hold. SettingsError: there is none, or it cannot be read, or
+            the key cannot. DataError: a file is not the one
         that it speaks of, or a signature is missing or another's.
     """
     release, file = find_release(path)
@@ -290,27 +381,53 @@ def verify_release(path, key=None):
     signed = check_signatures(release, found, read_public_key(key)) if key else []
     covered = [there for there in listed if there.exists()]
     known = {*listed, file, *found, *map(signature_of, found)}
-    others = [there for there in release.rglob("*") if there not in known and there.is_file() and there.name != ".lock"] if whole else []
-    return Verified(claims, *(tuple(sorted(there.relative_to(release).as_posix() for there in paths))
-                              for paths in (covered, {*listed} - {*covered}, others, signed)),
-                    told=told_delta(claims["delta"], certificate["num_units"]))
+    others = (
+        [
+            there
+            for there in release.rglob("*")
+            if there not in known and there.is_file() and there.name != ".lock"
+        ]
+        if whole
+        else []
+    )
+    return Verified(
+        claims,
+        *(
+            tuple(sorted(there.relative_to(release).as_posix() for there in paths))
+            for paths in (covered, {*listed} - {*covered}, others, signed)
+        ),
+        told=told_delta(claims["delta"], certificate["num_units"]),
+    )
 
 # %% ../nbs/04b_manifest.ipynb #f0048e65
 def make_key(path):
-    """Write a new private key to a file (mode 0600, PEM) and its public key to `path.pub`. Raises SettingsError where one is there."""
+    """Write a new private key to a file (mode 0600, PEM) and its public key to `path.pub`.
+
+    Raises SettingsError where one is there.
+    """
     path, public = pathlib.Path(path), pathlib.Path(f"{path}.pub")
     for there in filter(pathlib.Path.exists, (path, public)):
         raise SettingsError(f"{there}: is there already; a key is not overwritten, choose another file")
     key = Ed25519PrivateKey.generate()
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
-    public.write_bytes(key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
+        file.write(
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+        )
+    public.write_bytes(
+        key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+    )
     return public
 
 
 def read_private_key(path):
     """The Ed25519 private key in a PEM file. Raises SettingsError."""
-    return _read_key(path, lambda data: serialization.load_pem_private_key(data, None), Ed25519PrivateKey, "private")
+    return _read_key(
+        path, lambda data: serialization.load_pem_private_key(data, None), Ed25519PrivateKey, "private"
+    )
 
 
 def read_public_key(path):
@@ -323,37 +440,60 @@ def _read_key(path, load, kind, what):
         key = load(pathlib.Path(path).read_bytes())
     except OSError as error:
         raise SettingsError(f"--key {path}: cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError, UnsupportedAlgorithm):  # no PEM, the other kind of key, a key with a password
+    except (
+        ValueError,
+        TypeError,
+        UnsupportedAlgorithm,
+    ):  # no PEM, the other kind of key, a key with a password
         key = None
     if not isinstance(key, kind):
-        raise SettingsError(f"--key {path}: not a {what} Ed25519 key in PEM without a password; `dpsynth sign --new-key FILE` makes FILE and FILE.pub")
+        raise SettingsError(
+            f"--key {path}: not a {what} Ed25519 key in PEM without a password; `dpsynth sign --new-key FILE`"
+            " makes FILE and FILE.pub"
+        )
     return key
 
 
 def sign_release(path, key):
-    """Sign every manifest of a release that verifies; returns the signatures' paths. Raises as `verify_release`, and where nothing can be signed."""
+    """Sign every manifest of a release that verifies; returns the signatures' paths.
+
+    Raises as `verify_release`, and where nothing can be signed.
+    """
     private = read_private_key(key)
     release, _ = find_release(path)
     if pathlib.Path(key).resolve().is_relative_to(release.resolve()):
-        raise SettingsError(f"--key {key}: a private key must not lie under {release}, which leaves the machine; move it away")
+        raise SettingsError(
+            f"--key {key}: a private key must not lie under {release}, which leaves the machine; move it away"
+        )
     verify_release(release)
     if not (release / MANIFEST).exists():
-        raise DataError(f"{release / MANIFEST}: is missing, so there is nothing to sign; {way_back(release / MANIFEST)}")
-    signatures = {signature_of(manifest): private.sign(manifest.read_bytes()) for manifest in manifests(release)}
+        raise DataError(
+            f"{release / MANIFEST}: is missing, so there is nothing to sign; {way_back(release / MANIFEST)}"
+        )
+    signatures = {
+        signature_of(manifest): private.sign(manifest.read_bytes()) for manifest in manifests(release)
+    }
     for file, signature in signatures.items():
         file.write_bytes(signature)
     return list(signatures)
 
 
 def check_signatures(release, found, public):
-    """Raise DataError unless manifests (`found`) are signed with the private key of `public`; returns them."""
+    """Raise DataError unless manifests (`found`) are signed with the private key of `public`; returns
+    them.
+    """
     for manifest in dict.fromkeys([release / MANIFEST, *found]):
         signature = signature_of(manifest)
         if not manifest.exists() or not signature.exists():
-            raise DataError(f"{manifest if not manifest.exists() else signature}: is missing, so this release is not signed as a whole; its owner signs it with "
-                            "`dpsynth sign`")
+            raise DataError(
+                f"{manifest if not manifest.exists() else signature}: is missing, so this release is not"
+                " signed as a whole; its owner signs it with `dpsynth sign`"
+            )
         try:
             public.verify(signature.read_bytes(), manifest.read_bytes())
         except InvalidSignature:
-            raise DataError(f"{signature}: not a signature of {manifest.name} with this key; one of the three was changed or is another's") from None
+            raise DataError(
+                f"{signature}: not a signature of {manifest.name} with this key; one of the three was changed"
+                " or is another's"
+            ) from None
     return found

@@ -59,13 +59,20 @@ def read_json(path):
 def way_back(path):
     """What to do about a file of a run folder that is damaged."""
     again = "run again; what is finished is not done again"
-    return {"metrics.json": f"remove it and status.json, and {again}", ".clock.json": "remove it: the seconds of a stopped run are lost, nothing else",
-            "settings.yaml": f"restore it, or remove it and run its configuration again: {again.partition('; ')[2]}",
-            }.get(pathlib.Path(path).name, f"remove it and {again}")
+    return {
+        "metrics.json": f"remove it and status.json, and {again}",
+        ".clock.json": "remove it: the seconds of a stopped run are lost, nothing else",
+        "settings.yaml": (
+            f"restore it, or remove it and run its configuration again: {again.partition('; ')[2]}"
+        ),
+    }.get(pathlib.Path(path).name, f"remove it and {again}")
 
 
 def read_facts(path):
-    """The dict in a JSON file of a run folder, empty where there is none. Raises DataError where the file is there and holds none."""
+    """The dict in a JSON file of a run folder, empty where there is none.
+
+    Raises DataError where the file is there and holds none.
+    """
     found = read_json(path)
     if not isinstance(found, dict):
         raise DataError(f"{path}: damaged, it holds no names and values; {way_back(path)}")
@@ -90,12 +97,16 @@ def version_line():
 
 
 def run_folder(settings):
-    """The folder of an experiment: `$DPSYNTH_OUT/<experiment>`, and `runs/<experiment>` where that is not set."""
+    """The folder of an experiment: `$DPSYNTH_OUT/<experiment>`, and `runs/<experiment>` where that is not
+    set.
+    """
     return pathlib.Path(os.environ.get("DPSYNTH_OUT", "runs")) / settings.experiment
 
 
 def prepare_folder(settings, folder, device=""):
-    """Make a run folder and write its settings, with the device where it is known; harmless where both exist."""
+    """Make a run folder and write its settings, with the device where it is known; harmless where both
+    exist.
+    """
     folder = pathlib.Path(folder)
     (folder / "release").mkdir(parents=True, exist_ok=True)
     (folder / "private").mkdir(mode=0o700, exist_ok=True)
@@ -103,20 +114,34 @@ def prepare_folder(settings, folder, device=""):
     dump_settings(settings, folder / ".settings.tmp")
     text = (folder / ".settings.tmp").read_text(encoding="utf-8")
     (folder / ".settings.tmp").unlink()
-    write_text(folder / "settings.yaml", f"# {version_line()}{device and f', {device}'}\n# {len(type(settings).model_fields)} settings\n{text}")
+    write_text(
+        folder / "settings.yaml",
+        f"# {version_line()}{device and f', {device}'}\n# {len(type(settings).model_fields)}"
+        f" settings\n{text}",
+    )
     return folder
 
 
 def check_whole(path):
-    """Raise SettingsError where a settings.yaml is not as `prepare_folder` wrote it: empty, cut, or overwritten with zeros."""
+    """Raise SettingsError where a settings.yaml is not as `prepare_folder` wrote it: empty, cut, or
+    overwritten with zeros.
+    """
     content = path.read_bytes()
     counted, names = re.search(rb"^# (\d+) settings$", content, re.M), re.findall(rb"^\w+:", content, re.M)
-    if not names or b"\0" in content or counted and (len(names) < int(counted[1]) or not content.endswith(b"\n")):
+    if (
+        not names
+        or b"\0" in content
+        or counted
+        and (len(names) < int(counted[1]) or not content.endswith(b"\n"))
+    ):
         raise SettingsError(f"{path}: damaged; {way_back(path)}")
 
 
 def read_settings(folder):
-    """The resolved settings of a run folder. Raises SettingsError where it is not one, or they are damaged."""
+    """The resolved settings of a run folder.
+
+    Raises SettingsError where it is not one, or they are damaged.
+    """
     path = pathlib.Path(folder) / "settings.yaml"
     if not path.exists():
         raise SettingsError(f"{folder}: not a run folder (settings.yaml is missing)")
@@ -125,12 +150,15 @@ def read_settings(folder):
 
 # %% ../nbs/13a_runs.ipynb #39c94215
 def same_package(code):
-    """`code` for `python -P -c`, run where `dpsynth` is the package that this process imported, whatever lies in the working directory."""
+    """`code` for `python -P -c`, run where `dpsynth` is the package that this process imported, whatever lies
+    in the working directory.
+    """
     place = str(pathlib.Path(dpsynth.__file__).resolve())
-    return (f"import importlib.util, sys\n"
-            f"spec = importlib.util.spec_from_file_location('dpsynth', {place!r}, submodule_search_locations=[{os.path.dirname(place)!r}])\n"
-            f"sys.modules['dpsynth'] = importlib.util.module_from_spec(spec)\n"
-            f"spec.loader.exec_module(sys.modules['dpsynth'])\n{code}")
+    return (
+        f"import importlib.util, sys\nspec = importlib.util.spec_from_file_location('dpsynth', {place!r},"
+        f" submodule_search_locations=[{os.path.dirname(place)!r}])\nsys.modules['dpsynth'] ="
+        f" importlib.util.module_from_spec(spec)\nspec.loader.exec_module(sys.modules['dpsynth'])\n{code}"
+    )
 
 # %% ../nbs/13a_runs.ipynb #5dca5b70
 class BusyError(SettingsError):
@@ -139,7 +167,10 @@ class BusyError(SettingsError):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold a run folder, which exists, for the length of the block; yields the open lock file. Raises BusyError where another holds it."""
+    """Hold a run folder, which exists, for the length of the block; yields the open lock file.
+
+    Raises BusyError where another holds it.
+    """
     with open(pathlib.Path(folder) / ".lock", "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -162,13 +193,21 @@ def _check_finite(name, value):
     try:
         json.dumps(value, allow_nan=False)
     except ValueError:
-        raise DataError(f"{name} is {value}, not a finite number: this stage is not recorded; look whether training diverged") from None
+        raise DataError(
+            f"{name} is {value}, not a finite number: this stage is not recorded; look whether training"
+            " diverged"
+        ) from None
 
 
 def forget_scores(folder):
-    """Take the scores of an earlier evaluation out of metrics.json: those of other settings must not stand beside the new ones."""
+    """Take the scores of an earlier evaluation out of metrics.json: those of other settings must not stand
+    beside the new ones.
+    """
     path = pathlib.Path(folder) / "metrics.json"
-    write_json(path, {k: v for k, v in read_facts(path).items() if not k.startswith(("mauve", "utility", "warnings"))})
+    write_json(
+        path,
+        {k: v for k, v in read_facts(path).items() if not k.startswith(("mauve", "utility", "warnings"))},
+    )
 
 
 STAGES = ("load", "fit", "sample", "evaluate")
@@ -178,7 +217,11 @@ BEAT = 30.0  # a process that is killed takes at most so many seconds with it
 def _add_seconds(folder, stage, spent):
     known = read_facts(folder / "metrics.json")
     added = {f"seconds_{stage}": round(known.get(f"seconds_{stage}", 0.0) + spent, 2)}
-    record(folder, **added, seconds=round(sum({**known, **added}.get(f"seconds_{part}", 0.0) for part in STAGES), 2))
+    record(
+        folder,
+        **added,
+        seconds=round(sum({**known, **added}.get(f"seconds_{part}", 0.0) for part in STAGES), 2),
+    )
 
 
 def _add_unfinished(folder, clock):
@@ -190,14 +233,22 @@ def _add_unfinished(folder, clock):
 
 
 def report_progress(folder, stage, state=None):
-    """Write .progress.json: the stage and what is told of it, and under `updates` the completed updates `done` and `total` of the training."""
+    """Write .progress.json: the stage and what is told of it, and under `updates` the completed updates
+    `done` and `total` of the training.
+    """
     path = folder / ".progress.json"
-    updates = {k: state[k] for k in ("done", "total")} if state and state["unit"] == "updates" else read_progress(folder).get("updates")
+    updates = (
+        {k: state[k] for k in ("done", "total")}
+        if state and state["unit"] == "updates"
+        else read_progress(folder).get("updates")
+    )
     write_json(path, {**(state or {}), "stage": stage, "updates": updates})
 
 
 def read_progress(folder):
-    """What `report_progress` wrote, a dict; empty where there is nothing, or nothing that can be read: it is for showing only."""
+    """What `report_progress` wrote, a dict; empty where there is nothing, or nothing that can be read: it is
+    for showing only.
+    """
     try:
         return read_facts(pathlib.Path(folder) / ".progress.json")
     except DataError:
@@ -205,17 +256,20 @@ def read_progress(folder):
 
 
 def forget_progress(folder):
-    """Remove .progress.json, unless a runner is at the run: it takes the updates over into the status, and removes the file then."""
+    """Remove .progress.json, unless a runner is at the run: it takes the updates over into the status, and
+    removes the file then.
+    """
     if read_facts(folder / "status.json").get("state") != "running":
         (folder / ".progress.json").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def timed(folder, stage):
-    """Add the seconds of the block to `seconds_<stage>`; `seconds` is the total of `STAGES`, what it takes to make and to score the rows.
+    """Add the seconds of the block to `seconds_<stage>`; `seconds` is the total of `STAGES`, what it takes to
+    make and to score the rows.
 
-    Meanwhile they are written down every `BEAT` seconds, and what a killed process wrote is added by the next block. How far the stage is
-    is written as `Progress` tells it.
+    Meanwhile they are written down every `BEAT` seconds, and what a killed process wrote is added by the next
+    block. How far the stage is is written as `Progress` tells it.
     """
     folder = pathlib.Path(folder)
     clock, began, ended = folder / ".clock.json", time.monotonic(), threading.Event()
@@ -226,7 +280,10 @@ def timed(folder, stage):
         while not ended.wait(BEAT):
             write_json(clock, {stage: round(time.monotonic() - began, 2)})
 
-    thread, token = threading.Thread(target=beat, daemon=True), REPORT.set(lambda state: report_progress(folder, stage, state))
+    thread, token = (
+        threading.Thread(target=beat, daemon=True),
+        REPORT.set(lambda state: report_progress(folder, stage, state)),
+    )
     thread.start()
     try:
         yield
@@ -240,7 +297,9 @@ def timed(folder, stage):
 
 # %% ../nbs/13a_runs.ipynb #d309d220
 def on_terminal(line):
-    """Write a line to stderr where that is a terminal, which keeps nothing; never to a file, a pipe or the output of a notebook."""
+    """Write a line to stderr where that is a terminal, which keeps nothing; never to a file, a pipe or the
+    output of a notebook.
+    """
     if sys.stderr.isatty():
         print(line, file=sys.stderr, flush=True)
 
@@ -253,8 +312,17 @@ def now():
 def write_status(folder, state, reason="", started=None):
     """Write status.json, with the updates that are told of; `started` is the time of an earlier `running`."""
     ended, updates = {} if state == "running" else {"finished": now()}, read_progress(folder).get("updates")
-    write_json(pathlib.Path(folder) / "status.json", {"state": state, "reason": reason, "started": started or now(), **ended, "pid": os.getpid(),
-                                                      **({"updates": updates} if updates else {})})
+    write_json(
+        pathlib.Path(folder) / "status.json",
+        {
+            "state": state,
+            "reason": reason,
+            "started": started or now(),
+            **ended,
+            "pid": os.getpid(),
+            **({"updates": updates} if updates else {}),
+        },
+    )
 
 
 def is_alive(pid, started):
@@ -268,10 +336,16 @@ def is_alive(pid, started):
 
 
 def read_status(folder):
-    """dict with `state` and `reason`: of a `running` how far it is; one whose process is gone is reported as `killed`. Raises DataError."""
+    """dict with `state` and `reason`: of a `running` how far it is; one whose process is gone is reported as
+    `killed`. Raises DataError.
+    """
     path = pathlib.Path(folder) / "status.json"
     status = {"reason": "", **(read_facts(path) if path.exists() else {"state": "partial"})}
-    if not isinstance(status.get("state"), str) or status["state"] == "running" and not {"pid", "started"} <= set(status):
+    if (
+        not isinstance(status.get("state"), str)
+        or status["state"] == "running"
+        and not {"pid", "started"} <= set(status)
+    ):
         raise DataError(f"{path}: damaged, it does not say how the run ended; {way_back(path)}")
     if status["state"] == "running" and not is_alive(status["pid"], status["started"]):
         return {**status, "state": "killed", "reason": "its process is gone; run again to resume"}
@@ -281,7 +355,9 @@ def read_status(folder):
 
 
 def check_files(folder):
-    """Raise DataError or SettingsError where one of the files that say how a run stands is damaged; a folder without them is in order."""
+    """Raise DataError or SettingsError where one of the files that say how a run stands is damaged; a folder
+    without them is in order.
+    """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         return

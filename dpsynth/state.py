@@ -29,7 +29,8 @@ def write_private(path, content, before=None):
     path = pathlib.Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        temporary.unlink(missing_ok=True)  # what lies there keeps its owner and its mode; a link leads elsewhere
+        # what lies there keeps its owner and its mode; a link leads elsewhere
+        temporary.unlink(missing_ok=True)
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             write = content if callable(content) else lambda file: file.write(_bytes(content))
             write(file)
@@ -61,13 +62,18 @@ ONCE = "restore it and its seal from a backup, or use another folder: {}"
 AUDITED = AGAIN.format("an audit writes it")
 WAYS_BACK = {
     "identity.json": ONCE.format("it says which run this is"),
-    "checkpoint.npz": AGAIN.format("training begins at the first update, with the same batches and the same noise,"),
+    "checkpoint.npz": AGAIN.format(
+        "training begins at the first update, with the same batches and the same noise,"
+    ),
     "tokens": AGAIN.format("the folder is made again from the rows"),
     "canary_coins": AGAIN.format("the same coins are thrown again"),
     "counts.json": ONCE.format("counts that were paid for are drawn once"),
     "checks.json": ONCE.format("what a training recorded of itself cannot be made again"),
     "losses.jsonl": AGAIN.format("the losses until now are forgotten and the file begins anew"),
-    "replay.json": AUDITED, "audit.json": AUDITED, "findings.json": AUDITED}
+    "replay.json": AUDITED,
+    "audit.json": AUDITED,
+    "findings.json": AUDITED,
+}
 
 
 def way_back(name):
@@ -101,9 +107,10 @@ def content_hash(path):
 class State:
     """The private folder of a run: what is written here is sealed, and only what this run sealed is read.
 
-    Formal guarantee: unless HMAC-SHA-256 can be forged, `check` accepts only content that `write` or `seal` was given under
-    the same name by a run with the same secret and id; and after a kill at any moment it accepts the content that is there,
-    if it accepted the one before. An earlier content is not accepted once a later one has taken its place and the call has returned.
+    Formal guarantee: unless HMAC-SHA-256 can be forged, `check` accepts only content that `write` or `seal`
+    was given under the same name by a run with the same secret and id; and after a kill at any moment it
+    accepts the content that is there, if it accepted the one before. An earlier content is not accepted once
+    a later one has taken its place and the call has returned.
 
     Args:
         secret: bytes that only this run knows. run_id: text, what is computed from which rows.
@@ -185,7 +192,10 @@ class State:
     def _complaint(self, seals):
         """Why a file is refused whose seal is not among these."""
         if not seals:
-            return f"it has no seal in {SEALS}/: it is of another run, of an earlier version, or its seal was lost"
+            return (
+                f"it has no seal in {SEALS}/: it is of another run, of an earlier version, or its seal was"
+                " lost"
+            )
         marks = {seal.partition(" ")[0] for seal in seals}
         if self._mark in marks:
             return "it is damaged, or was changed since this run wrote it"

@@ -37,12 +37,13 @@ class Synthesizer:
 
     Args:
         folder: where the run is kept; a new temporary folder if none is given.
-        **settings: any setting by name, for example `model`, `epsilon`, `text_column`, `label_names`. Without `batch_size`, it is an
-            eighth of the training units when the rows are known, at least 1 and at most the default.
+        **settings: any setting by name, for example `model`, `epsilon`, `text_column`, `label_names`. Without
+            `batch_size`, it is an eighth of the training units when the rows are known, at least 1 and at
+            most the default.
 
     Raises:
-        SettingsError: an unknown or mistyped setting; a generator other than `finetune`; no `batch_size` where the number of units is
-            private.
+        SettingsError: an unknown or mistyped setting; a generator other than `finetune`; no `batch_size`
+            where the number of units is private.
     """
 
     def __init__(self, folder=None, **settings):
@@ -53,7 +54,9 @@ class Synthesizer:
         self.settings = resolve(make_settings({"experiment": name, "prompt": prompt, **settings}))
         self._chooses_batch, self._decided = "batch_size" not in settings, "epsilon" in settings
         self._check()
-        self.folder = pathlib.Path(folder or pathlib.Path(tempfile.mkdtemp(prefix="dpsynth-")) / self.settings.experiment)
+        self.folder = pathlib.Path(
+            folder or pathlib.Path(tempfile.mkdtemp(prefix="dpsynth-")) / self.settings.experiment
+        )
         self._model = self._splits = self._verdict = None
 
     def __repr__(self):
@@ -62,7 +65,10 @@ class Synthesizer:
 
     @classmethod
     def load(cls, folder):
-        """Reopen a fitted run folder from its settings and its released adapter; no row is read. Raises SettingsError."""
+        """Reopen a fitted run folder from its settings and its released adapter; no row is read.
+
+        Raises SettingsError.
+        """
         synthesizer = cls(folder, **read_settings(folder).model_dump())
         synthesizer._model = load_generator(synthesizer.settings, folder)
         return synthesizer
@@ -70,19 +76,24 @@ class Synthesizer:
     def fit(self, data, name=None, progress=True):
         """Fine-tune on a table, a file or a named dataset (see `dpsynth.data.load`); returns self.
 
-        A table is a DataFrame, a list of dicts, a dict of lists, an Arrow table, a Polars frame or a `datasets.Dataset`.
+        A table is a DataFrame, a list of dicts, a dict of lists, an Arrow table, a Polars frame or a
+        `datasets.Dataset`.
 
-        The ε of the run is charged to the owner's ledger (setting `ledger`) before the first batch is drawn, and stays charged if
-        the run is stopped. Fitting again in the same folder resumes or reuses the run, and is not charged again. What is about to be
-        charged is said on stderr; what is left of a cap, and that these rows have spent more than the certificate composes, on a terminal only.
+        The ε of the run is charged to the owner's ledger (setting `ledger`) before the first batch is drawn,
+        and stays charged if the run is stopped. Fitting again in the same folder resumes or reuses the run,
+        and is not charged again. What is about to be charged is said on stderr; what is left of a cap, and
+        that these rows have spent more than the certificate composes, on a terminal only.
 
         Args:
-            name: what the rows are called in the ledger, which adds up what is released under one name, and nowhere follows from the rows;
-                a file or named dataset has one, rows in memory need it, the same one whenever these rows are fitted.
+            name: what the rows are called in the ledger, which adds up what is released under one name, and
+                nowhere follows from the rows; a file or named dataset has one, rows in memory need it, the
+                same one whenever these rows are fitted.
 
         Raises:
-            BudgetError: the run would cross a cap of the ledger. DataError: the rows are not what the settings say. PrivacyError: the
-            folder belongs to a run with other rows or settings. SettingsError: the settings do not fit the rows, or another process is
+            BudgetError: the run would cross a cap of the ledger. DataError: the rows are not what the
+                settings say. PrivacyError: the
+            folder belongs to a run with other rows or settings. SettingsError: the settings do not fit the
+                rows, or another process is
             at this run.
         """
         if not self._decided and not (isinstance(data, str) and data == "demo"):
@@ -108,33 +119,44 @@ class Synthesizer:
     def sample(self, num_rows, seed=None, label=None, progress=True):
         """`num_rows` synthetic rows as a DataFrame. Costs no privacy.
 
-        Columns are called as in the training table: the text first (setting `text_column`), then, if there are labels, the names of
-        the labels (setting `label_column`). In the files under `release/` they are always `text` and `label`. Where nothing can be written there, as on a
-        read-only disk, the rows are returned all the same, and kept nowhere.
+        Columns are called as in the training table: the text first (setting `text_column`), then, if there
+        are labels, the names of the labels (setting `label_column`). In the files under `release/` they are
+        always `text` and `label`. Where nothing can be written there, as on a read-only disk, the rows are
+        returned all the same, and kept nowhere.
 
-        The seed decides (default: the setting `seed`): the same number of rows with the same seed gives the same rows again. Give
-        another seed for other rows.
+        The seed decides (default: the setting `seed`): the same number of rows with the same seed gives the
+        same rows again. Give another seed for other rows.
 
         Args:
             label: name of a label that all rows shall have; by default the setting `label_prior` decides.
 
         Raises:
-            SettingsError: not fitted, no whole number of rows, no such label, or another process is at the same rows. DataError: too
-                few samples make rows, or a released file is damaged.
+            SettingsError: not fitted, no whole number of rows, no such label, or another process is at the
+                same rows. DataError: too few samples make rows, or a released file is damaged.
 
         Warns where many rows are cut at `sequence_length`.
         """
         model, seed = self._fitted(), self.settings.seed if seed is None else seed
         if not isinstance(num_rows, Integral) or num_rows < 1:
             raise SettingsError(f"sample: {num_rows!r} rows were asked for; give a whole number, at least 1")
-        settings = with_prior(self._with(seed=seed), self.folder).model_copy(update={"num_samples": int(num_rows), **self._only(label)})
-        name = f"sample-{seed}-{num_rows}" + ("" if label is None else f"-label{settings.labels.index(label)}")
+        settings = with_prior(self._with(seed=seed), self.folder).model_copy(
+            update={"num_samples": int(num_rows), **self._only(label)}
+        )
+        name = f"sample-{seed}-{num_rows}" + (
+            "" if label is None else f"-label{settings.labels.index(label)}"
+        )
         with self._place_of_rows(name) as folder:
-            fmt, belongs_to = TextFormat(settings.prompt, settings.labels), statement_of(self.folder / "release")
+            fmt, belongs_to = (
+                TextFormat(settings.prompt, settings.labels),
+                statement_of(self.folder / "release"),
+            )
             cut = sample_to_file(model, settings, fmt, folder, progress, statement=belongs_to)["unfinished"]
             made = pd.read_parquet(folder / "synthetic.parquet")
         if cut >= 0.05:
-            warnings.warn(f"sample: {cut:.0%} of the rows had not ended at sequence_length, {settings.sequence_length} tokens, and are cut there")
+            warnings.warn(
+                f"sample: {cut:.0%} of the rows had not ended at sequence_length, {settings.sequence_length}"
+                " tokens, and are cut there"
+            )
         names = self._columns()
         return made[[name for name in names if name in made]].rename(columns=names)
 
@@ -142,16 +164,17 @@ class Synthesizer:
         """Metrics of synthetic rows against real ones, a dict. Not covered by ε: see the certificate.
 
         Args:
-            rows: table with the columns of the training table, as `sample` gives it; or with `text` and `label`, as the files
-                under `release/` have it.
-            reference: table with the columns of the training table, or `Records`, of real rows that were not trained on; by default
-                the rows that `fit` held out.
+            rows: table with the columns of the training table, as `sample` gives it; or with `text` and
+                `label`, as the files under `release/` have it.
+            reference: table with the columns of the training table, or `Records`, of real rows that were not
+                trained on; by default the rows that `fit` held out.
 
         Raises:
-            SettingsError: not fitted, or no reference where a run was reopened. DataError: a column is missing, a row is not what the
-                settings say, or there are fewer than 2 rows on a side.
+            SettingsError: not fitted, or no reference where a run was reopened. DataError: a column is
+                missing, a row is not what the settings say, or there are fewer than 2 rows on a side.
 
-        Warns of all that makes the numbers doubtful, for example where a classifier learns nothing about the label from the rows.
+        Warns of all that makes the numbers doubtful, for example where a classifier learns nothing about the
+        label from the rows.
         """
         self._fitted()
         rows = as_frame(rows, "rows")
@@ -168,9 +191,11 @@ class Synthesizer:
 
     @property
     def certificate(self):
-        """The `Certificate`, which shows itself as a card. Raises SettingsError for a run without differential privacy.
+        """The `Certificate`, which shows itself as a card. Raises SettingsError for a run without
+        differential privacy.
 
-        Warns where the last evaluation found that a classifier learns nothing from the rows: a certificate speaks of privacy, not of use.
+        Warns where the last evaluation found that a classifier learns nothing from the rows: a certificate
+        speaks of privacy, not of use.
         """
         self._fitted()
         path = self.folder / "release" / "certificate.json"
@@ -183,7 +208,9 @@ class Synthesizer:
 
     @contextlib.contextmanager
     def _place_of_rows(self, name):
-        """The folder that sampled rows go to, held for the length of the block; one that is gone after it where none can be made."""
+        """The folder that sampled rows go to, held for the length of the block; one that is gone after it
+        where none can be made.
+        """
         folder = self.folder / "release" / name
         with contextlib.ExitStack() as held:
             try:
@@ -197,41 +224,65 @@ class Synthesizer:
 
     def _check(self):
         if self.settings.generator != "finetune":
-            raise SettingsError(f"setting generator: a Synthesizer fine-tunes, it cannot {self.settings.generator}; "
-                                "use `dpsynth run` with a configuration for that")
+            raise SettingsError(
+                f"setting generator: a Synthesizer fine-tunes, it cannot {self.settings.generator}; "
+                "use `dpsynth run` with a configuration for that"
+            )
         if self._chooses_batch and self.settings.unit_count == "private":
-            raise SettingsError("setting batch_size: give it where unit_count is private; otherwise it follows from the number of units")
+            raise SettingsError(
+                "setting batch_size: give it where unit_count is private; otherwise it follows from the"
+                " number of units"
+            )
 
     def _read(self, data):
         """`Splits` of the rows."""
         try:
             table = isinstance(data, pd.DataFrame)
-            splits = from_frame(data, self.settings, name=self.settings.data_name) if table else load(self._with(data=str(data)))
+            splits = (
+                from_frame(data, self.settings, name=self.settings.data_name)
+                if table
+                else load(self._with(data=str(data)))
+            )
             refuse_left_out(splits.train, self.settings)
             return splits
         except DataError as error:
             if "not one of " not in str(error):
                 raise
-            raise DataError(f"{error}; name all labels with label_names=: they are not taken from the rows, since a name that only "
-                            "one row has would betray that row") from None
+            raise DataError(
+                f"{error}; name all labels with label_names=: they are not taken from the rows, since a name"
+                " that only one row has would betray that row"
+            ) from None
 
     def _place(self, data):
         """Where the rows can be read again: the value of the setting `data`."""
-        return str((self.folder / "private" / "rows.jsonl").resolve() if isinstance(data, pd.DataFrame) else data)
+        return str(
+            (self.folder / "private" / "rows.jsonl").resolve() if isinstance(data, pd.DataFrame) else data
+        )
 
     def _data_name(self, data, name):
-        """What rows are called in the ledger: the value of the setting `data_name`. Raises SettingsError where rows in memory have no name."""
+        """What rows are called in the ledger: the value of the setting `data_name`.
+
+        Raises SettingsError where rows in memory have no name.
+        """
         name = self.settings.data_name if name is None else name
         if not name and not isinstance(data, (str, os.PathLike)):
-            raise SettingsError('fit: rows in memory need a name, as in fit(data, name="patients"); the ledger adds up what is released under '
-                                "one name, so give these rows the same one whenever you fit them")
+            raise SettingsError(
+                'fit: rows in memory need a name, as in fit(data, name="patients"); the ledger adds up what'
+                " is released under one name, so give these rows the same one whenever you fit them"
+            )
         return name
 
     def _batch_size(self, num_units):
-        return min(self.settings.batch_size, max(1, num_units // 8)) if self._chooses_batch else self.settings.batch_size
+        return (
+            min(self.settings.batch_size, max(1, num_units // 8))
+            if self._chooses_batch
+            else self.settings.batch_size
+        )
 
     def _prepare(self, settings, splits, data):
-        """Make the run folder, with all that a later reading of it needs; raises before anything is charged if the run cannot work."""
+        """Make the run folder, with all that a later reading of it needs; raises before anything is charged
+        if the run cannot work.
+        """
         survey(settings, load=lambda _: splits)
         load_stage(settings, self.folder, splits)
         if isinstance(data, pd.DataFrame):
@@ -241,7 +292,9 @@ class Synthesizer:
         """The change of settings under which all rows have one label; none if no label is asked for."""
         names = self.settings.labels
         if label is not None and label not in filter(None, names):
-            raise SettingsError(f"sample: label {label!r} is not one of {', '.join(names) or 'them: the rows have none'}")
+            raise SettingsError(
+                f"sample: label {label!r} is not one of {', '.join(names) or 'them: the rows have none'}"
+            )
         return {} if label is None else {"label_prior": ",".join(str(int(name == label)) for name in names)}
 
     def _reference(self, reference):
@@ -249,7 +302,9 @@ class Synthesizer:
         if not isinstance(reference, (Records, type(None))):
             return self._records(as_frame(reference, "reference"), "reference")
         if reference is None and self._splits is None:
-            raise SettingsError("evaluate: give reference=, real rows that were not trained on; a reopened run holds no rows")
+            raise SettingsError(
+                "evaluate: give reference=, real rows that were not trained on; a reopened run holds no rows"
+            )
         return self._splits.test if reference is None else reference
 
     def _records(self, frame, name, **changes):

@@ -14,7 +14,10 @@ from dp_accounting import NeighboringRelation, dp_event, pld
 
 # %% ../nbs/03a_verify.ipynb #14688a84
 COUNT = "number of training units"
-RELATIONS = {"epsilon": NeighboringRelation.ADD_OR_REMOVE_ONE, "epsilon_replace_one": NeighboringRelation.REPLACE_ONE}
+RELATIONS = {
+    "epsilon": NeighboringRelation.ADD_OR_REMOVE_ONE,
+    "epsilon_replace_one": NeighboringRelation.REPLACE_ONE,
+}
 
 
 def event(access, claim):
@@ -23,35 +26,88 @@ def event(access, claim):
     if access["mechanism"] == "discrete_laplace":
         worst = dp_event.RandomizedResponseDpEvent(2 * math.exp(-2 / noise) / (1 + math.exp(-2 / noise)), 2)
         return dp_event.DiscreteLaplaceDpEvent(1 / noise, 1) if claim == "epsilon" else worst
-    update = dp_event.PoissonSampledDpEvent(min(1.0, access["sampling_probability"] * access["bands"]), dp_event.GaussianDpEvent(noise))
+    update = dp_event.PoissonSampledDpEvent(
+        min(1.0, access["sampling_probability"] * access["bands"]), dp_event.GaussianDpEvent(noise)
+    )
     return dp_event.SelfComposedDpEvent(update, math.ceil(access["steps"] / access["bands"]))
 
 
 def privacy_profile(accesses, claim, interval):
-    """The function from δ to ε of all `accesses` together; `interval` is the width of the PLD's cells (wider overstates ε)."""
-    added = sum(1 / a["noise_multiplier"] for a in accesses if a.get("added")) * (1 if claim == "epsilon" else 2)
+    """The function from δ to ε of all `accesses` together; `interval` is the width of the PLD's cells (wider
+    overstates ε).
+    """
+    added = sum(1 / a["noise_multiplier"] for a in accesses if a.get("added")) * (
+        1 if claim == "epsilon" else 2
+    )
     events = dp_event.ComposedDpEvent([event(a, claim) for a in accesses if not a.get("added")])
-    return lambda delta, rest=pld.PLDAccountant(RELATIONS[claim], interval).compose(events): added + rest.get_epsilon(delta)
+    return lambda delta, rest=pld.PLDAccountant(RELATIONS[claim], interval).compose(events): (
+        added + rest.get_epsilon(delta)
+    )
 
 # %% ../nbs/03a_verify.ipynb #967f50eb
 def verify(certificate, tolerance=1e-3):
-    """The recomputed claims of a certificate (dict). Raises ValueError where its mechanisms spend more, or where there can be no such."""
-    c, delta, n, interval = certificate, certificate["delta"], certificate["num_units"], certificate["accountant"]["interval"]
-    m, paid = {**c["mechanism"], "mechanism": "dp_sgd"}, [a for a in c["accesses"] if a["epsilon"] != "public"]
-    checks = [(not any(a.get("added") and a["mechanism"] != "discrete_laplace" for a in paid), "only a count may be `added`"),
-              ((m["sampler"] == "poisson") == (m["bands"] == 1), f"{m['bands']} band(s) do not go with {m['sampler']} batches"),
-              (("zero-out" in c["adjacency"]) == (COUNT in {a["what"] for a in c["accesses"] if a["epsilon"] == "public"}),
-               f"its neighbours do not go with whether the {COUNT} is public"),
-              (any({**m, **a} == {**a, **m} for a in paid), "the mechanism it describes is not among the accesses it charges for"),
-              (math.isclose(m["sampling_probability"] * n, m["expected_batch_size"]), "its batch is not q times the number of units"),
-              ([a["epsilon"] == "public" or a.get("added") for a in c["accesses"] if a["what"] == COUNT] == [True], f"the {COUNT} is not paid for"),
-              (0 < delta < 1 / n, f"delta {delta:g} is not below 1/n; a whole unit could be published with that probability"),
-              *((a["bands"] <= min(a["steps"], (1 + 1e-9) / a["sampling_probability"]), f"{a['bands']} bands are too many") for a in paid)]
+    """The recomputed claims of a certificate (dict).
+
+    Raises ValueError where its mechanisms spend more, or where there can be no such.
+    """
+    c, delta, n, interval = (
+        certificate,
+        certificate["delta"],
+        certificate["num_units"],
+        certificate["accountant"]["interval"],
+    )
+    m, paid = (
+        {**c["mechanism"], "mechanism": "dp_sgd"},
+        [a for a in c["accesses"] if a["epsilon"] != "public"],
+    )
+    checks = [
+        (
+            not any(a.get("added") and a["mechanism"] != "discrete_laplace" for a in paid),
+            "only a count may be `added`",
+        ),
+        (
+            (m["sampler"] == "poisson") == (m["bands"] == 1),
+            f"{m['bands']} band(s) do not go with {m['sampler']} batches",
+        ),
+        (
+            ("zero-out" in c["adjacency"])
+            == (COUNT in {a["what"] for a in c["accesses"] if a["epsilon"] == "public"}),
+            f"its neighbours do not go with whether the {COUNT} is public",
+        ),
+        (
+            any({**m, **a} == {**a, **m} for a in paid),
+            "the mechanism it describes is not among the accesses it charges for",
+        ),
+        (
+            math.isclose(m["sampling_probability"] * n, m["expected_batch_size"]),
+            "its batch is not q times the number of units",
+        ),
+        (
+            [a["epsilon"] == "public" or a.get("added") for a in c["accesses"] if a["what"] == COUNT]
+            == [True],
+            f"the {COUNT} is not paid for",
+        ),
+        (
+            0 < delta < 1 / n,
+            f"delta {delta:g} is not below 1/n; a whole unit could be published with that probability",
+        ),
+        *(
+            (
+                a["bands"] <= min(a["steps"], (1 + 1e-9) / a["sampling_probability"]),
+                f"{a['bands']} bands are too many",
+            )
+            for a in paid
+        ),
+    ]
     if failed := [message for holds, message in checks if not holds]:
         raise ValueError(failed[0])
     spent = {claim: privacy_profile(paid, claim, interval) for claim in RELATIONS}
-    stated = [(claim, spent[claim], c) for claim in RELATIONS] + [("epsilon", spent["epsilon"], p) for p in (*c["curve"], c["composed"])]
-    for claim, of, part in stated + [("epsilon", privacy_profile([a], "epsilon", interval), {**a, "delta": delta}) for a in paid]:
+    stated = [(claim, spent[claim], c) for claim in RELATIONS] + [
+        ("epsilon", spent["epsilon"], p) for p in (*c["curve"], c["composed"])
+    ]
+    for claim, of, part in stated + [
+        ("epsilon", privacy_profile([a], "epsilon", interval), {**a, "delta": delta}) for a in paid
+    ]:
         if not (found := of(part["delta"])) <= part[claim] + tolerance:
             whose = f"delta {part['delta']:.3g} for {part.get('what', 'all accesses')}"
             raise ValueError(f"it claims {claim} {part[claim]:.6g} at {whose}, but spends {found:.6g}")

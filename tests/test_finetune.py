@@ -14,7 +14,17 @@ import dpsynth.data
 import dpsynth.privacy
 from dpsynth.data import TokenStore, from_frame
 from dpsynth.finetune import (
-    LossLog, bucket_lengths, example_loss, finetune_run, flatten, make_mean_loss, microbatches, scores_at_once, some_rows, unit_loss)
+    LossLog,
+    bucket_lengths,
+    example_loss,
+    finetune_run,
+    flatten,
+    make_mean_loss,
+    microbatches,
+    scores_at_once,
+    some_rows,
+    unit_loss,
+)
 from dpsynth.models import LanguageModel, load_model, setup_tuning
 from dpsynth.pipeline import DATA_SETTINGS
 from dpsynth.settings import Settings, SettingsError
@@ -26,22 +36,31 @@ def test_buckets_cover_each_row_once():
     lengths = np.random.default_rng(0).integers(1, 400, 300)
     for limit in (48, 96, 250, 512):
         parts = list(microbatches(np.arange(300), np.minimum(lengths, limit), bucket_lengths(limit), 16))
-        assert sorted(i for _, p in parts for i in p if i >= 0) == list(range(300)) and all(len(p) == 16 for _, p in parts)
+        assert sorted(i for _, p in parts for i in p if i >= 0) == list(range(300)) and all(
+            len(p) == 16 for _, p in parts
+        )
         assert all(min(lengths[i], limit) <= bucket for bucket, p in parts for i in p if i >= 0)
 
 
 def test_scores_in_chunks_give_the_losses_and_gradients_of_all_at_once(micro, store, monkeypatch):
     batch, seen = store.batch(np.arange(3), 48), []
     rows = tuple(jax.numpy.asarray(batch[name]) for name in ("tokens", "prompt_length", "total_length"))
-    monkeypatch.setattr(micro, "logits", lambda *of: (seen.append(of[2].shape[1]), LanguageModel.logits(micro, *of))[1])
+    monkeypatch.setattr(
+        micro, "logits", lambda *of: (seen.append(of[2].shape[1]), LanguageModel.logits(micro, *of))[1]
+    )
 
     def found(alone, scores):
         """Losses of rows side by side, and gradients of one row alone and of a unit of three; whether scores are computed twice."""
         monkeypatch.setattr("dpsynth.finetune.one_by_one", lambda: alone)
-        monkeypatch.setattr("dpsynth.finetune.ALONE_SCORES" if alone else "dpsynth.finetune.CHUNK_SCORES", scores)
+        monkeypatch.setattr(
+            "dpsynth.finetune.ALONE_SCORES" if alone else "dpsynth.finetune.CHUNK_SCORES", scores
+        )
         one = lambda trainable: example_loss(micro, trainable, micro.frozen, *(part[0] for part in rows))
         unit = lambda trainable: unit_loss(micro, trainable, micro.frozen, *rows)
-        values = [make_mean_loss(micro)(micro.trainable, micro.frozen, batch), *(flatten(jax.jit(jax.grad(f))(micro.trainable)) for f in (one, unit))]
+        values = [
+            make_mean_loss(micro)(micro.trainable, micro.frozen, batch),
+            *(flatten(jax.jit(jax.grad(f))(micro.trainable)) for f in (one, unit)),
+        ]
         seen.clear()
         return values, "remat" in str(jax.make_jaxpr(one)(micro.trainable))
 
@@ -62,7 +81,14 @@ def test_rows_that_are_computed_side_by_side_share_the_scores_that_are_held(monk
 
 
 def test_training_without_privacy_lowers_the_loss(micro, store):
-    one = trainer(micro, store, SETTINGS.model_copy(update={"learning_rate": 0.02}), noise_multiplier=0.0, target_epsilon=math.inf, steps=30)
+    one = trainer(
+        micro,
+        store,
+        SETTINGS.model_copy(update={"learning_rate": 0.02}),
+        noise_multiplier=0.0,
+        target_epsilon=math.inf,
+        steps=30,
+    )
     loss = make_mean_loss(micro)
     batch = store.batch(np.arange(8), 48)
     before = float(loss(one.trainable, one.frozen, batch).mean())
@@ -74,12 +100,16 @@ def test_training_without_privacy_lowers_the_loss(micro, store):
 def test_canaries_take_part_as_their_coins_say(tmp_path):
     from dpsynth.canaries import CanaryCoins
     from dpsynth.privacy import stored_run
+
     settings = RUN.model_copy(update={"canaries": 60})
     finetune_run(settings, splits(), tmp_path / "dp", progress=False)
     certificate = json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())
     private = tmp_path / "dp" / "private"
     included = CanaryCoins.read(60, stored_run(private).state(private)).included
-    assert certificate["num_units"] == 100 and len(TokenStore(tmp_path / "dp" / "private" / "tokens")) == 40 + included.sum()
+    assert (
+        certificate["num_units"] == 100
+        and len(TokenStore(tmp_path / "dp" / "private" / "tokens")) == 40 + included.sum()
+    )
     assert 12 < included.sum() < 48
 
 
@@ -95,7 +125,9 @@ def test_full_tuning_refuses_half_precision():
 
 
 def test_splits_are_remembered_by_every_setting_that_loading_reads():
-    read = set(re.findall(r"settings\.(\w+)", inspect.getsource(dpsynth.data))) & set(Settings.model_fields) | {"label_names"}
+    read = set(re.findall(r"settings\.(\w+)", inspect.getsource(dpsynth.data))) & set(
+        Settings.model_fields
+    ) | {"label_names"}
     assert read <= set(DATA_SETTINGS) and {"unit", "audit_fraction"} <= read
 
 
@@ -107,9 +139,14 @@ def test_what_stands_for_all_rows_is_not_the_first_ones():
 
 def test_the_loss_on_a_file_sorted_by_label_is_that_of_both_labels(tmp_path, monkeypatch):
     import dpsynth.finetune
+
     seen = []
     whole = dpsynth.finetune.row_losses
-    monkeypatch.setattr(dpsynth.finetune, "row_losses", lambda model, records, *rest: seen.append(records.labels) or whole(model, records, *rest))
+    monkeypatch.setattr(
+        dpsynth.finetune,
+        "row_losses",
+        lambda model, records, *rest: seen.append(records.labels) or whole(model, records, *rest),
+    )
     rows = pd.DataFrame({"text": [f"row {i}" for i in range(40)], "label": [int(i >= 20) for i in range(40)]})
     settings = RUN.model_copy(update={"validation_size": 8, "epochs": 0.2})
     finetune_run(settings, from_frame(rows, settings, test=rows), tmp_path / "run", progress=False)
@@ -118,7 +155,9 @@ def test_the_loss_on_a_file_sorted_by_label_is_that_of_both_labels(tmp_path, mon
 
 def test_no_progress_bar_is_a_widget(repo):
     for path in (repo / "dpsynth").glob("*.py"):
-        assert "tqdm.auto" not in path.read_text(encoding="utf-8") and "tqdm.notebook" not in path.read_text(encoding="utf-8"), path
+        assert "tqdm.auto" not in path.read_text(encoding="utf-8") and "tqdm.notebook" not in path.read_text(
+            encoding="utf-8"
+        ), path
 
 
 def test_steps_that_a_crash_repeats_are_logged_once(micro, store, tmp_path):
@@ -133,4 +172,7 @@ def test_steps_that_a_crash_repeats_are_logged_once(micro, store, tmp_path):
     again.restore(tmp_path / "checkpoint.npz")
     again.update()
     LossLog(again.randomness.state(tmp_path), again, rows=4)(again)
-    assert [json.loads(line)["step"] for line in (tmp_path / "losses.jsonl").read_text().splitlines()] == [1, 2]
+    assert [json.loads(line)["step"] for line in (tmp_path / "losses.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+    ]

@@ -347,9 +347,7 @@ def test_what_is_stated_of_a_packaged_model_holds_where_it_is_not_installed(pack
         verify(certificate)
 
 
-def test_check_recommends_fewer_pieces_where_there_is_a_list_of_them(
-    package, dpsynth, tmp_path, monkeypatch
-):
+def test_check_recommends_fewer_pieces_where_there_is_a_list_of_them(package, dpsynth, tmp_path, monkeypatch):
     monkeypatch.setitem(BUNDLES, "gemma3_270m", BUNDLES["small"])
     config = tmp_path / "c.yaml"
     config.write_text(

@@ -236,7 +236,9 @@ def test_killed_at_five_random_moments(make, dpsynth, refused):
     run.start()
     run.wait_until(lambda: len(run.blocks()) > len(blocks))
     run.kill(1.0)
-    assert run.stage() == "sampling" and run.blocks()[: len(blocks)] == blocks  # their seconds too: they were not decoded again
+    assert (
+        run.stage() == "sampling" and run.blocks()[: len(blocks)] == blocks
+    )  # their seconds too: they were not decoded again
 
     run.start()
     run.wait_until(lambda: "num_samples" in run.metrics())

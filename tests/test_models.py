@@ -34,14 +34,24 @@ def seeing():
     """A Gemma3 with a vision encoder, as the large presets have one, of one layer each."""
     keras.utils.set_random_seed(5)
     vision = keras_hub.models.Gemma3VisionEncoder(
-        image_size=16, patch_size=4, pool_size=2, num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=16, output_dim=16)
+        image_size=16,
+        patch_size=4,
+        pool_size=2,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+        output_dim=16,
+    )
     return LanguageModel(one_layer(seed=5, vision=vision), "seeing")
 
 
 def test_a_model_that_sees_reads_text_alone(seeing):
     tokens = jnp.array([seeing.prompt_ids("The play was better than I had feared")], "int32")
     weights = seeing.trainable, seeing.frozen
-    whole = jax.jit(lambda *of: seeing.logits(*of, seeing.hidden(*of, tokens, jnp.ones_like(tokens))))(*weights)
+    whole = jax.jit(lambda *of: seeing.logits(*of, seeing.hidden(*of, tokens, jnp.ones_like(tokens))))(
+        *weights
+    )
     step = jax.jit(seeing.step)
     first, cache = step(*weights, tokens[:, :4], seeing.empty_cache(1, tokens.shape[1]), 0)
     second, _ = step(*weights, tokens[:, 4:], cache, 4)
@@ -50,8 +60,13 @@ def test_a_model_that_sees_reads_text_alone(seeing):
 
 def test_a_model_that_sees_is_fine_tuned(seeing, tmp_path):
     prompt = seeing.prompt_ids("[x][positive]:")
-    store = TokenStore.write(tmp_path / "tokens", ((prompt, ids) for ids in seeing.response_ids(["a film", "another one", "and a third"] * 8)))
-    setup_tuning(seeing, SETTINGS.model_copy(update={"tuning": "lora", "lora_rank": 1, "lora_targets": "query,value"}))
+    store = TokenStore.write(
+        tmp_path / "tokens",
+        ((prompt, ids) for ids in seeing.response_ids(["a film", "another one", "and a third"] * 8)),
+    )
+    setup_tuning(
+        seeing, SETTINGS.model_copy(update={"tuning": "lora", "lora_rank": 1, "lora_targets": "query,value"})
+    )
     one = trainer(seeing, store)
     before = one.trainable
     one.update()
@@ -65,14 +80,41 @@ KAGGLE = "Preset gemma3_instruct_12b has no config.json. Make sure the URI or di
 @pytest.mark.parametrize(
     "name, error, environment, advice",
     [
-        ("gemma3_instruct_1b", ConnectionError("Temporary failure in name resolution"), {"KAGGLE_API_TOKEN": "x"}, "Kaggle cannot be reached"),
-        ("gemma3_instruct_1b", FileNotFoundError(KAGGLE), {}, "no Kaggle credentials found: set KAGGLE_USERNAME and KAGGLE_KEY"),
-        ("gemma3_instruct_1b", FileNotFoundError(KAGGLE), {"KAGGLE_USERNAME": "x"}, "no Kaggle credentials found"),
-        ("gemma3_instruct_1b", FileNotFoundError(KAGGLE), {"KAGGLE_USERNAME": "x", "KAGGLE_KEY": "y"}, "accept the terms"),
-        ("kaggle://keras/gemma3/keras/x", ValueError("403 Client Error"), {"KAGGLE_API_TOKEN": "x"}, "accept the terms on the model's page on kaggle"),
+        (
+            "gemma3_instruct_1b",
+            ConnectionError("Temporary failure in name resolution"),
+            {"KAGGLE_API_TOKEN": "x"},
+            "Kaggle cannot be reached",
+        ),
+        (
+            "gemma3_instruct_1b",
+            FileNotFoundError(KAGGLE),
+            {},
+            "no Kaggle credentials found: set KAGGLE_USERNAME and KAGGLE_KEY",
+        ),
+        (
+            "gemma3_instruct_1b",
+            FileNotFoundError(KAGGLE),
+            {"KAGGLE_USERNAME": "x"},
+            "no Kaggle credentials found",
+        ),
+        (
+            "gemma3_instruct_1b",
+            FileNotFoundError(KAGGLE),
+            {"KAGGLE_USERNAME": "x", "KAGGLE_KEY": "y"},
+            "accept the terms",
+        ),
+        (
+            "kaggle://keras/gemma3/keras/x",
+            ValueError("403 Client Error"),
+            {"KAGGLE_API_TOKEN": "x"},
+            "accept the terms on the model's page on kaggle",
+        ),
     ],
 )
-def test_a_preset_that_cannot_be_fetched_says_what_is_missing(monkeypatch, tmp_path, name, error, environment, advice):
+def test_a_preset_that_cannot_be_fetched_says_what_is_missing(
+    monkeypatch, tmp_path, name, error, environment, advice
+):
     for key in ("KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_API_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(key, raising=False)
     for key, value in {"HOME": str(tmp_path), **environment}.items():
@@ -103,8 +145,11 @@ def hub(monkeypatch, tmp_path):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-                        f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
+    monkeypatch.setattr(
+        huggingface_hub.constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+    )
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     for key in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(key, raising=False)
@@ -117,7 +162,13 @@ def hub(monkeypatch, tmp_path):
     "status, code, token, kind, told",
     [
         (401, "GatedRepo", "", models.Unreachable, "no Hugging Face credentials found: set HF_TOKEN"),
-        (403, "GatedRepo", "hf_x", models.Unreachable, "accept the terms on the model's page on huggingface.co"),
+        (
+            403,
+            "GatedRepo",
+            "hf_x",
+            models.Unreachable,
+            "accept the terms on the model's page on huggingface.co",
+        ),
         (401, "", "hf_x", models.Unreachable, "does not accept these credentials"),
         (404, "RepoNotFound", "hf_x", ModelError, "has no such model"),
         (401, "RepoNotFound", "", ModelError, "check the name, or set HF_TOKEN"),
@@ -130,16 +181,26 @@ def test_a_hub_that_refuses_is_understood(hub, monkeypatch, status, code, token,
         monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(ModelError, match=told) as raised:
         load_model("hf://google/gemma-3-1b-it")
-    assert type(raised.value) is kind and "\n" not in str(raised.value) and "has no config.json" not in str(raised.value)
+    assert (
+        type(raised.value) is kind
+        and "\n" not in str(raised.value)
+        and "has no config.json" not in str(raised.value)
+    )
 
 
 @pytest.mark.parametrize("token", ["", "hf_x"])
 def test_a_hub_that_cannot_be_reached_is_the_network_with_and_without_a_token(hub, monkeypatch, token):
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        huggingface_hub.constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}",
+    )
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     began = time.monotonic()
-    with pytest.raises(models.Unreachable, match="Hugging Face cannot be reached from this machine") as raised:
+    with pytest.raises(
+        models.Unreachable, match="Hugging Face cannot be reached from this machine"
+    ) as raised:
         load_model("hf://google/gemma-3-1b-it")
     assert time.monotonic() - began < 2 * models.PROBE_SECONDS and "credentials" not in str(raised.value)
 
@@ -162,7 +223,11 @@ def test_what_is_in_the_cache_needs_no_hub(monkeypatch, tmp_path):
     (cached.parent.parent / "refs" / "main").write_text("1" * 40)
     (cached / "config.json").write_text("{}")
     monkeypatch.setattr(models, "_refusal", lambda repository: ConnectionError("no network"))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", functools.partial(huggingface_hub.snapshot_download, cache_dir=tmp_path))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        functools.partial(huggingface_hub.snapshot_download, cache_dir=tmp_path),
+    )
     with pytest.raises(models.Unreachable, match="no network"):
         models.check_hub("it", "some/model")  # a configuration alone does not load
     (cached / "model.safetensors").write_bytes(b"")
@@ -195,7 +260,11 @@ def test_computing_again_keeps_less_and_gives_the_same_gradient(micro, store, mo
     indices = np.arange(8)
     plain = trainer(micro, store).gradient_sum(indices)
     seen = []
-    monkeypatch.setattr(models.jax, "checkpoint", lambda call, checkpoint=models.jax.checkpoint: seen.append(call) or checkpoint(call))
+    monkeypatch.setattr(
+        models.jax,
+        "checkpoint",
+        lambda call, checkpoint=models.jax.checkpoint: seen.append(call) or checkpoint(call),
+    )
     micro.rematerialize = True
     again = trainer(micro, store).gradient_sum(indices)
     micro.rematerialize = False
@@ -244,8 +313,13 @@ np.savez(f"{folder}/found{count}.npz", *total, *weights, vectors, np.array(texts
 def test_two_devices_do_what_one_does(tmp_path):
     for count in (1, 2):
         flags = f"--xla_force_host_platform_device_count={count}"
-        done = subprocess.run([sys.executable, "-c", ON_DEVICES, str(tmp_path), MICRO, str(count)], env={**os.environ, "XLA_FLAGS": flags},
-                              capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            [sys.executable, "-c", ON_DEVICES, str(tmp_path), MICRO, str(count)],
+            env={**os.environ, "XLA_FLAGS": flags},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     with np.load(tmp_path / "found1.npz") as one, np.load(tmp_path / "found2.npz") as two:
         *arrays, vectors, texts = one.files
@@ -253,15 +327,25 @@ def test_two_devices_do_what_one_does(tmp_path):
         same = one[texts] == two[texts]
         assert same.mean() >= 0.7  # a rounding error may change a token, and then the rest of a row
         for name in (*arrays, vectors):
-            ours, theirs = (found[name][same] if name == vectors else found[name].astype(float) for found in (one, two))
+            ours, theirs = (
+                found[name][same] if name == vectors else found[name].astype(float) for found in (one, two)
+            )
             assert np.abs(ours - theirs).max() <= 1e-3 * max(1e-6, np.abs(ours).max()), name
 
 
 LAYERS = {
     "dense": (lambda: keras.layers.Dense(6, activation="gelu"), (4, 5), True),
     "without bias": (lambda: keras.layers.EinsumDense("btd,ndh->btnh", (None, 3, 6)), (2, 4, 5), True),
-    "two axes summed": (lambda: keras.layers.EinsumDense("btnh,nhd->btd", (None, 6), bias_axes="d", activation="relu"), (2, 4, 3, 5), True),
-    "kernel's last axis summed": (lambda: keras.layers.EinsumDense("btd,fd->btf", (None, 6)), (2, 4, 5), False),
+    "two axes summed": (
+        lambda: keras.layers.EinsumDense("btnh,nhd->btd", (None, 6), bias_axes="d", activation="relu"),
+        (2, 4, 3, 5),
+        True,
+    ),
+    "kernel's last axis summed": (
+        lambda: keras.layers.EinsumDense("btd,fd->btf", (None, 6)),
+        (2, 4, 5),
+        False,
+    ),
     "another class": (lambda: type("Mine", (keras.layers.Dense,), {})(6), (4, 5), False),
 }
 
@@ -286,15 +370,32 @@ def test_an_adapter_apart_gives_what_the_layer_gives(name):
 def test_no_example_has_a_gradient_of_a_kernels_size():
     model = load_model("tiny")
     setup_tuning(model, SETTINGS.model_copy(update={"tuning": "lora", "lora_rank": 2, "lora_targets": "all"}))
-    rows = {"tokens": jnp.ones((3, 1, 16), "int32"), "prompt_length": jnp.ones((3, 1), "int32"), "total_length": jnp.full((3, 1), 16)}
+    rows = {
+        "tokens": jnp.ones((3, 1, 16), "int32"),
+        "prompt_length": jnp.ones((3, 1), "int32"),
+        "total_length": jnp.full((3, 1), 16),
+    }
     loss = lambda trainable, *row: finetune.unit_loss(model, trainable, model.frozen, *row)
     one_each = lambda trainable: jax.vmap(jax.grad(loss), (None, 0, 0, 0))(trainable, *rows.values())
     kernels = {math.prod(layer._kernel.shape) for layer in models.adapted_layers(model)}
-    made = {math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[(3,[\d,]+)\] = dot_general", str(jax.make_jaxpr(one_each)(model.trainable)))}
+    made = {
+        math.prod(map(int, shape.split(",")))
+        for shape in re.findall(
+            r"f32\[(3,[\d,]+)\] = dot_general", str(jax.make_jaxpr(one_each)(model.trainable))
+        )
+    }
     assert made and not made & {3 * kernel for kernel in kernels}
 
 
-@pytest.mark.parametrize("model, tuning, mode", [("tiny", "auto", "full"), ("gemma3_1b", "auto", "lora"), ("tiny", "lora", "lora"), ("gemma3_1b", "full", "full")])
+@pytest.mark.parametrize(
+    "model, tuning, mode",
+    [
+        ("tiny", "auto", "full"),
+        ("gemma3_1b", "auto", "lora"),
+        ("tiny", "lora", "lora"),
+        ("gemma3_1b", "full", "full"),
+    ],
+)
 def test_what_is_trained_unless_told_otherwise(model, tuning, mode):
     assert models.tuning_mode(Settings(model=model, tuning=tuning)) == mode
 
@@ -321,6 +422,7 @@ def test_the_base_model_of_an_audit_is_the_tuned_one_without_its_adapters(monkey
     from parts import RUN, splits
     from dpsynth import pipeline
     from dpsynth.formats import TextFormat
+
     records, fmt = splits().test, TextFormat(RUN.prompt, RUN.labels)
     base = finetune.row_losses(load_model(MICRO, seed=RUN.seed), records, fmt, RUN)
     tuned = finetune.prepare_model(RUN)
@@ -334,7 +436,11 @@ def test_the_base_model_of_an_audit_is_the_tuned_one_without_its_adapters(monkey
 def programs(tmp_path):
     """A folder in which JAX keeps every program that it compiles from now on."""
     from jax.experimental.compilation_cache import compilation_cache
-    known = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")}
+
+    known = {
+        name: getattr(jax.config, name)
+        for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    }
     yield tmp_path / "programs"
     for name, value in known.items():
         jax.config.update(name, value)
@@ -358,7 +464,17 @@ def test_kept_programs_hold_no_row(programs, tmp_path):
     from jax.experimental.compilation_cache import compilation_cache
     from parts import RUN, splits
     from dpsynth.pipeline import evaluate_stage, fit_stage, load_stage, sample_stage
-    settings = RUN.model_copy(update={"num_samples": 6, "num_mauve_samples": 6, "num_mauve_trials": 1, "embedder": MICRO, "embed_length": 16, "utility": False})
+
+    settings = RUN.model_copy(
+        update={
+            "num_samples": 6,
+            "num_mauve_samples": 6,
+            "num_mauve_trials": 1,
+            "embedder": MICRO,
+            "embed_length": 16,
+            "utility": False,
+        }
+    )
     compilation_cache.reset_cache()
     jax.config.update("jax_compilation_cache_dir", str(programs))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

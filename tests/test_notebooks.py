@@ -10,7 +10,9 @@ from dpsynth.experiments import kernel_manager
 
 NBS = pathlib.Path(__file__).resolve().parent.parent / "nbs"
 NOTEBOOKS = sorted(
-    p.relative_to(NBS).as_posix() for p in NBS.rglob("*.ipynb") if "templates" not in p.parts and ".ipynb_checkpoints" not in p.parts
+    p.relative_to(NBS).as_posix()
+    for p in NBS.rglob("*.ipynb")
+    if "templates" not in p.parts and ".ipynb_checkpoints" not in p.parts
 )
 SKIPPED = ("#| eval: false", "#| eval:false")
 

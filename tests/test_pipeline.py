@@ -13,12 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+
 def survey(lenient=False, **changes):
-    return pipeline.survey(RUN.model_copy(update={"experiment": "x", **changes}), lenient=lenient, load=lambda settings: splits(settings=settings))
+    return pipeline.survey(
+        RUN.model_copy(update={"experiment": "x", **changes}),
+        lenient=lenient,
+        load=lambda settings: splits(settings=settings),
+    )
 
 
 def test_a_model_that_cannot_be_sampled_is_refused_before_it_is_paid_for(monkeypatch):
-    monkeypatch.setattr(LanguageModel, "empty_cache", lambda self, batch, length: jnp.zeros((batch, 4)))  # as of a recurrent model
+    monkeypatch.setattr(
+        LanguageModel, "empty_cache", lambda self, batch, length: jnp.zeros((batch, 4))
+    )  # as of a recurrent model
     with pytest.raises(ModelError, match="x: model '.*micro': its cache is not a list of positions"):
         survey()
 
@@ -34,7 +41,10 @@ def no_network(monkeypatch):
 
 
 def test_training_rows_are_not_sent_to_a_service_unasked():
-    with pytest.raises(SettingsError, match="^x: setting send_training_rows: real_train would send training rows to the service 'vertex:x'"):
+    with pytest.raises(
+        SettingsError,
+        match="^x: setting send_training_rows: real_train would send training rows to the service 'vertex:x'",
+    ):
         survey(generator="real_train", embedder="vertex:x")
 
 
@@ -43,7 +53,11 @@ def test_an_embedder_out_of_reach_stops_a_run_and_is_noted_by_a_check(no_network
     wrong = {setting: "sentence-transformers:all-MiniLM-L6-v2"}
     with pytest.raises(Unreachable, match="^x: embedder .* Hugging Face cannot be reached"):
         survey(**wrong)
-    assert [line for line in survey(lenient=True, **wrong).unknown if "all-MiniLM-L6-v2" in line and "cannot be reached" in line]
+    assert [
+        line
+        for line in survey(lenient=True, **wrong).unknown
+        if "all-MiniLM-L6-v2" in line and "cannot be reached" in line
+    ]
 
 
 @pytest.mark.parametrize("name", ["sentence-transformers:./typo", "no-such", "./no/such"])
@@ -65,21 +79,44 @@ def planned(settings):
     """Bytes that XLA plans for what is neither weights nor batch, while a microbatch is summed; nothing runs."""
     model = load_model("tiny")
     setup_tuning(model, settings)
-    summed = make_private_sum(model, Session(MECHANISM, Randomness(bytes(32), "x"))) if settings.private else make_plain_sum(model)
+    summed = (
+        make_private_sum(model, Session(MECHANISM, Randomness(bytes(32), "x")))
+        if settings.private
+        else make_plain_sum(model)
+    )
     shape, units = jax.ShapeDtypeStruct, settings.microbatch_size
     total = [shape(array.shape, "int32" if settings.private else "float32") for array in model.trainable]
-    batch = {"tokens": shape((units, 1, settings.sequence_length), "int32"), **{f"{n}_length": shape((units, 1), "int32") for n in ("prompt", "total")}}
-    return summed.lower(total, shape((2,), "int32"), model.trainable, model.frozen, batch).compile().memory_analysis().temp_size_in_bytes
+    batch = {
+        "tokens": shape((units, 1, settings.sequence_length), "int32"),
+        **{f"{n}_length": shape((units, 1), "int32") for n in ("prompt", "total")},
+    }
+    return (
+        summed.lower(total, shape((2,), "int32"), model.trainable, model.frozen, batch)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+    )
 
 
 def estimated(settings):
     """The same by `estimate_memory`."""
     total, trained = models.count_parameters(settings)
-    alone = pipeline.LIBRARIES + pipeline.functions_compiled(settings) * pipeline.COMPILED + 4 * total + 16 * trained
-    return pipeline.estimate_memory(settings.model_copy(update={"sample_batch_size": 1}), total, trained) - alone
+    alone = (
+        pipeline.LIBRARIES
+        + pipeline.functions_compiled(settings) * pipeline.COMPILED
+        + 4 * total
+        + 16 * trained
+    )
+    return (
+        pipeline.estimate_memory(settings.model_copy(update={"sample_batch_size": 1}), total, trained) - alone
+    )
 
 
-@pytest.mark.parametrize("one_by_one, changes", [(True, {}), (False, {"tuning": "full"}), (False, {"epsilon": float("inf")})], ids=str)
+@pytest.mark.parametrize(
+    "one_by_one, changes",
+    [(True, {}), (False, {"tuning": "full"}), (False, {"epsilon": float("inf")})],
+    ids=str,
+)
 def test_memory_is_what_the_compiler_plans_within_a_factor_of_two(monkeypatch, one_by_one, changes):
     for module in (finetune, pipeline):
         monkeypatch.setattr(module, "one_by_one", lambda: one_by_one)
@@ -92,7 +129,9 @@ def test_one_unit_at_a_time_needs_memory_once(monkeypatch):
     assert estimated(many) == estimated(SHAPE)
     monkeypatch.setattr(pipeline, "one_by_one", lambda: False)
     assert estimated(many) == pytest.approx(100 * estimated(SHAPE))
-    assert estimated(SHAPE.model_copy(update={"unit": "user", "max_records_per_unit": 3})) > 2.5 * estimated(SHAPE)
+    assert estimated(SHAPE.model_copy(update={"unit": "user", "max_records_per_unit": 3})) > 2.5 * estimated(
+        SHAPE
+    )
 
 
 def test_computing_again_saves_memory_on_accelerators_only(monkeypatch):
@@ -117,10 +156,18 @@ def test_sampling_counts_the_cache_of_each_row():
 def test_real_rows_are_cut_where_generated_ones_would_be():
     tokenizer, fmt = models.load_tokenizer(models.base_name(RUN)), finetune.TextFormat(RUN.prompt, RUN.labels)
     prompts = [1 + len(tokenizer([prompt])[0]) for prompt in fmt.prompts]
-    settings = RUN.model_copy(update={"generator": "real_train", "num_samples": 40, "sequence_length": max(prompts) + 3})
-    whole, cut = (pipeline.real_rows(settings.model_copy(update={"cut_real_rows": wanted}), splits(settings=settings)) for wanted in (False, True))
+    settings = RUN.model_copy(
+        update={"generator": "real_train", "num_samples": 40, "sequence_length": max(prompts) + 3}
+    )
+    whole, cut = (
+        pipeline.real_rows(settings.model_copy(update={"cut_real_rows": wanted}), splits(settings=settings))
+        for wanted in (False, True)
+    )
     lengths = np.array([len(tokenizer([text])[0]) for text in cut.texts])
     room = settings.sequence_length - np.array(prompts)[cut.labels]
     assert len(cut) == 40 and cut.labels.tolist() == whole.labels.tolist()
-    assert all(long.startswith(short) for long, short in zip(whole.texts, cut.texts)) and whole.texts != cut.texts
+    assert (
+        all(long.startswith(short) for long, short in zip(whole.texts, cut.texts))
+        and whole.texts != cut.texts
+    )
     assert (lengths <= room).all() and (lengths == room).any()

@@ -1,4 +1,5 @@
 """The audit: what must fail fails, what must pass passes, and every statistic is what it says it is."""
+
 import dataclasses
 import importlib.util
 import inspect
@@ -37,12 +38,20 @@ def tables():
 def texts():
     rows = [row["text"] for row in reviews(2400, seed=1)]
     order = np.random.default_rng(0).permutation(2400)
-    return [rows[i] for i in order[:1200]], [rows[i] for i in order[1200:]], [row["text"] for row in reviews(1200, seed=2)]
+    return (
+        [rows[i] for i in order[:1200]],
+        [rows[i] for i in order[1200:]],
+        [row["text"] for row in reviews(1200, seed=2)],
+    )
 
 
 def mixed(copies, fresh, share):
     count = round(share * len(fresh))
-    return pd.concat([copies[:count], fresh[count:]]) if isinstance(fresh, pd.DataFrame) else copies[:count] + fresh[count:]
+    return (
+        pd.concat([copies[:count], fresh[count:]])
+        if isinstance(fresh, pd.DataFrame)
+        else copies[:count] + fresh[count:]
+    )
 
 
 def attack(report, start):
@@ -58,24 +67,33 @@ def scored(top, pool=2000):
 
 # verdicts
 
+
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.1, 0.01])
 @pytest.mark.parametrize("kind", ["tables", "texts"])
 def test_copies_fail_of_twelve_hundred_rows_on_each_side_from_one_percent_on(kind, share, request):
     train, holdout, fresh = request.getfixturevalue(kind)
-    assert len(train) == len(holdout) == len(fresh) == 1200  # 12 copies are the fewest that could be seen: fewer rows, or fewer kept out, need a larger share
+    assert (
+        len(train) == len(holdout) == len(fresh) == 1200
+    )  # 12 copies are the fewest that could be seen: fewer rows, or fewer kept out, need a larger share
     report = audit.audit_files(mixed(train, fresh, share), train, holdout)
     assert report.verdict == "fails" and not report.passed and report.summary.startswith("Fails")
     assert not report.warnings  # the division is random, whatever the synthetic rows are
 
 
 def test_fresh_tables_pass():
-    passed = [audit.audit_files(table(400, 3 * i), table(400, 3 * i + 1), table(400, 3 * i + 2)).passed for i in range(100, 120)]
+    passed = [
+        audit.audit_files(table(400, 3 * i), table(400, 3 * i + 1), table(400, 3 * i + 2)).passed
+        for i in range(100, 120)
+    ]
     assert sum(passed) == 20
 
 
 def test_fresh_texts_pass(texts):
     train, holdout, _ = texts
-    passed = [audit.audit_files([r["text"] for r in reviews(150, seed=100 + i)], train[:200], holdout[:200]).passed for i in range(20)]
+    passed = [
+        audit.audit_files([r["text"] for r in reviews(150, seed=100 + i)], train[:200], holdout[:200]).passed
+        for i in range(20)
+    ]
     assert sum(passed) == 20
 
 
@@ -90,7 +108,9 @@ def test_the_verdict_is_the_worst_attack_not_the_average(tables):
     train, holdout, fresh = tables
     report = audit.audit_files(fresh, train, holdout)
     bad = dataclasses.replace(report.attacks[3], adjusted_p=1e-9)
-    worse = dataclasses.replace(report, attacks=(*(dataclasses.replace(a, adjusted_p=1.0) for a in report.attacks), bad))
+    worse = dataclasses.replace(
+        report, attacks=(*(dataclasses.replace(a, adjusted_p=1.0) for a in report.attacks), bad)
+    )
     assert worse.verdict == "fails" and worse.worst is bad
 
 
@@ -98,7 +118,11 @@ def test_a_distance_of_exactly_zero_counts(tables):
     train, holdout, _ = tables
     report = audit.audit_files(train, train, holdout)
     assert report.details["table"]["distance"][0].max() == 0.0
-    for name in ("nearest rows", "nearest rows, the", *(f"nearest synthetic row: {what}" for what in ("all", "TPR", "highest"))):
+    for name in (
+        "nearest rows",
+        "nearest rows, the",
+        *(f"nearest synthetic row: {what}" for what in ("all", "TPR", "highest")),
+    ):
         assert attack(report, name).adjusted_p <= report.level
     assert attack(report, "nearest synthetic row: all").statistic == 1.0
 
@@ -140,8 +164,15 @@ def test_natural_copies_do_not_fail_and_rare_ones_do():
     def people(seed, rows=1500):
         rng = np.random.default_rng(seed)
         towns = rng.choice(list("abcdef"), rows, p=[0.5, 0.3, 0.1, 0.05, 0.03, 0.02])
-        return pd.DataFrame({"town": towns, "kind": rng.choice(list("xyz"), rows),
-                             "age": rng.integers(18, 90, rows), "rent": rng.geometric(0.1, rows)})
+        return pd.DataFrame(
+            {
+                "town": towns,
+                "kind": rng.choice(list("xyz"), rows),
+                "age": rng.integers(18, 90, rows),
+                "rent": rng.geometric(0.1, rows),
+            }
+        )
+
     train, holdout, fresh = people(1), people(2), people(3)
     report = audit.audit_files(fresh, train, holdout)
     assert report.passed and attack(report, "verbatim").statistic > 0.1
@@ -159,31 +190,45 @@ def test_a_holdout_from_elsewhere_is_reported(texts):
 
 def test_the_check_of_the_division_does_not_see_the_synthetic_rows(texts):
     train, holdout, fresh = texts
-    assert audit.audit_files(train, train, holdout).division == audit.audit_files(fresh, train, holdout).division
+    assert (
+        audit.audit_files(train, train, holdout).division == audit.audit_files(fresh, train, holdout).division
+    )
 
 
 def test_the_training_rows_as_holdout_give_no_verdict(tables):
     train, _, fresh = tables
     for synthetic in (fresh, train):
         report = audit.audit_files(synthetic, train, train)
-        assert report.verdict == "cannot tell" and not report.passed and "are also training rows" in report.warnings[0]
+        assert (
+            report.verdict == "cannot tell"
+            and not report.passed
+            and "are also training rows" in report.warnings[0]
+        )
 
 
 def test_the_order_of_the_files_does_not_matter(tables):
     train, holdout, fresh = tables
     synthetic = mixed(train, fresh, 0.02)
-    one, two = (audit.audit_files(s, t, holdout) for s, t in ((synthetic, train), (synthetic[::-1], train[::-1])))
+    one, two = (
+        audit.audit_files(s, t, holdout) for s, t in ((synthetic, train), (synthetic[::-1], train[::-1]))
+    )
     assert attack(one, "verbatim") == attack(two, "verbatim")
-    assert attack(one, "nearest synthetic row: all").statistic == pytest.approx(attack(two, "nearest synthetic row: all").statistic)
+    assert attack(one, "nearest synthetic row: all").statistic == pytest.approx(
+        attack(two, "nearest synthetic row: all").statistic
+    )
 
 
 # whole units held out
+
 
 def people(seed, units=60, each=12):
     """Rows of people who have a level of their own, whole people held out, and fresh rows of others: `(rows, units)` for `audit_files`."""
     rng = np.random.default_rng(seed)
     who, level = np.repeat(rng.permutation(units), each), rng.normal(size=(2 * units, 3))
-    rows, fresh = (pd.DataFrame(level[i] + rng.normal(size=(len(i), 3)) / 5, columns=list("abc")) for i in (who, units + who[::4]))
+    rows, fresh = (
+        pd.DataFrame(level[i] + rng.normal(size=(len(i), 3)) / 5, columns=list("abc"))
+        for i in (who, units + who[::4])
+    )
     train = who < units // 2
     return (fresh, rows[train], rows[~train]), {"train_units": who[train], "holdout_units": who[~train]}
 
@@ -192,7 +237,10 @@ def test_rows_of_a_unit_are_not_dealt_one_by_one():
     def p_values(seed):
         rows, units = people(seed, units=200, each=20)
         pools = [audit.make_pool(*rows, seed=seed, **ids) for ids in ({}, units)]
-        return [audit.auc_test("", pool.real["a"].to_numpy(), pool.member, level=0.01).p_value for pool in pools]
+        return [
+            audit.auc_test("", pool.real["a"].to_numpy(), pool.member, level=0.01).p_value for pool in pools
+        ]
+
     by_row, by_unit = np.mean(np.array([p_values(seed) for seed in range(60)]) <= 0.01, 0)
     assert by_row > 0.2 and by_unit <= 0.05
 
@@ -200,8 +248,12 @@ def test_rows_of_a_unit_are_not_dealt_one_by_one():
 def test_audits_of_whole_units_raise_few_false_alarms():
     reports = [audit.audit_files(*rows, level=0.05, **units) for rows, units in map(people, range(12))]
     assert sum(report.passed for report in reports) >= 11
-    assert all(report.rows["train"] == report.rows["holdout"] == 30 and "one random row of each of 30 training" in report.warnings[0]
-               and not report.division.p_value <= audit.CHECK_LEVEL for report in reports)
+    assert all(
+        report.rows["train"] == report.rows["holdout"] == 30
+        and "one random row of each of 30 training" in report.warnings[0]
+        and not report.division.p_value <= audit.CHECK_LEVEL
+        for report in reports
+    )
     assert reports[0].delta == 1e-5
 
 
@@ -217,9 +269,15 @@ def test_one_row_of_each_unit_by_seed():
     assert everything_copied.verdict == "fails"
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"train_units": None}, "train_units: 0 units for 360 rows"), ({"holdout_units": [1, 2]}, "holdout_units: 2 units"),
-    ({"holdout_units": list(range(360))}, "hold out whole units"), ({"holdout_units": ["x"] * 360}, "1 held-out units; an audit needs")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"train_units": None}, "train_units: 0 units for 360 rows"),
+        ({"holdout_units": [1, 2]}, "holdout_units: 2 units"),
+        ({"holdout_units": list(range(360))}, "hold out whole units"),
+        ({"holdout_units": ["x"] * 360}, "1 held-out units; an audit needs"),
+    ],
+)
 def test_units_that_do_not_fit_are_refused(change, message):
     rows, units = people(0)
     with pytest.raises(DataError, match=message):
@@ -227,6 +285,7 @@ def test_units_that_do_not_fit_are_refused(change, message):
 
 
 # statistics
+
 
 def test_the_copy_test_is_fishers():
     for x, y in ((7, 0), (30, 18), (2, 9)):
@@ -239,14 +298,19 @@ def test_copies_at_the_detectable_share_are_found_four_times_in_five():
     rows, level, rng = 5000, 0.001, np.random.default_rng(0)
     member = np.arange(2 * rows) < rows
     share = audit.copy_test("", np.zeros(2 * rows, bool), member, level=level).detectable
-    found = [audit.copy_test("", member & (rng.random(2 * rows) < share), member, level=level).p_value <= level for _ in range(200)]
+    found = [
+        audit.copy_test("", member & (rng.random(2 * rows) < share), member, level=level).p_value <= level
+        for _ in range(200)
+    ]
     assert 0.7 < np.mean(found) < 0.95
 
 
 @pytest.mark.parametrize("test", [audit.tpr_test, audit.top_test, audit.auc_test])
 def test_score_tests_hold_their_level(test):
     rng = np.random.default_rng(0)
-    p = np.array([test("", rng.normal(size=300), rng.permutation(300) < 120, level=0.01).p_value for _ in range(400)])
+    p = np.array(
+        [test("", rng.normal(size=300), rng.permutation(300) < 120, level=0.01).p_value for _ in range(400)]
+    )
     assert np.mean(p <= 0.05) < 0.08 and np.mean(p <= 0.01) < 0.03
 
 
@@ -254,25 +318,39 @@ def test_the_tpr_test_is_exact():
     rng = np.random.default_rng(1)
     scores, member = rng.normal(size=60), np.arange(60) < 30
     observed = audit.tpr_test("", scores, member, level=0.01, fpr=0.1)
-    deals = [round(audit.tpr_test("", scores, rng.permutation(member), level=0.01, fpr=0.1).statistic * 30) for _ in range(500)]
-    assert np.mean(np.array(deals) >= round(observed.statistic * 30)) == pytest.approx(observed.p_value, abs=0.06)
+    deals = [
+        round(audit.tpr_test("", scores, rng.permutation(member), level=0.01, fpr=0.1).statistic * 30)
+        for _ in range(500)
+    ]
+    assert np.mean(np.array(deals) >= round(observed.statistic * 30)) == pytest.approx(
+        observed.p_value, abs=0.06
+    )
 
 
-@pytest.mark.parametrize("train, held, shift", [(1000, 1000, 0.0), (1000, 1000, 0.5), (5000, 500, 0.0), (5000, 500, 0.5)])
+@pytest.mark.parametrize(
+    "train, held, shift", [(1000, 1000, 0.0), (1000, 1000, 0.5), (5000, 500, 0.0), (5000, 500, 0.5)]
+)
 def test_the_interval_of_the_tpr_allows_for_the_estimated_threshold(train, held, shift):
     truth, member = stats.norm.sf(stats.norm.isf(0.01) - shift), np.arange(train + held) < train
 
     def interval(seed):
-        found = audit.tpr_test("", np.random.default_rng(seed).normal(size=train + held) + shift * member, member, level=0.01)
+        found = audit.tpr_test(
+            "", np.random.default_rng(seed).normal(size=train + held) + shift * member, member, level=0.01
+        )
         assert found.interval[0] <= found.statistic <= found.interval[1]
         return found.interval
+
     intervals = np.array([interval(seed) for seed in range(100)])
-    assert np.mean((intervals[:, 0] <= truth) & (truth <= intervals[:, 1])) >= 0.93  # threshold taken as known: 0.29 to 0.86
+    assert (
+        np.mean((intervals[:, 0] <= truth) & (truth <= intervals[:, 1])) >= 0.93
+    )  # threshold taken as known: 0.29 to 0.86
     assert np.median(intervals[:, 1]) < 0.15
 
 
 def test_the_interval_of_the_tpr_with_few_held_out_rows_or_a_perfect_attack():
-    few = np.r_[np.ones(100, bool), np.zeros(100, bool)]  # the 1 % threshold may lie above all 100 held-out rows
+    few = np.r_[
+        np.ones(100, bool), np.zeros(100, bool)
+    ]  # the 1 % threshold may lie above all 100 held-out rows
     assert audit.tpr_interval(few)[0] == 0 and audit.tpr_interval(few)[1] == 1
     low, high = audit.tpr_interval(np.r_[np.ones(1000, bool), np.zeros(1000, bool)])
     assert low > 0.99 and high == 1
@@ -282,7 +360,9 @@ def test_the_interval_of_the_chosen_top_holds_for_every_k():
     scores, member = scored(12)
     found, sizes = audit.top_test("", scores, member, level=0.01), audit.top_sizes(len(scores))
     k = int(found.detail.split(" the ")[1].split()[0])
-    assert len(sizes) == 8 and found.interval == audit.exact_interval(round(found.statistic * k), k, 1 - 0.05 / 8)
+    assert len(sizes) == 8 and found.interval == audit.exact_interval(
+        round(found.statistic * k), k, 1 - 0.05 / 8
+    )
     assert found.interval[0] < audit.exact_interval(round(found.statistic * k), k)[0]
 
 
@@ -306,7 +386,10 @@ def test_equal_scores_are_no_evidence():
 def test_hubs_do_not_raise_false_alarms():
     def p_value(seed):
         rng = np.random.default_rng(seed)
-        return audit.share_test("", rng.geometric(0.03, size=1000) % 400, rng.permutation(400) < 200, level=0.01).p_value
+        return audit.share_test(
+            "", rng.geometric(0.03, size=1000) % 400, rng.permutation(400) < 200, level=0.01
+        ).p_value
+
     assert np.mean([p_value(seed) <= 0.05 for seed in range(80)]) < 0.15  # the binomial test: more than half
 
 
@@ -325,25 +408,37 @@ def test_the_interval_of_the_auc_holds_the_truth(truth, rows):
     def interval(seed):
         rng = np.random.default_rng(seed)
         return audit.auc_interval(rng.normal(size=rows[0]) + shift, rng.normal(size=rows[1]))
+
     intervals = np.array([interval(seed) for seed in range(300)])
-    assert np.mean((intervals[:, 0] <= truth) & (truth <= intervals[:, 1])) >= 0.92  # two of DeLong's errors to either side: 0.61 for .99 and 20 rows
+    assert (
+        np.mean((intervals[:, 0] <= truth) & (truth <= intervals[:, 1])) >= 0.92
+    )  # two of DeLong's errors to either side: 0.61 for .99 and 20 rows
     assert (0 <= intervals).all() and (intervals <= 1).all() and np.median(np.diff(intervals)) < 0.4
 
 
 def test_ten_rows_told_from_ten_are_no_certainty():
     low, high = audit.auc_interval(np.arange(10, 20), np.arange(10))
-    assert low == pytest.approx(0.025 ** 0.1) and high == 1 and audit.auc_interval(np.arange(10), np.arange(10, 20))[1] == pytest.approx(1 - low)
+    assert (
+        low == pytest.approx(0.025**0.1)
+        and high == 1
+        and audit.auc_interval(np.arange(10), np.arange(10, 20))[1] == pytest.approx(1 - low)
+    )
     included = np.arange(60) % 2 == 0
-    assert audit.audit_scores(included.astype(float), included, 1e-5, "a test").auc_interval == pytest.approx((0.025 ** (1 / 30), 1))
+    assert audit.audit_scores(included.astype(float), included, 1e-5, "a test").auc_interval == pytest.approx(
+        (0.025 ** (1 / 30), 1)
+    )
 
 
 @pytest.mark.parametrize("truth", [0.5, 0.9, 1.0])
 def test_the_interval_of_the_nearest_rows_is_about_the_share_that_was_measured(truth):
     def interval(seed):
         rng = np.random.default_rng(seed)
-        found = audit.share_test("", rng.geometric(0.03, size=1000) % 400, rng.random(400) < truth, level=0.01)
+        found = audit.share_test(
+            "", rng.geometric(0.03, size=1000) % 400, rng.random(400) < truth, level=0.01
+        )
         assert found.interval[0] <= found.statistic <= found.interval[1]
         return found.interval
+
     intervals = np.array([interval(seed) for seed in range(60)])
     assert np.mean((intervals[:, 0] <= truth) & (truth <= intervals[:, 1])) >= 0.88
     assert truth < 1 or 0.8 < intervals[:, 0].min() and (intervals[:, 1] == 1).all()
@@ -352,9 +447,14 @@ def test_the_interval_of_the_nearest_rows_is_about_the_share_that_was_measured(t
 def test_the_bound_from_pairs_stays_below_the_truth():
     def bound(epsilon, seed):
         rng = np.random.default_rng(seed)
-        in_told, out_told = rng.random((2, 600)) < np.array([[1 / (1 + math.exp(-epsilon))], [1 / (1 + math.exp(epsilon))]])
+        in_told, out_told = rng.random((2, 600)) < np.array(
+            [[1 / (1 + math.exp(-epsilon))], [1 / (1 + math.exp(epsilon))]]
+        )
         return audit.pairs_bound(in_told.astype(float), out_told.astype(float), 1e-5, seed=seed)
-    bounds = [bound(1.0, seed) for seed in range(60)]  # randomized response per row: 1 under add/remove, 2 under replace-one
+
+    bounds = [
+        bound(1.0, seed) for seed in range(60)
+    ]  # randomized response per row: 1 under add/remove, 2 under replace-one
     assert np.mean(np.array(bounds) > 2.0) <= 0.1 and np.median(bounds) > 1.0
     assert np.mean([bound(0.0, seed) > 0 for seed in range(60)]) <= 0.1
 
@@ -365,7 +465,9 @@ def test_runs_end_with_their_row_and_leave_one_out_forgets_the_row():
     one = words.Words.of(["some words that occur nowhere else", "the cat sat", "the cat sat"])
     model = words.RunModel(one)
     assert model.log_likelihood(one, without_own=True)[0] < model.log_likelihood(one)[0] - 1
-    assert model.log_likelihood(one, without_own=True)[1] == pytest.approx(model.log_likelihood(one, without_own=True)[2])
+    assert model.log_likelihood(one, without_own=True)[1] == pytest.approx(
+        model.log_likelihood(one, without_own=True)[2]
+    )
 
 
 def test_the_reference_model_sharpens_the_attack(texts):
@@ -380,6 +482,7 @@ def test_the_reference_model_sharpens_the_attack(texts):
 
 # rows and reports
 
+
 def test_every_kind_of_input_gives_the_same_audit(tmp_path, texts):
     train, holdout, fresh = ([t for t in part[:150]] for part in texts)
     frames = [pd.DataFrame({"text": part, "label": ["x"] * len(part)}) for part in (fresh, train, holdout)]
@@ -389,13 +492,23 @@ def test_every_kind_of_input_gives_the_same_audit(tmp_path, texts):
         frame.to_parquet(tmp_path / f"{name}.parquet")
     records = Records(frames[1].assign(label=0), "t", ("x",), {})
     wanted = audit.audit_files(*frames).attacks
-    assert wanted == audit.audit_files(fresh, train, holdout).attacks == audit.audit_files(frames[0], records, frames[2]).attacks
+    assert (
+        wanted
+        == audit.audit_files(fresh, train, holdout).attacks
+        == audit.audit_files(frames[0], records, frames[2]).attacks
+    )
     for kind in ("csv", "jsonl", "parquet"):
         assert wanted == audit.audit_files(*(tmp_path / f"{name}.{kind}" for name in "sth")).attacks
 
 
 def test_na_is_a_text_and_in_a_column_of_numbers_a_gap(tmp_path):
-    frame = pd.DataFrame({"code": ["NA", "null", "x", ""] * 10, "age": ["31", "NA", "", "40"] * 10, "name": [f"n{i}" for i in range(40)]})
+    frame = pd.DataFrame(
+        {
+            "code": ["NA", "null", "x", ""] * 10,
+            "age": ["31", "NA", "", "40"] * 10,
+            "name": [f"n{i}" for i in range(40)],
+        }
+    )
     frame.to_csv(tmp_path / "rows.csv", index=False)
     frame.to_csv(tmp_path / "rows.tsv", index=False, sep="\t")
     for kind in ("csv", "tsv"):
@@ -405,7 +518,9 @@ def test_na_is_a_text_and_in_a_column_of_numbers_a_gap(tmp_path):
 
 
 def test_texts_and_columns_are_audited_together(texts):
-    train, holdout, fresh = (pd.DataFrame({"text": part[:300], **table(300, i)}) for i, part in enumerate(texts))
+    train, holdout, fresh = (
+        pd.DataFrame({"text": part[:300], **table(300, i)}) for i, part in enumerate(texts)
+    )
     report = audit.audit_files(fresh, train, holdout)
     assert report.passed and set(report.details) == {"text", "table"} and report.columns["text"] == "text"
     only_columns = fresh.assign(**{c: np.r_[train[c][:30], fresh[c][30:]] for c in "abcdefgh"})
@@ -416,8 +531,13 @@ def members(seed, rows=150):
     """Rows with a number, a day and a town, as texts."""
     rng = np.random.default_rng(seed)
     days = pd.Timestamp("2020-01-01") + pd.to_timedelta(rng.integers(0, 1500, rows), "D")
-    return pd.DataFrame({"pay": [f"{pay}" for pay in rng.integers(1000, 100_000, rows)], "day": days.strftime("%Y-%m-%d"),
-                         "town": rng.choice(["Ulm", "Bonn"], rows)})
+    return pd.DataFrame(
+        {
+            "pay": [f"{pay}" for pay in rng.integers(1000, 100_000, rows)],
+            "day": days.strftime("%Y-%m-%d"),
+            "town": rng.choice(["Ulm", "Bonn"], rows),
+        }
+    )
 
 
 def written_as(frame, path):
@@ -426,12 +546,18 @@ def written_as(frame, path):
         frame.assign(day=pd.to_datetime(frame["day"]), pay=frame["pay"].astype(float)).to_parquet(path)
     else:
         plain = frame.assign(pay=frame["pay"].astype(int))
-        text = plain.to_csv(index=False) if path.suffix == ".csv" else plain.to_json(orient="records", lines=True)
+        text = (
+            plain.to_csv(index=False)
+            if path.suffix == ".csv"
+            else plain.to_json(orient="records", lines=True)
+        )
         path.write_bytes(b"\xef\xbb\xbf" + text.encode())
     return path
 
 
-@pytest.mark.parametrize("kinds", [("parquet", "csv"), ("csv", "parquet"), ("jsonl", "parquet"), ("jsonl", "csv")])
+@pytest.mark.parametrize(
+    "kinds", [("parquet", "csv"), ("csv", "parquet"), ("jsonl", "parquet"), ("jsonl", "csv")]
+)
 def test_a_copy_fails_however_the_files_are_written(tmp_path, kinds):
     train, holdout = (written_as(members(seed), tmp_path / f"{seed}.{kinds[1]}") for seed in (1, 2))
     report = audit.audit_files(written_as(members(1), tmp_path / f"copy.{kinds[0]}"), train, holdout)
@@ -442,21 +568,58 @@ def test_a_copy_fails_however_the_files_are_written(tmp_path, kinds):
 def test_times_with_zones_and_categories_with_numbers_have_one_form():
     days = members(1)
     utc = days.assign(day=pd.to_datetime(days["day"]).dt.tz_localize("UTC").dt.tz_convert("Asia/Tokyo"))
-    assert set(audit.make_pool(utc, days, days).synthetic["day"]) == set(audit.make_pool(days, days, days).real["day"])
+    assert set(audit.make_pool(utc, days, days).synthetic["day"]) == set(
+        audit.make_pool(days, days, days).real["day"]
+    )
     code = lambda *values: pd.DataFrame({"code": list(values) * 10})
     pool = audit.make_pool(code(5.0, 7.0), code("5", "07", "unknown", "9"), code("5", "", "x", None))
-    assert set(pool.synthetic["code"]) == {"5", "7"} and set(pool.real["code"]) == {"5", "7", "9", "unknown", "x", ""}
+    assert set(pool.synthetic["code"]) == {"5", "7"} and set(pool.real["code"]) == {
+        "5",
+        "7",
+        "9",
+        "unknown",
+        "x",
+        "",
+    }
 
 
 @pytest.mark.parametrize("side", [0, 2])
-@pytest.mark.parametrize("column, change, message", [
-    ("pay", lambda rows: [f"{int(pay):,}" for pay in rows["pay"]], "column pay: 150 of 150 values in {} are no numbers, as all in train are"),
-    ("pay", lambda rows: ["x" if i in (3, 9) else pay for i, pay in enumerate(rows["pay"])], "pay: 2 of 150 values in {} .* in row 3 "),
-    ("pay", lambda rows: pd.to_datetime(rows["day"]), "column pay: 150 of 150 values in {} are no numbers"),
-    ("day", lambda rows: pd.to_datetime(rows["day"]).dt.strftime("%d/%m/%Y"), "day: 150 of 150 values in {} are no dates such as 2024-01-31"),
-    ("day", lambda rows: range(150), "column day: 150 of 150 values in {} are no dates"),
-    ("town", lambda rows: range(150), "column town: 150 of 150 values in train are no numbers, as all in {} are"),
-    ("town", lambda rows: pd.to_datetime(rows["day"]), "column town: 150 of 150 values in train are no dates such as 2024-01-31, as all in {} are")])
+@pytest.mark.parametrize(
+    "column, change, message",
+    [
+        (
+            "pay",
+            lambda rows: [f"{int(pay):,}" for pay in rows["pay"]],
+            "column pay: 150 of 150 values in {} are no numbers, as all in train are",
+        ),
+        (
+            "pay",
+            lambda rows: ["x" if i in (3, 9) else pay for i, pay in enumerate(rows["pay"])],
+            "pay: 2 of 150 values in {} .* in row 3 ",
+        ),
+        (
+            "pay",
+            lambda rows: pd.to_datetime(rows["day"]),
+            "column pay: 150 of 150 values in {} are no numbers",
+        ),
+        (
+            "day",
+            lambda rows: pd.to_datetime(rows["day"]).dt.strftime("%d/%m/%Y"),
+            "day: 150 of 150 values in {} are no dates such as 2024-01-31",
+        ),
+        ("day", lambda rows: range(150), "column day: 150 of 150 values in {} are no dates"),
+        (
+            "town",
+            lambda rows: range(150),
+            "column town: 150 of 150 values in train are no numbers, as all in {} are",
+        ),
+        (
+            "town",
+            lambda rows: pd.to_datetime(rows["day"]),
+            "column town: 150 of 150 values in train are no dates such as 2024-01-31, as all in {} are",
+        ),
+    ],
+)
 def test_values_that_cannot_be_compared_are_refused(side, column, change, message):
     rows = [members(1), members(1), members(2)]
     rows[side][column] = change(rows[side])
@@ -469,10 +632,13 @@ def test_gaps_and_whole_numbers_as_floats_are_no_reason_to_refuse():
     rows[0].loc[:4, ["pay", "day"]] = [["", "NA"]] * 5
     rows[2]["pay"] = rows[2]["pay"].astype(float)
     pool = audit.make_pool(*rows)
-    assert pool.synthetic[["pay", "day"]].isna().sum().tolist() == [5, 5] and not pool.real.isna().any(axis=None)
+    assert pool.synthetic[["pay", "day"]].isna().sum().tolist() == [5, 5] and not pool.real.isna().any(
+        axis=None
+    )
 
 
 # a single column beside the text
+
 
 def signed(texts, seed, sign):
     """Training, held-out and fresh texts, each with a column made by `sign(rng, rows)`."""
@@ -480,8 +646,13 @@ def signed(texts, seed, sign):
     return [pd.DataFrame({"text": part[:rows], "by": sign(rng, rows)}) for part in texts]
 
 
-@pytest.mark.parametrize("sign", [lambda rng, rows: [f"user{i}@example.org" for i in rng.integers(10**9, size=rows)],
-                                  lambda rng, rows: rng.integers(10**8, 10**9, rows)])
+@pytest.mark.parametrize(
+    "sign",
+    [
+        lambda rng, rows: [f"user{i}@example.org" for i in rng.integers(10**9, size=rows)],
+        lambda rng, rows: rng.integers(10**8, 10**9, rows),
+    ],
+)
 def test_a_single_column_beside_the_text_is_attacked(texts, sign):
     train, holdout, fresh = signed(texts, 0, sign)
     report = audit.audit_files(fresh.assign(by=train["by"]), train, holdout)
@@ -494,14 +665,22 @@ def test_a_single_column_beside_the_text_is_attacked(texts, sign):
 def test_a_label_beside_the_text_is_left_out_and_this_is_said(texts):
     train, holdout, fresh = signed(texts, 0, lambda rng, rows: rng.integers(0, 10, rows))
     report = audit.audit_files(fresh, train, holdout)
-    assert report.columns == {"text": "text", "numbers": (), "categories": ()} and set(report.details) == {"text"}
+    assert report.columns == {"text": "text", "numbers": (), "categories": ()} and set(report.details) == {
+        "text"
+    }
     assert any("column by was not attacked" in warning for warning in report.warnings)
-    assert report.attacks == audit.audit_files(*(rows["text"].tolist() for rows in (fresh, train, holdout))).attacks
+    assert (
+        report.attacks
+        == audit.audit_files(*(rows["text"].tolist() for rows in (fresh, train, holdout))).attacks
+    )
     assert audit.audit_files(fresh, train, holdout, columns=["by"]).columns["numbers"] == ("by",)
 
 
 def test_the_level_is_that_of_text_and_column_together(texts):
-    draws = [signed([part[i * 150:] for part in texts], i, lambda rng, rows: rng.integers(10**8, 10**9, rows)) for i in range(6)]
+    draws = [
+        signed([part[i * 150 :] for part in texts], i, lambda rng, rows: rng.integers(10**8, 10**9, rows))
+        for i in range(6)
+    ]
     reports = [audit.audit_files(fresh, train, holdout, level=0.05) for train, holdout, fresh in draws]
     assert sum(report.passed for report in reports) >= 5
     for report in reports:
@@ -513,19 +692,52 @@ def write_twice(path):
     pq.write_table(pa.Table.from_arrays([pa.array(range(30))] * 2, names=["a", "a"]), path)
 
 
-@pytest.mark.parametrize("write, message", [
-    (lambda p: [p.with_suffix(".txt").touch(), p.with_suffix(".txt")][1], "unknown kind of file"), (lambda p: p.with_suffix(".csv"), "no such file"),
-    (lambda p: [p.with_suffix(".csv").write_bytes(b"a\n\xff\xfe"), p.with_suffix(".csv")][1], "line 2: not valid UTF-8"),
-    (lambda p: [p.with_suffix(".csv").write_text("a,b\n1,2\n1\n"), p.with_suffix(".csv")][1], "line 3: expected 2 fields, saw 1"),
-    (lambda p: [p.with_suffix(".tsv").write_text("a\tb\n1\t2\t\n"), p.with_suffix(".tsv")][1], "line 2: expected 2 fields, saw 3"),
-    (lambda p: [p.with_suffix(".csv").write_text("a,b,a\n1,2,3\n"), p.with_suffix(".csv")][1], "csv: columns 0 and 2 .from 0. have the same name"),
-    (lambda p: [write_twice(p.with_suffix(".parquet")), p.with_suffix(".parquet")][1], "parquet: columns 0 and 1 .from 0. have the same name"),
-    (lambda p: table(30, 0).rename(columns={"b": "a"}), "synthetic: columns 0 and 1 .from 0. have the same name"),
-    (lambda p: [p.with_suffix(".json").write_text("[" * 100_000), p.with_suffix(".json")][1], "nested too deep"),
-    (lambda p: [p.with_suffix(".json").write_text('[{"a": 1, "a": 2}]'), p.with_suffix(".json")][1], "row 0 .from 0.: a key occurs more than once"),
-    (lambda p: [p.with_suffix(".parquet").write_bytes(b"nothing"), p.with_suffix(".parquet")][1], "cannot be read"),
-    (lambda p: [p.with_suffix(".jsonl").write_text("{"), p.with_suffix(".jsonl")][1], "line 1: not JSON"),
-    (lambda p: pd.DataFrame({"a": range(5)}), "needs at least 20"), (lambda p: pd.DataFrame({"z": range(30)}), "no column in common")])
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        (lambda p: [p.with_suffix(".txt").touch(), p.with_suffix(".txt")][1], "unknown kind of file"),
+        (lambda p: p.with_suffix(".csv"), "no such file"),
+        (
+            lambda p: [p.with_suffix(".csv").write_bytes(b"a\n\xff\xfe"), p.with_suffix(".csv")][1],
+            "line 2: not valid UTF-8",
+        ),
+        (
+            lambda p: [p.with_suffix(".csv").write_text("a,b\n1,2\n1\n"), p.with_suffix(".csv")][1],
+            "line 3: expected 2 fields, saw 1",
+        ),
+        (
+            lambda p: [p.with_suffix(".tsv").write_text("a\tb\n1\t2\t\n"), p.with_suffix(".tsv")][1],
+            "line 2: expected 2 fields, saw 3",
+        ),
+        (
+            lambda p: [p.with_suffix(".csv").write_text("a,b,a\n1,2,3\n"), p.with_suffix(".csv")][1],
+            "csv: columns 0 and 2 .from 0. have the same name",
+        ),
+        (
+            lambda p: [write_twice(p.with_suffix(".parquet")), p.with_suffix(".parquet")][1],
+            "parquet: columns 0 and 1 .from 0. have the same name",
+        ),
+        (
+            lambda p: table(30, 0).rename(columns={"b": "a"}),
+            "synthetic: columns 0 and 1 .from 0. have the same name",
+        ),
+        (
+            lambda p: [p.with_suffix(".json").write_text("[" * 100_000), p.with_suffix(".json")][1],
+            "nested too deep",
+        ),
+        (
+            lambda p: [p.with_suffix(".json").write_text('[{"a": 1, "a": 2}]'), p.with_suffix(".json")][1],
+            "row 0 .from 0.: a key occurs more than once",
+        ),
+        (
+            lambda p: [p.with_suffix(".parquet").write_bytes(b"nothing"), p.with_suffix(".parquet")][1],
+            "cannot be read",
+        ),
+        (lambda p: [p.with_suffix(".jsonl").write_text("{"), p.with_suffix(".jsonl")][1], "line 1: not JSON"),
+        (lambda p: pd.DataFrame({"a": range(5)}), "needs at least 20"),
+        (lambda p: pd.DataFrame({"z": range(30)}), "no column in common"),
+    ],
+)
 def test_bad_input_is_one_line(tmp_path, tables, write, message):
     with pytest.raises(DataError, match=message) as error:
         audit.audit_files(write(tmp_path / "rows"), *tables[:2])
@@ -555,7 +767,9 @@ def test_the_command_prints_writes_and_returns_the_verdict(tmp_path, tables, cap
     train, holdout, fresh = tables
     assert audit.audit_command(fresh, train, holdout) is True
     assert audit.audit_command(train, train, holdout, json_path=tmp_path / "a.json") is False
-    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o600 and json.loads((tmp_path / "a.json").read_text())["verdict"] == "fails"
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o600 and json.loads(
+        (tmp_path / "a.json").read_text()
+    )["verdict"] == "fails"
     assert "FAIL verbatim rows" in capsys.readouterr().out
 
 
@@ -578,11 +792,14 @@ def test_pictures(tables):
 
 # canaries
 
+
 def test_canaries_begin_like_a_public_text_and_end_in_random_words(texts):
     public = texts[2]
     made = canaries.make_canaries(300, public, seed=1)
     starts = {" ".join(text.split()[:12]) for text in public}
-    assert len(set(made)) == 300 and made == canaries.make_canaries(300, public, seed=1) != canaries.make_canaries(300, public, seed=2)
+    assert len(set(made)) == 300 and made == canaries.make_canaries(
+        300, public, seed=1
+    ) != canaries.make_canaries(300, public, seed=2)
     assert all(any(canary.startswith(start) for start in starts) for canary in made[:5])
     assert all(canary not in public for canary in made)
     with pytest.raises(DataError, match="distinct words"):
@@ -595,20 +812,29 @@ def test_canaries_of_records_keep_the_label_of_their_beginning(texts):
     label_of = {" ".join(text.split()[:12]): label for text, label in zip(public.texts, public.labels)}
     assert isinstance(made, Records) and made.name == "canaries" and len(made) == 50
     assert [label_of[" ".join(t.split()[:12])] for t in made.texts if len(t.split()) == 20] == [
-        label for t, label in zip(made.texts, made.labels) if len(t.split()) == 20]
+        label for t, label in zip(made.texts, made.labels) if len(t.split()) == 20
+    ]
 
 
 def test_canaries_of_a_run_begin_like_the_public_texts_that_it_names(texts, tmp_path):
     records = Records(pd.DataFrame({"text": ["a", "b"], "label": [0, 1]}), "two", ("x", "y"), {})
     begins = lambda made: {" ".join(text.split()[:3]) for text in made.texts}
-    pd.DataFrame({"text": [f"Notes of day {i}, {text}" for i, text in enumerate(texts[2][:200])]}).to_csv(tmp_path / "notes.csv", index=False)
+    pd.DataFrame({"text": [f"Notes of day {i}, {text}" for i, text in enumerate(texts[2][:200])]}).to_csv(
+        tmp_path / "notes.csv", index=False
+    )
     named = Settings(canaries=60, canary_texts=str(tmp_path / "notes.csv"))
-    made, invented = (canaries.canary_records(settings, records) for settings in (named, Settings(canaries=60)))
-    assert begins(made) == {"Notes of day"} and not any(start.startswith("Notes") for start in begins(invented))
+    made, invented = (
+        canaries.canary_records(settings, records) for settings in (named, Settings(canaries=60))
+    )
+    assert begins(made) == {"Notes of day"} and not any(
+        start.startswith("Notes") for start in begins(invented)
+    )
     assert made.texts == canaries.canary_records(named, records).texts and len({*made.texts}) == 60
     assert np.array_equal(made.labels, invented.labels) and 10 < made.labels.sum() < 50
     with pytest.raises(DataError, match="none.csv"):
-        canaries.canary_records(named.model_copy(update={"canary_texts": str(tmp_path / "none.csv")}), records)
+        canaries.canary_records(
+            named.model_copy(update={"canary_texts": str(tmp_path / "none.csv")}), records
+        )
 
 
 def test_coins_are_secret_fair_and_thrown_once(tmp_path):
@@ -616,15 +842,22 @@ def test_coins_are_secret_fair_and_thrown_once(tmp_path):
     coins = canaries.CanaryCoins.flip(4000, folder, run)
     assert np.array_equal(coins.included, canaries.CanaryCoins.flip(4000, folder, run).included)
     assert (folder / "canary_coins").stat().st_mode & 0o777 == 0o600
-    assert stats.binomtest(int(coins.included.sum()), 4000).pvalue > 1e-6 and "0" not in repr(coins).replace("4000", "")
+    assert stats.binomtest(int(coins.included.sum()), 4000).pvalue > 1e-6 and "0" not in repr(coins).replace(
+        "4000", ""
+    )
     for other in (Randomness(bytes(range(1, 33)), "run"), Randomness(bytes(range(32)), "other")):
-        assert not np.array_equal(coins.included, canaries.CanaryCoins.flip(4000, tmp_path / "other", other).included)
+        assert not np.array_equal(
+            coins.included, canaries.CanaryCoins.flip(4000, tmp_path / "other", other).included
+        )
         shutil.rmtree(tmp_path / "other")
         with pytest.raises(PrivacyError, match="canary_coins: it is of another run"):
             canaries.CanaryCoins.flip(4000, folder, other)
     with pytest.raises(PrivacyError, match="10 canaries"):
         canaries.CanaryCoins.flip(10, folder, run)
-    keyed = [canaries.CanaryCoins.flip(64, tmp_path / str(i), Randomness(bytes(32), "run")).included for i in range(2)]
+    keyed = [
+        canaries.CanaryCoins.flip(64, tmp_path / str(i), Randomness(bytes(32), "run")).included
+        for i in range(2)
+    ]
     assert np.array_equal(*keyed) and 10 < keyed[0].sum() < 54
 
 
@@ -632,6 +865,7 @@ def test_null_canary_audits_raise_few_false_alarms():
     def bound(seed):
         rng = np.random.default_rng(seed)
         return audit.one_run_bound(rng.normal(size=80), rng.random(80) < 0.5, 1e-5, seed=seed)
+
     assert np.mean([bound(seed) > 0 for seed in range(200)]) <= 0.05
 
 
@@ -643,22 +877,33 @@ def randomised_response(seed, epsilon, count=400):
 
 
 def test_the_bound_stays_below_the_epsilon_of_randomised_response():
-    bounds = np.array([audit.one_run_bound(*randomised_response(seed, 1.0), 1e-5, seed=seed) for seed in range(200)])
-    assert np.mean(bounds > 1.0) <= 0.05 and np.median(bounds) > 0.4  # as a Gaussian mechanism: every third is above 1
+    bounds = np.array(
+        [audit.one_run_bound(*randomised_response(seed, 1.0), 1e-5, seed=seed) for seed in range(200)]
+    )
+    assert (
+        np.mean(bounds > 1.0) <= 0.05 and np.median(bounds) > 0.4
+    )  # as a Gaussian mechanism: every third is above 1
 
 
 def test_the_audit_is_judged_by_the_bound_that_holds_for_every_mechanism():
-    found = [audit.audit_scores(*randomised_response(seed, 1.0), 1e-5, "a test", seed=seed) for seed in range(12)]
+    found = [
+        audit.audit_scores(*randomised_response(seed, 1.0), 1e-5, "a test", seed=seed) for seed in range(12)
+    ]
     assert max(f.gaussian_bound for f in found) > 1.0 and not any(f.refutes(1.0) for f in found)
     assert found[0].epsilon_bound == audit.one_run_bound(*randomised_response(0, 1.0), 1e-5)
     assert found[0].gaussian_bound == audit.gaussian_bound(*randomised_response(0, 1.0), 1e-5)
-    assert f"at least {found[0].gaussian_bound:.2f}" in str(found[0]).split("Under the assumption of a Gaussian mechanism")[1]
+    assert (
+        f"at least {found[0].gaussian_bound:.2f}"
+        in str(found[0]).split("Under the assumption of a Gaussian mechanism")[1]
+    )
 
 
 def test_canaries_bound_a_known_mechanism_from_below_and_a_leak_far_above():
     included = np.random.default_rng(0).random(500) < 0.5
     noise = np.random.default_rng(1).normal(size=500)
-    bound = audit.one_run_bound(included + noise, included, 1e-5)  # one Gaussian mechanism with sigma 1: epsilon 4.38 at 1e-5
+    bound = audit.one_run_bound(
+        included + noise, included, 1e-5
+    )  # one Gaussian mechanism with sigma 1: epsilon 4.38 at 1e-5
     assert 0 < bound < audit.gaussian_bound(included + noise, included, 1e-5) < 4.38
     perfect = audit.one_run_bound(included + 0.01 * noise, included, 1e-5)
     assert perfect > 3 and perfect == pytest.approx(audit.largest_bound(500, 1e-5), rel=0.1)
@@ -669,11 +914,21 @@ def test_recited_canaries_are_found_in_the_rows_alone(texts):
     fresh, included = texts[2][:1000], np.random.default_rng(0).random(400) < 0.5
     made = canaries.make_canaries(400, texts[1][:1000])
     recited = [made[i] for i in np.flatnonzero(included)[::2]]
-    found, nothing = (audit.audit_canaries_in_rows(fresh + more, made, included, 1e-5) for more in (recited, []))
-    assert found.refutes(1.0) and found.auc > 0.6 and found.saw == "the synthetic rows only" and found.saw in str(found)
+    found, nothing = (
+        audit.audit_canaries_in_rows(fresh + more, made, included, 1e-5) for more in (recited, [])
+    )
+    assert (
+        found.refutes(1.0)
+        and found.auc > 0.6
+        and found.saw == "the synthetic rows only"
+        and found.saw in str(found)
+    )
     assert not nothing.refutes(0.5) and nothing.auc_interval[0] < 0.5 < nothing.auc_interval[1] + 0.05
     coins = [np.random.default_rng(seed).random(400) < 0.5 for seed in range(40)]
-    assert np.mean([audit.audit_canaries_in_rows(fresh[:100], made, c, 1e-5).refutes(0.0) for c in coins]) <= 0.05
+    assert (
+        np.mean([audit.audit_canaries_in_rows(fresh[:100], made, c, 1e-5).refutes(0.0) for c in coins])
+        <= 0.05
+    )
 
 
 def test_the_settings_ask_for_as_many_canaries_as_the_audit():
@@ -691,15 +946,22 @@ def test_the_score_cancels_what_the_base_model_knew():
     json.dumps(dataclasses.asdict(result), allow_nan=False)
 
 
-@pytest.mark.parametrize("scores, included, message", [
-    (np.zeros(60), np.zeros(59, bool), "shape"), (np.zeros(60), np.ones(60, bool), "too few"),
-    (np.zeros(39), np.arange(39) < 19, "too few"), (np.full(60, np.nan), np.arange(60) < 30, "not finite")])
+@pytest.mark.parametrize(
+    "scores, included, message",
+    [
+        (np.zeros(60), np.zeros(59, bool), "shape"),
+        (np.zeros(60), np.ones(60, bool), "too few"),
+        (np.zeros(39), np.arange(39) < 19, "too few"),
+        (np.full(60, np.nan), np.arange(60) < 30, "not finite"),
+    ],
+)
 def test_canary_mistakes_are_refused(scores, included, message):
     with pytest.raises(PrivacyError, match=message):
         audit.one_run_bound(scores, included, 1e-5)
 
 
 # in the step
+
 
 def failed(checks):
     return [check.name for check in checks if not check.passed]
@@ -710,7 +972,9 @@ def test_noise_checks():
     assert not failed(audit.check_noise(noise, 0.7))
     assert failed(audit.check_noise(noise * 0.97, 0.7)) == ["standard deviation over the promised one"]
     assert "mean over the standard deviation" in failed(audit.check_noise(noise + 0.02, 0.7))
-    assert failed(audit.check_noise(np.random.default_rng(0).uniform(-0.7 * 3**0.5, 0.7 * 3**0.5, 50_000), 0.7))
+    assert failed(
+        audit.check_noise(np.random.default_rng(0).uniform(-0.7 * 3**0.5, 0.7 * 3**0.5, 50_000), 0.7)
+    )
     few_bits = 0.7 * stats.norm.ppf((np.random.default_rng(0).integers(0, 128, 50_000) + 0.5) / 128)
     assert "draws beyond 3 standard deviations" in failed(audit.check_noise(few_bits, 0.7))
 
@@ -718,10 +982,15 @@ def test_noise_checks():
 def test_inclusion_checks():
     rng = np.random.default_rng(0)
     assert not failed(audit.check_inclusion(rng.binomial(60, 0.1, 2000), 60, 0.1))
-    assert failed(audit.check_inclusion(np.full(2000, 6), 60, 0.1)) == ["variance of inclusions over the binomial one"]
+    assert failed(audit.check_inclusion(np.full(2000, 6), 60, 0.1)) == [
+        "variance of inclusions over the binomial one"
+    ]
     assert "inclusions in all" in failed(audit.check_inclusion(rng.binomial(60, 0.11, 2000), 60, 0.1))
     assert failed(audit.check_inclusion(np.r_[np.zeros(1980, int), np.full(20, 600)], 60, 0.1))
-    assert audit.check_batches([np.array([3, 1]), np.array([], int)]).passed and not audit.check_batches([[1], [4, 4]]).passed
+    assert (
+        audit.check_batches([np.array([3, 1]), np.array([], int)]).passed
+        and not audit.check_batches([[1], [4, 4]]).passed
+    )
 
 
 def test_independence_checks():
@@ -733,59 +1002,122 @@ def test_independence_checks():
 
 
 def test_inclusion_checks_hold_their_level_where_few_units_are_drawn_seldom():
-    p = [audit.check_inclusion(np.random.default_rng(seed).binomial(2, 0.05, 200), 2, 0.05)[1].p_value for seed in range(300)]
+    p = [
+        audit.check_inclusion(np.random.default_rng(seed).binomial(2, 0.05, 200), 2, 0.05)[1].p_value
+        for seed in range(300)
+    ]
     assert min(p) > 1e-4
     full, missing = (audit.check_inclusion(np.r_[np.full(29, 5), last], 5, 1.0) for last in (5, 4))
     assert not failed(full) and failed(missing) == ["inclusions in all"]
 
 
 def mechanism(**changes):
-    return Mechanism(**{"num_units": 600, "expected_batch_size": 48, "steps": 37, "noise_multiplier": 0.8, "delta": 1e-4, **changes})
+    return Mechanism(
+        **{
+            "num_units": 600,
+            "expected_batch_size": 48,
+            "steps": 37,
+            "noise_multiplier": 0.8,
+            "delta": 1e-4,
+            **changes,
+        }
+    )
 
 
-@pytest.mark.parametrize("changes", [{}, {"bands": 4}, {"clip": "bound", "l2_clip_norm": 0.3}, {"noise_multiplier": 0.0},
-                                     {"expected_batch_size": 600}, {"steps": 1, "expected_batch_size": 6}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"bands": 4},
+        {"clip": "bound", "l2_clip_norm": 0.3},
+        {"noise_multiplier": 0.0},
+        {"expected_batch_size": 600},
+        {"steps": 1, "expected_batch_size": 6},
+    ],
+)
 def test_replayed_batches_and_noise_keep_the_promise(changes):
     found = audit.replay_checks(mechanism(**changes), Randomness(bytes(range(32)), "run"), num_units=580)
     assert found.passed, str(found)
-    assert found.steps == {4: 36}.get(changes.get("bands"), changes.get("steps", 37)) and "checks hold" in str(found)
+    assert found.steps == {4: 36}.get(
+        changes.get("bands"), changes.get("steps", 37)
+    ) and "checks hold" in str(found)
     assert (found.noise_steps == 0) == (changes.get("noise_multiplier") == 0)
     assert len(found.checks) == {0: 3, 1: 8}.get(found.noise_steps, 10)
     json.dumps(dataclasses.asdict(found), allow_nan=False)
 
 
 def shuffled(self, randomness, step, count):
-    return np.random.default_rng(step // 12).permutation(count)[48 * (step % 12):][:48]
+    return np.random.default_rng(step // 12).permutation(count)[48 * (step % 12) :][:48]
 
 
 @pytest.mark.parametrize("bands", [1, 4])
-@pytest.mark.parametrize("owner, name, broken, says", [
-    (Mechanism, "batch", shuffled, "variance"),
-    (Mechanism, "batch", lambda self, randomness, step, count: np.repeat(np.arange(step, count, 25), 2), "most times a unit occurs"),
-    (Session, "_grid_noise", lambda self, count: np.zeros(count, np.int32), "standard deviation"),
-    (Randomness, "gaussians", lambda self, tag, step, count: np.random.default_rng(step).normal(0, 0.9, count), "standard deviation"),
-    (Randomness, "gaussians", lambda self, tag, step, count: np.random.default_rng(0).normal(size=count), "correlation of values")])
+@pytest.mark.parametrize(
+    "owner, name, broken, says",
+    [
+        (Mechanism, "batch", shuffled, "variance"),
+        (
+            Mechanism,
+            "batch",
+            lambda self, randomness, step, count: np.repeat(np.arange(step, count, 25), 2),
+            "most times a unit occurs",
+        ),
+        (Session, "_grid_noise", lambda self, count: np.zeros(count, np.int32), "standard deviation"),
+        (
+            Randomness,
+            "gaussians",
+            lambda self, tag, step, count: np.random.default_rng(step).normal(0, 0.9, count),
+            "standard deviation",
+        ),
+        (
+            Randomness,
+            "gaussians",
+            lambda self, tag, step, count: np.random.default_rng(0).normal(size=count),
+            "correlation of values",
+        ),
+    ],
+)
 def test_a_replay_finds_what_is_broken(monkeypatch, bands, owner, name, broken, says):
     monkeypatch.setattr(owner, name, broken)
     found = audit.replay_checks(mechanism(bands=bands), Randomness(bytes(range(32)), "run"))
-    assert not found.passed and "BROKEN" in str(found) and any(says in check for check in failed(found.checks))
+    assert (
+        not found.passed and "BROKEN" in str(found) and any(says in check for check in failed(found.checks))
+    )
 
 
-@pytest.mark.parametrize("recorded, passes", [
-    ({}, [True, True, True]), ({"realised_std": 2.012}, [True, True, True]), ({"realised_std": 2.016}, [True, True, False]),
-    ({"realised_std": 1.984}, [True, True, False]), ({"realised_std": 0.0}, [True, True, False]), ({"realised_std": None}, [True, True, False]),
-    ({"updates": 36}, [False, True, True]), ({"noised_updates": 8}, [True, False, True]),
-    (dict.fromkeys(("updates", "noised_updates", "realised_std")), [False, False, False])])
+@pytest.mark.parametrize(
+    "recorded, passes",
+    [
+        ({}, [True, True, True]),
+        ({"realised_std": 2.012}, [True, True, True]),
+        ({"realised_std": 2.016}, [True, True, False]),
+        ({"realised_std": 1.984}, [True, True, False]),
+        ({"realised_std": 0.0}, [True, True, False]),
+        ({"realised_std": None}, [True, True, False]),
+        ({"updates": 36}, [False, True, True]),
+        ({"noised_updates": 8}, [True, False, True]),
+        (dict.fromkeys(("updates", "noised_updates", "realised_std")), [False, False, False]),
+    ],
+)
 def test_what_a_training_recorded_has_to_be_there_and_as_promised(recorded, passes):
     recorded = {"updates": 37, "noised_updates": 37, "realised_std": 2.0, **recorded}
-    checks = audit.training_checks(mechanism(noise_multiplier=2.0), recorded, numbers=10_000)  # 6 standard errors: 0.0070
+    checks = audit.training_checks(
+        mechanism(noise_multiplier=2.0), recorded, numbers=10_000
+    )  # 6 standard errors: 0.0070
     assert [check.passed for check in checks] == passes
-    assert 'nan' not in str(audit.Replay(checks, 1, 1)).lower()
+    assert "nan" not in str(audit.Replay(checks, 1, 1)).lower()
 
 
-@pytest.mark.parametrize("changes, told", [({}, {"sequence_length": 32}), ({"clip": "bound", "l2_clip_norm": 0.02}, {"sequence_length": 16}),
-                                           ({}, {"sequence_length": 16, "unit": "user", "max_records_per_unit": 2})])
-def test_one_extreme_unit_moves_the_sum_of_the_program_that_trains_by_at_most_the_sensitivity(micro, changes, told):
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({}, {"sequence_length": 32}),
+        ({"clip": "bound", "l2_clip_norm": 0.02}, {"sequence_length": 16}),
+        ({}, {"sequence_length": 16, "unit": "user", "max_records_per_unit": 2}),
+    ],
+)
+def test_one_extreme_unit_moves_the_sum_of_the_program_that_trains_by_at_most_the_sensitivity(
+    micro, changes, told
+):
     found = audit.sensitivity_check(micro, SETTINGS.model_copy(update=told), mechanism(**changes))
     assert found.passed and 0.99 < found.statistic <= 1 and found.expected == 1
 
@@ -794,21 +1126,33 @@ def each_array_by_itself(clip):
     def clipped(gradients, *more):
         parts = [clip([g], *more) for g in gradients]
         return [points[0] for points, _ in parts], parts[0][1]
+
     return clipped
 
 
-@pytest.mark.parametrize("broken", [
-    each_array_by_itself,
-    lambda clip: lambda gradients, kind, norm, grid, real: clip(gradients, kind, norm, grid * 1.001, real),
-    lambda clip: lambda gradients, kind, norm, grid, real: clip([0 * g for g in gradients], kind, norm, grid, real)])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        each_array_by_itself,
+        lambda clip: (
+            lambda gradients, kind, norm, grid, real: clip(gradients, kind, norm, grid * 1.001, real)
+        ),
+        lambda clip: (
+            lambda gradients, kind, norm, grid, real: clip([0 * g for g in gradients], kind, norm, grid, real)
+        ),
+    ],
+)
 def test_clipping_that_is_broken_is_seen(micro, monkeypatch, broken):
     from dpsynth import finetune
 
     monkeypatch.setattr(finetune, "clip_to_grid", broken(finetune.clip_to_grid))
-    assert not audit.sensitivity_check(micro, SETTINGS.model_copy(update={"sequence_length": 16}), mechanism()).passed
+    assert not audit.sensitivity_check(
+        micro, SETTINGS.model_copy(update={"sequence_length": 16}), mechanism()
+    ).passed
 
 
 # a run
+
 
 @pytest.fixture
 def finished(run, tmp_path):
@@ -828,7 +1172,9 @@ CLAIM = {"epsilon": 1.0, "epsilon_replace_one": 1.9, "delta": 1e-5}
 
 
 def reported(verdict, bound=0.0):
-    return types.SimpleNamespace(verdict=verdict, epsilon_bound=bound, summary=f"rows: {verdict}", footing="private")
+    return types.SimpleNamespace(
+        verdict=verdict, epsilon_bound=bound, summary=f"rows: {verdict}", footing="private"
+    )
 
 
 def replayed(*broken):
@@ -836,51 +1182,118 @@ def replayed(*broken):
     return audit.Replay(tuple(checks), 1, 1)
 
 
-@pytest.mark.parametrize("changes, verdict", [
-    ({}, "passes"), ({"model": canary_audit(1.1)}, "fails"), ({"rows": canary_audit(1.1)}, "fails"), ({"model": canary_audit(0.9)}, "passes"),
-    ({"report": reported("passes", 1.5)}, "passes"), ({"report": reported("passes", 2.0)}, "fails"),
-    ({"report": reported("fails")}, "fails"), ({"report": reported("cannot tell")}, "cannot tell"), ({"replay": replayed("noise")}, "fails"),
-    ({"claim": dict.fromkeys(CLAIM), "model": canary_audit(9.0), "report": reported("passes", 9.0)}, "passes"),
-    ({"claim": {**CLAIM, "epsilon": 8.0}, "model": canary_audit(7.0)}, "passes"),
-    ({"report": None}, "passes"), ({"report": None, "claim": {**CLAIM, "epsilon": 8.0}}, "cannot tell"),  # so few canaries show 3 at most
-    ({"report": None, "model": None, "rows": None}, "cannot tell"), ({"report": None, "claim": dict.fromkeys(CLAIM)}, "cannot tell")])
+@pytest.mark.parametrize(
+    "changes, verdict",
+    [
+        ({}, "passes"),
+        ({"model": canary_audit(1.1)}, "fails"),
+        ({"rows": canary_audit(1.1)}, "fails"),
+        ({"model": canary_audit(0.9)}, "passes"),
+        ({"report": reported("passes", 1.5)}, "passes"),
+        ({"report": reported("passes", 2.0)}, "fails"),
+        ({"report": reported("fails")}, "fails"),
+        ({"report": reported("cannot tell")}, "cannot tell"),
+        ({"replay": replayed("noise")}, "fails"),
+        (
+            {"claim": dict.fromkeys(CLAIM), "model": canary_audit(9.0), "report": reported("passes", 9.0)},
+            "passes",
+        ),
+        ({"claim": {**CLAIM, "epsilon": 8.0}, "model": canary_audit(7.0)}, "passes"),
+        ({"report": None}, "passes"),
+        (
+            {"report": None, "claim": {**CLAIM, "epsilon": 8.0}},
+            "cannot tell",
+        ),  # so few canaries show 3 at most
+        ({"report": None, "model": None, "rows": None}, "cannot tell"),
+        ({"report": None, "claim": dict.fromkeys(CLAIM)}, "cannot tell"),
+    ],
+)
 def test_findings_pass_only_if_something_was_looked_for_and_nothing_found(changes, verdict):
     from dpsynth.pipeline import Findings
 
-    parts = {"claim": CLAIM, "replay": replayed(), "model": canary_audit(0.0), "rows": canary_audit(0.0), "report": reported("passes")}
+    parts = {
+        "claim": CLAIM,
+        "replay": replayed(),
+        "model": canary_audit(0.0),
+        "rows": canary_audit(0.0),
+        "report": reported("passes"),
+    }
     found = Findings(**{**parts, **changes})
     assert found.verdict == verdict and found.passed is (verdict == "passes")
-    said = {"fails": "The run fails its audit: ", "passes": "The run passes its audit", "cannot tell": "Cannot tell: no attack"}[verdict]
-    assert said in str(found) and audit.CAVEAT in str(found) and "at most 5%" in str(found) and ("private" in str(found)) is (found.report is not None)
+    said = {
+        "fails": "The run fails its audit: ",
+        "passes": "The run passes its audit",
+        "cannot tell": "Cannot tell: no attack",
+    }[verdict]
+    assert (
+        said in str(found)
+        and audit.CAVEAT in str(found)
+        and "at most 5%" in str(found)
+        and ("private" in str(found)) is (found.report is not None)
+    )
 
 
 def test_an_audit_without_any_attack_says_so():
     from dpsynth.pipeline import Findings
 
     assert "Cannot tell: no attack was made; set audit_fraction" in str(Findings(CLAIM, replayed()))
-    assert "no attack that could have shown anything was made" in str(Findings(CLAIM, replayed(), report=reported("cannot tell")))
+    assert "no attack that could have shown anything was made" in str(
+        Findings(CLAIM, replayed(), report=reported("cannot tell"))
+    )
 
 
 def test_the_chances_of_a_false_alarm_add_up_to_what_is_said():
     from dpsynth import pipeline
 
     most = audit.replay_checks(mechanism(), Randomness(bytes(32), "run")).checks
-    assert len(most) <= 10 and pipeline.ROWS_ERROR + 3 * pipeline.BOUND_ERROR + 10 * audit.CHECK_P <= pipeline.ERROR + 1e-12 == 0.05 + 1e-12
+    assert (
+        len(most) <= 10
+        and pipeline.ROWS_ERROR + 3 * pipeline.BOUND_ERROR + 10 * audit.CHECK_P
+        <= pipeline.ERROR + 1e-12
+        == 0.05 + 1e-12
+    )
 
 
-@pytest.mark.parametrize("changes, refuted", [
-    ({}, False), ({"model": canary_audit(1.1)}, True), ({"replay": replayed("noise is noise")}, True),
-    ({"report": reported("fails", 99.0)}, False), ({"model": None, "rows": None}, False)])
+@pytest.mark.parametrize(
+    "changes, refuted",
+    [
+        ({}, False),
+        ({"model": canary_audit(1.1)}, True),
+        ({"replay": replayed("noise is noise")}, True),
+        ({"report": reported("fails", 99.0)}, False),
+        ({"model": None, "rows": None}, False),
+    ],
+)
 def test_the_certificate_says_what_refutes_it_and_nothing_of_the_rows(finished, changes, refuted):
     from dpsynth.certificate import verify
     from dpsynth.pipeline import Findings, _certify
 
     claim = {**CLAIM, "epsilon": 1.0}
-    _certify(Findings(**{"claim": claim, "replay": replayed(), "model": canary_audit(0.5), "rows": canary_audit(0.2), **changes}), finished / "release")
+    _certify(
+        Findings(
+            **{
+                "claim": claim,
+                "replay": replayed(),
+                "model": canary_audit(0.5),
+                "rows": canary_audit(0.2),
+                **changes,
+            }
+        ),
+        finished / "release",
+    )
     told, page = certified(finished)["audit"], (finished / "release" / "certificate.md").read_text()
-    assert told["refuted"] is refuted and ("REFUTED" in told["summary"]) is ("REFUTED by its own audit" in page) is refuted
-    assert "fails" not in json.dumps(told) and "99" not in json.dumps(told) and ("epsilon_bound" in told) is ("rows" not in changes)
-    assert any("rows that were kept out, its verdict included" in item for item in certified(finished)["not_covered"])
+    assert (
+        told["refuted"] is refuted
+        and ("REFUTED" in told["summary"]) is ("REFUTED by its own audit" in page) is refuted
+    )
+    assert (
+        "fails" not in json.dumps(told)
+        and "99" not in json.dumps(told)
+        and ("epsilon_bound" in told) is ("rows" not in changes)
+    )
+    assert any(
+        "rows that were kept out, its verdict included" in item for item in certified(finished)["not_covered"]
+    )
     if refuted:
         with pytest.raises(PrivacyError, match="its own audit refutes it"):
             verify(finished / "release" / "certificate.json")
@@ -901,32 +1314,66 @@ def sensitive(monkeypatch):
     """Nothing moves a sum by more than the sensitivity: it need not be computed."""
     from dpsynth import pipeline
 
-    monkeypatch.setattr(pipeline, "sensitivity_check", lambda model, settings, mechanism: audit.Check("move", 1.0, 1.0, 1.0))
+    monkeypatch.setattr(
+        pipeline, "sensitivity_check", lambda model, settings, mechanism: audit.Check("move", 1.0, 1.0, 1.0)
+    )
 
 
 def test_a_finished_run_keeps_its_promises(finished, tuned):
     from dpsynth import pipeline
 
     found = pipeline.audit_stage(RUN, finished, splits(), tuned)
-    assert found.replay.passed and found.verdict == "cannot tell", str(found)  # no canaries, and no row was kept out
-    assert json.loads((finished / "private" / "findings.json").read_text()) == {"verdict": "cannot tell", "summary": str(found)}
+    assert found.replay.passed and found.verdict == "cannot tell", str(
+        found
+    )  # no canaries, and no row was kept out
+    assert json.loads((finished / "private" / "findings.json").read_text()) == {
+        "verdict": "cannot tell",
+        "summary": str(found),
+    }
     assert (finished / "private" / "findings.json").stat().st_mode & 0o777 == 0o600
-    assert certified(finished)["audit"]["refuted"] is False and "0 of 17 promises" in certified(finished)["audit"]["summary"]
+    assert (
+        certified(finished)["audit"]["refuted"] is False
+        and "0 of 17 promises" in certified(finished)["audit"]["summary"]
+    )
     assert found.claim == {name: certified(finished)[name] for name in CLAIM}
-    names = [check["name"] for check in json.loads((finished / "private" / "replay.json").read_text())["checks"]]
+    names = [
+        check["name"] for check in json.loads((finished / "private" / "replay.json").read_text())["checks"]
+    ]
     assert len(names) == 17 and "noise recorded by the training, over the promised one" in names
     assert "largest move of the sum by one unit, over the sensitivity" in names
     told, promised = certified(finished), pipeline.promised_mechanism(RUN, finished, splits())
-    assert promised.describe() == told["mechanism"] and (promised.num_units, promised.delta) == (told["num_units"], told["delta"])
+    assert promised.describe() == told["mechanism"] and (promised.num_units, promised.delta) == (
+        told["num_units"],
+        told["delta"],
+    )
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda checks: {**checks, "realised_std": 0.0}, "noise recorded by the training, over the promised one is 0 instead of 1"),
-    (lambda checks: {**checks, "realised_std": 0.5 * checks["mechanism"]["noise_multiplier"]}, "is 0.5 instead of 1"),
-    (lambda checks: {}, "updates recorded by the training is 0"),
-    (lambda checks: {**checks, "updates": checks["updates"] - 1}, "updates recorded by the training is 1 instead of 2"),
-    (lambda checks: {**checks, "noised_updates": 1}, "updates with noise recorded by the training is 1 instead of 2"),
-    (lambda checks: {**checks, "mechanism": {**checks["mechanism"], "steps": 1}}, "what the training recorded of its mechanism: steps is 1 instead of 0")])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (
+            lambda checks: {**checks, "realised_std": 0.0},
+            "noise recorded by the training, over the promised one is 0 instead of 1",
+        ),
+        (
+            lambda checks: {**checks, "realised_std": 0.5 * checks["mechanism"]["noise_multiplier"]},
+            "is 0.5 instead of 1",
+        ),
+        (lambda checks: {}, "updates recorded by the training is 0"),
+        (
+            lambda checks: {**checks, "updates": checks["updates"] - 1},
+            "updates recorded by the training is 1 instead of 2",
+        ),
+        (
+            lambda checks: {**checks, "noised_updates": 1},
+            "updates with noise recorded by the training is 1 instead of 2",
+        ),
+        (
+            lambda checks: {**checks, "mechanism": {**checks["mechanism"], "steps": 1}},
+            "what the training recorded of its mechanism: steps is 1 instead of 0",
+        ),
+    ],
+)
 def test_a_run_whose_training_recorded_something_else_fails(finished, sensitive, change, says):
     from dpsynth.pipeline import audit_stage
 
@@ -962,31 +1409,61 @@ def test_the_worse_of_two_canary_audits_is_certified(finished, monkeypatch, by_m
     from dpsynth.certificate import verify
 
     some = types.SimpleNamespace(included=np.arange(40) < 20, texts=[])
-    for name, result in (("audit_canaries", canary_audit(by_model, "the tuned model")), ("audit_canaries_in_rows", canary_audit(by_rows, "the rows")),
-                         ("canary_records", some), ("check_same_canaries", None), ("prepare_model", None), ("row_losses", None), ("rows_of_run", ([], []))):
+    for name, result in (
+        ("audit_canaries", canary_audit(by_model, "the tuned model")),
+        ("audit_canaries_in_rows", canary_audit(by_rows, "the rows")),
+        ("canary_records", some),
+        ("check_same_canaries", None),
+        ("prepare_model", None),
+        ("row_losses", None),
+        ("rows_of_run", ([], [])),
+    ):
         monkeypatch.setattr(pipeline, name, lambda *args, result=result, **options: result)
     monkeypatch.setattr(pipeline.CanaryCoins, "read", lambda count, state: some)
     monkeypatch.setattr(pipeline, "check_same_rows", lambda *args: None)
-    monkeypatch.setattr(pipeline, "replay_run", lambda *args: replayed())  # the run had no canaries: its certificate would not agree
+    monkeypatch.setattr(
+        pipeline, "replay_run", lambda *args: replayed()
+    )  # the run had no canaries: its certificate would not agree
     pipeline.audit_stage(RUN.model_copy(update={"canaries": 40}), finished, splits(), None)
     told = certified(finished)["audit"]
-    assert told["epsilon_bound"] == 0.7 and told["saw"] == ("the rows" if by_rows > by_model else "the tuned model") and not told["refuted"]
-    assert told["confidence"] == pytest.approx(0.974) and "confidence 0.974" in told["summary"] and verify(finished / "release" / "certificate.json")
+    assert (
+        told["epsilon_bound"] == 0.7
+        and told["saw"] == ("the rows" if by_rows > by_model else "the tuned model")
+        and not told["refuted"]
+    )
+    assert (
+        told["confidence"] == pytest.approx(0.974)
+        and "confidence 0.974" in told["summary"]
+        and verify(finished / "release" / "certificate.json")
+    )
     numbers = json.loads((finished / "metrics.json").read_text())
-    assert (numbers["audit"]["epsilon_bound"], numbers["audit_in_rows"]["epsilon_bound"]) == (by_model, by_rows)
+    assert (numbers["audit"]["epsilon_bound"], numbers["audit_in_rows"]["epsilon_bound"]) == (
+        by_model,
+        by_rows,
+    )
 
 
 def test_canaries_that_changed_since_the_training_are_not_looked_for(tmp_path):
     from dpsynth.pipeline import check_same_canaries
 
-    settings, included = Settings(canaries=40, canary_copies=2, epsilon="inf", sequence_length=8), np.arange(40) % 3 == 0
-    made = canaries.canary_records(settings, from_frame(pd.DataFrame({"text": list("abcd"), "label": [0, 1, 0, 1]}), settings).train)
-    model = types.SimpleNamespace(response_ids=lambda texts: [[len(word) for word in text.split()] for text in texts])
+    settings, included = (
+        Settings(canaries=40, canary_copies=2, epsilon="inf", sequence_length=8),
+        np.arange(40) % 3 == 0,
+    )
+    made = canaries.canary_records(
+        settings, from_frame(pd.DataFrame({"text": list("abcd"), "label": [0, 1, 0, 1]}), settings).train
+    )
+    model = types.SimpleNamespace(
+        response_ids=lambda texts: [[len(word) for word in text.split()] for text in texts]
+    )
     trained = made.take(np.repeat(np.flatnonzero(included), 2))
     state = Randomness(bytes(32), "run").state(tmp_path / "private")
     state.folder.mkdir()
-    TokenStore.write(state.folder / "tokens", [([7, 7, 7], [1]), *(([7, 7, 7], ids[:5]) for ids in model.response_ids(trained.texts))],
-                     lambda partial: state.seal("tokens", partial))
+    TokenStore.write(
+        state.folder / "tokens",
+        [([7, 7, 7], [1]), *(([7, 7, 7], ids[:5]) for ids in model.response_ids(trained.texts))],
+        lambda partial: state.seal("tokens", partial),
+    )
     check_same_canaries(settings, state, made, included, model)
     other = dataclasses.replace(made, frame=made.frame.assign(text=[f"un{text}" for text in made.texts]))
     with pytest.raises(PrivacyError, match="canaries are others now"):
@@ -998,14 +1475,25 @@ def test_rows_are_attacked_at_the_delta_of_the_run_and_without_those_that_had_co
 
     asked = {}
     report = types.SimpleNamespace(to_dict=dict)
-    monkeypatch.setattr(pipeline, "audit_files", lambda rows, train, kept, **options: asked.update(train=train, kept=kept, **options) or report)
+    monkeypatch.setattr(
+        pipeline,
+        "audit_files",
+        lambda rows, train, kept, **options: asked.update(train=train, kept=kept, **options) or report,
+    )
     monkeypatch.setattr(pipeline, "rows_of_run", lambda settings, folder: (["a"], [""]))
     frame = pd.DataFrame({"text": [f"row {i % 90}" for i in range(100)], "label": 0})
     settings = RUN.model_copy(update={"duplicates": "drop", "audit_fraction": 0.4})
     rows = from_frame(frame, settings, test=frame[:10])
-    assert pipeline.audit_rows(settings, finished, rows) is report and asked["delta"] == certified(finished)["delta"]
+    assert (
+        pipeline.audit_rows(settings, finished, rows) is report
+        and asked["delta"] == certified(finished)["delta"]
+    )
     once = frame["text"][~frame["text"].duplicated(keep=False)].tolist()
-    assert len(once) == 80 and sorted(asked["train"] + asked["kept"]) == sorted(once) and len(rows.train) > len(asked["train"])
+    assert (
+        len(once) == 80
+        and sorted(asked["train"] + asked["kept"]) == sorted(once)
+        and len(rows.train) > len(asked["train"])
+    )
     pipeline.audit_rows(RUN, finished, splits())
     assert asked["train"] == splits().train.texts  # nothing is left out where copies are kept
 
@@ -1017,25 +1505,51 @@ def test_rows_that_were_dealt_by_their_text_are_judged_by_text(tmp_path):
         (tmp_path / name).mkdir()
 
     def report(seed):
-        settings = Settings(unit_count="private", delta=1e-4, label_column="", audit_fraction=0.5, test_fraction=0.2, seed=seed)
+        settings = Settings(
+            unit_count="private",
+            delta=1e-4,
+            label_column="",
+            audit_fraction=0.5,
+            test_fraction=0.2,
+            seed=seed,
+        )
         rng = np.random.default_rng(seed)
         words = lambda size: [" ".join(row) for row in rng.choice(list("abcdefghijklmnopqrst"), (size, 9))]
         common = [f"a text that many people have written {i}" for i in range(5)]
-        texts = np.where(rng.random(900) < 0.5, rng.choice(common, 900), words(900))  # half of the rows repeat one of five texts
-        pipeline.write_rows(Records(pd.DataFrame({"text": texts[:300]}), "synthetic", ("",), {}), tmp_path / "release" / "synthetic.jsonl")
-        return pipeline.audit_rows(settings, tmp_path, from_frame(pd.DataFrame({"text": texts[300:]}), settings))
+        texts = np.where(
+            rng.random(900) < 0.5, rng.choice(common, 900), words(900)
+        )  # half of the rows repeat one of five texts
+        pipeline.write_rows(
+            Records(pd.DataFrame({"text": texts[:300]}), "synthetic", ("",), {}),
+            tmp_path / "release" / "synthetic.jsonl",
+        )
+        return pipeline.audit_rows(
+            settings, tmp_path, from_frame(pd.DataFrame({"text": texts[300:]}), settings)
+        )
+
     reports = [report(seed) for seed in range(6)]
     assert all(found.verdict == "passes" for found in reports)  # each row for itself: 4 of 6 fail
-    assert all("copies of a row together" in found.warnings[0] and found.rows["train"] < 180 for found in reports)
+    assert all(
+        "copies of a row together" in found.warnings[0] and found.rows["train"] < 180 for found in reports
+    )
 
 
 def test_the_bound_from_rows_with_copies_is_from_those_without(texts):
     train, holdout, fresh = (list(part[:200]) for part in texts)
     twice = audit.make_pool(fresh, train + train[:150], holdout, copies_together=True)
-    assert twice.member.sum() == 200 and twice.alone.sum() == 250 and not twice.alone[twice.member & np.isin(twice.real["text"], train[:150])].any()
+    assert (
+        twice.member.sum() == 200
+        and twice.alone.sum() == 250
+        and not twice.alone[twice.member & np.isin(twice.real["text"], train[:150])].any()
+    )
     leaky = train[:150] + fresh[150:]
-    bounds = [audit.audit_files(leaky, train + more, holdout, delta=1e-5, copies_together=True).epsilon_bound for more in (train[:150], [])]
-    assert bounds[0] == 0 < bounds[1]  # all that leaks are texts that occur twice: they are protected by less than one is
+    bounds = [
+        audit.audit_files(leaky, train + more, holdout, delta=1e-5, copies_together=True).epsilon_bound
+        for more in (train[:150], [])
+    ]
+    assert (
+        bounds[0] == 0 < bounds[1]
+    )  # all that leaks are texts that occur twice: they are protected by less than one is
     assert audit.audit_files(leaky, train + train[:150], holdout, copies_together=True).verdict == "fails"
 
 
@@ -1048,28 +1562,53 @@ def audit_table(repo):
     return module
 
 
-def test_a_run_with_its_noise_switched_off_fails_and_never_has_a_certificate(audit_table, sensitive, tmp_path, monkeypatch):
+def test_a_run_with_its_noise_switched_off_fails_and_never_has_a_certificate(
+    audit_table, sensitive, tmp_path, monkeypatch
+):
     from dpsynth import pipeline
 
     folder, train = pipeline.prepare_folder(RUN, tmp_path / "dp"), audit_table.fit_stage
     marked = lambda: "switched off on purpose" in (folder / "release" / "NOT_PRIVATE.md").read_text()
-    monkeypatch.setattr(audit_table, "fit_stage", lambda settings, folder, splits: marked() and train(settings, folder, splits))
-    assert audit_table.fit_silently(RUN, folder, splits()) and marked() and not [*(folder / "release").glob("certificate*")]
+    monkeypatch.setattr(
+        audit_table,
+        "fit_stage",
+        lambda settings, folder, splits: marked() and train(settings, folder, splits),
+    )
+    assert (
+        audit_table.fit_silently(RUN, folder, splits())
+        and marked()
+        and not [*(folder / "release").glob("certificate*")]
+    )
     assert json.loads((folder / "metrics.json").read_text())["epsilon"] is None
     found = pipeline.audit_stage(RUN, folder, splits(), None)
-    assert not found.passed and "noise recorded by the training, over the promised one is 0 instead of 1" in str(found)
+    assert (
+        not found.passed
+        and "noise recorded by the training, over the promised one is 0 instead of 1" in str(found)
+    )
 
 
 def test_the_null_audits_of_the_audit_table(audit_table, monkeypatch, capsys):
     table = audit_table
-    found, alarms = table.null(3), lambda found, what: next(count for name, count in found["alarms"].items() if name.startswith(what))
+    found, alarms = (
+        table.null(3),
+        lambda found, what: next(count for name, count in found["alarms"].items() if name.startswith(what)),
+    )
     assert found["draws"] == 3 and alarms(found, "the audit as a whole") <= 1
     assert capsys.readouterr().out.count("of 3 false alarms") == 7
     honest = table.null_findings(0)
-    assert min(honest.model.largest, honest.rows.largest) > 1 and honest.replay.checks and honest.report.confidence == 1 - table.BOUND_ERROR
+    assert (
+        min(honest.model.largest, honest.rows.largest) > 1
+        and honest.replay.checks
+        and honest.report.confidence == 1 - table.BOUND_ERROR
+    )
     leak = table.audit_canaries_in_rows
-    monkeypatch.setattr(table, "audit_canaries_in_rows", lambda rows, made, included, *more, **options: leak(
-        rows + [text for text, there in zip(made, included) if there], made, included, *more, **options))
+    monkeypatch.setattr(
+        table,
+        "audit_canaries_in_rows",
+        lambda rows, made, included, *more, **options: leak(
+            rows + [text for text, there in zip(made, included) if there], made, included, *more, **options
+        ),
+    )
     leaky = table.null(2)
     assert alarms(leaky, "canaries in the rows") == alarms(leaky, "the audit as a whole") == 2
 
@@ -1079,9 +1618,17 @@ def test_a_finished_run_is_audited_again_without_training(audit_table, tmp_path,
     monkeypatch.setattr(audit_table, "load", lambda settings: "splits")
     monkeypatch.setattr(audit_table, "load_generator", lambda settings, folder: "model")
     monkeypatch.setattr(audit_table, "fit_stage", None)
-    monkeypatch.setattr(audit_table, "audit_stage", lambda settings, folder, splits, model: done.append((folder, splits, model)))
+    monkeypatch.setattr(
+        audit_table,
+        "audit_stage",
+        lambda settings, folder, splits, model: done.append((folder, splits, model)),
+    )
     (tmp_path / "private").mkdir()
-    for name, content in (("metrics.json", {"audit": 1, "audit_in_rows": 2}), ("private/json", {}), ("private/findings.json", {"verdict": "fails"})):
+    for name, content in (
+        ("metrics.json", {"audit": 1, "audit_in_rows": 2}),
+        ("private/json", {}),
+        ("private/findings.json", {"verdict": "fails"}),
+    ):
         (tmp_path / name).write_text(json.dumps(content))
     for again, audits in ((False, 0), (True, 1)):
         line = audit_table.run("dp_eps8", RUN, tmp_path, again)
@@ -1091,13 +1638,19 @@ def test_a_finished_run_is_audited_again_without_training(audit_table, tmp_path,
 
 # contamination
 
+
 def test_contamination_counts_long_overlaps_only():
     private = [" ".join(f"w{i}x{j}" for j in range(60)) for i in range(10)] + ["short"]
-    corpus = (text for text in [f"before {private[0]} after", " ".join(private[1].split()[:49]), *(["filler"] * 30)])
+    corpus = (
+        text for text in [f"before {private[0]} after", " ".join(private[1].split()[:49]), *(["filler"] * 30)]
+    )
     found = audit.corpus_overlap(private, corpus)
     assert (found.overlapping, found.long_enough, found.rows, found.corpus_texts) == (1, 10, 11, 32)
     assert found.share == 0.1 and found.interval[0] < 0.1 < found.interval[1]
-    assert audit.corpus_overlap(private, [], n=50).overlapping == 0 and audit.corpus_overlap(["short"], private).share == 0.0
+    assert (
+        audit.corpus_overlap(private, [], n=50).overlapping == 0
+        and audit.corpus_overlap(["short"], private).share == 0.0
+    )
 
 
 def test_contamination_reads_the_corpus_in_parts(monkeypatch):

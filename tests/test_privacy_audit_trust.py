@@ -25,6 +25,7 @@ COUNTED = RUN.model_copy(update={"label_prior": "private", "access_share": 0.05}
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     """The sensitivity holds and need not be computed; what groups are promised is what the lemma says."""
+
     def of_group(mechanism, units):
         epsilon, delta = group_privacy(mechanism.epsilon, mechanism.delta, units)
         return {"units": units, "epsilon": epsilon, "delta": delta}
@@ -58,7 +59,13 @@ def certified(folder):
 def certificate_of(changes, told, num_units=40):
     """The certificate that this run would have with other settings; what does not follow from them is that of the run."""
     settings, composed = COUNTED.model_copy(update=changes), {**told["composed"], "epsilon": 0.0}
-    other = make_certificate(make_mechanism(settings, num_units), settings, base=told["base_model"], files=told["files"], composed=composed)
+    other = make_certificate(
+        make_mechanism(settings, num_units),
+        settings,
+        base=told["base_model"],
+        files=told["files"],
+        composed=composed,
+    )
     kept = {name: told[name] for name in ("audit", "settings_hash", "code_hash", "versions")}
     return json.loads(json.dumps({**other, **kept}))
 
@@ -72,8 +79,14 @@ def differing(told):
     """What a certificate says otherwise than the mechanism of this run."""
     mechanism = make_mechanism(COUNTED, 40)
     by_replacing = mechanism.epsilon_after(mechanism.steps, "epsilon_replace_one")
-    true = {"epsilon": mechanism.epsilon, "epsilon_replace_one": by_replacing, "delta": mechanism.delta, "num_units": 40,
-            "mechanism": mechanism.describe(), "accesses": certificate_of({}, told)["accesses"]}
+    true = {
+        "epsilon": mechanism.epsilon,
+        "epsilon_replace_one": by_replacing,
+        "delta": mechanism.delta,
+        "num_units": 40,
+        "mechanism": mechanism.describe(),
+        "accesses": certificate_of({}, told)["accesses"],
+    }
     return audit.differing(told, true, 1e-6)
 
 
@@ -83,30 +96,54 @@ def audited(folder):
 
 def test_what_ran_is_what_is_certified_recorded_and_charged(copied):
     found = audited(copied)
-    assert found.replay.passed and not found.replay.notes and not certified(copied)["audit"]["refuted"], str(found)
+    assert found.replay.passed and not found.replay.notes and not certified(copied)["audit"]["refuted"], str(
+        found
+    )
     assert certificate_of({}, certified(copied)) == certified(copied)
 
 
-@pytest.mark.parametrize("changes, num_units, names", [
-    ({"epsilon": 0.5}, 40, ("epsilon", "epsilon_replace_one", "mechanism.noise_multiplier")),
-    ({"epochs": 0.2}, 40, ("mechanism.steps",)), ({}, 80, ("num_units",)),
-    ({"batch_size": 4, "epochs": 0.2}, 40, ("mechanism.expected_batch_size", "mechanism.sampling_probability")),
-    ({"access_share": 0.04}, 40, ("accesses.1.noise_multiplier",))])
+@pytest.mark.parametrize(
+    "changes, num_units, names",
+    [
+        ({"epsilon": 0.5}, 40, ("epsilon", "epsilon_replace_one", "mechanism.noise_multiplier")),
+        ({"epochs": 0.2}, 40, ("mechanism.steps",)),
+        ({}, 80, ("num_units",)),
+        (
+            {"batch_size": 4, "epochs": 0.2},
+            40,
+            ("mechanism.expected_batch_size", "mechanism.sampling_probability"),
+        ),
+        ({"access_share": 0.04}, 40, ("accesses.1.noise_multiplier",)),
+    ],
+)
 def test_another_certificate_that_holds_by_itself_is_refuted(copied, changes, num_units, names):
     forged = certificate_of(changes, certified(copied), num_units)
     put(copied, forged)
     assert verify(copied / "release" / "certificate.json")["epsilon"] <= forged["epsilon"] + 1e-3
     found = audited(copied)
     broken, wrong = found.replay.broken, differing(forged)
-    assert found.verdict == "fails" and len(broken) == 1 and broken[0].startswith("what the certificate says and")
+    assert (
+        found.verdict == "fails"
+        and len(broken) == 1
+        and broken[0].startswith("what the certificate says and")
+    )
     assert set(names) <= {*wrong} and any(name in broken[0] for name in wrong)
     assert certified(copied)["audit"]["refuted"]
     with pytest.raises(PrivacyError, match="its own audit refutes it"):
         verify(copied / "release" / "certificate.json")
 
 
-@pytest.mark.parametrize("entry, value", [("code_hash", "0" * 64), ("settings_hash", "0" * 64), ("canaries", 7), ("unit", "user"),
-                                          ("base_model", {"hash": 64 * "a"}), ("versions", {"jax": "0.1"})])
+@pytest.mark.parametrize(
+    "entry, value",
+    [
+        ("code_hash", "0" * 64),
+        ("settings_hash", "0" * 64),
+        ("canaries", 7),
+        ("unit", "user"),
+        ("base_model", {"hash": 64 * "a"}),
+        ("versions", {"jax": "0.1"}),
+    ],
+)
 def test_what_ran_cannot_be_told_otherwise(copied, entry, value):
     told = certified(copied)
     told[entry] = {**told[entry], **value} if isinstance(value, dict) else value
@@ -125,9 +162,15 @@ def change_ledger(folder, change):
 
 def test_a_ledger_that_knows_another_event_is_told(copied):
     noise = str(certified(copied)["mechanism"]["noise_multiplier"])
-    change_ledger(copied, lambda event: event.replace(f'\\"noise_multiplier\\": {noise}', '\\"noise_multiplier\\": 30.0'))
+    change_ledger(
+        copied,
+        lambda event: event.replace(f'\\"noise_multiplier\\": {noise}', '\\"noise_multiplier\\": 30.0'),
+    )
     found = audited(copied)
-    assert found.replay.broken == ["what the ledger charged this run for: training.0.noise_multiplier"] and found.verdict == "fails"
+    assert (
+        found.replay.broken == ["what the ledger charged this run for: training.0.noise_multiplier"]
+        and found.verdict == "fails"
+    )
 
 
 def test_a_ledger_that_does_not_know_the_run_is_told(copied):
@@ -154,7 +197,10 @@ def test_a_run_by_other_code_is_held_to_what_it_recorded_and_to_its_target(copie
     assert "what the certificate says" in audited(copied).replay.broken[0]
     state = stored_run(copied / "private").state(copied / "private")
     recorded = state.read_json("checks.json")
-    state.write("checks.json", json.dumps({**recorded, "mechanism": {**recorded["mechanism"], "noise_multiplier": 0.1}}))
+    state.write(
+        "checks.json",
+        json.dumps({**recorded, "mechanism": {**recorded["mechanism"], "noise_multiplier": 0.1}}),
+    )
     with pytest.raises(PrivacyError, match="noise_multiplier 0.1 spends epsilon"):
         audited(copied)
 

@@ -18,14 +18,23 @@ from dpsynth.privacy import LIKELIER, count_accesses
 
 def test_overlap_with_a_corpus_is_estimated_and_stated(tmp_path):
     long = "one two three four five six seven eight nine ten " * 6
-    data = from_frame(pd.DataFrame({"text": [f"{long} {i}" if i < 30 else f"row {i}" for i in range(40)], "label": [0, 1] * 20}), RUN,
-                      test=pd.DataFrame({"text": ["a", "b"], "label": [0, 1]}))
+    data = from_frame(
+        pd.DataFrame(
+            {"text": [f"{long} {i}" if i < 30 else f"row {i}" for i in range(40)], "label": [0, 1] * 20}
+        ),
+        RUN,
+        test=pd.DataFrame({"text": ["a", "b"], "label": [0, 1]}),
+    )
     corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in (long, "something else")), encoding="utf-8")
+    corpus.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in (long, "something else")), encoding="utf-8"
+    )
     settings = RUN.model_copy(update={"contamination_corpus": str(corpus), "access_share": 0.2})
     finetune_run(settings, data, tmp_path / "dp", progress=False)
     certificate = json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())
-    count, others = (max(0, n) for n in json.loads((tmp_path / "dp" / "private" / "counts.json").read_text())["overlaps"])
+    count, others = (
+        max(0, n) for n in json.loads((tmp_path / "dp" / "private" / "counts.json").read_text())["overlaps"]
+    )
     assert abs(count - 30) < 20 and others < 20
     told = f"about {count} of about {count + others} units of 50 words or more share a run of 50 with corpus.jsonl"
     assert told in certificate["base_model"]["contamination"]
@@ -52,7 +61,9 @@ def test_rows_that_the_base_model_finds_likely_are_estimated_and_stated(tmp_path
     assert "units the base model finds likely" in [a["what"] for a in certificate["accesses"]]
     reference.write_text("".join(json.dumps(row) + "\n" for row in sense[40:]), encoding="utf-8")
     model = load_model("tiny")
-    assert likelier_units(settings, data.train, model)[0] in range(10, 31)  # rows like the reference: about half
+    assert likelier_units(settings, data.train, model)[0] in range(
+        10, 31
+    )  # rows like the reference: about half
     unlikely = from_frame(pd.DataFrame(nonsense[:40]), settings, test=pd.DataFrame(sense[40:50])).train
     assert likelier_units(settings, unlikely, model) == [0, 40]
 
@@ -70,12 +81,24 @@ def test_a_model_without_files_here_is_known_by_its_arrays(micro, tmp_path, monk
     monkeypatch.setattr(dpsynth.finetune, "preset_hash", lambda name: "")  # as if it had been fetched
     finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
     digest = base_hash(load_model(MICRO))
-    assert json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())["base_model"]["hash"] == digest
+    assert (
+        json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())["base_model"]["hash"]
+        == digest
+    )
     assert json.loads((tmp_path / "dp" / "private" / "identity.json").read_text())["base_model"] == digest
 
 
 def test_likelihood_under_the_base_model_proves_nothing_for_equal_shares():
     settings = RUN.model_copy(update={"contamination_reference": "demo"})
-    even, much = (contamination_text(contamination_found(settings, {"likelier": counts}), {LIKELIER: count_accesses(settings)["likelier"].noise_multiplier})
-                  for counts in ([100, 100], [180, 20]))
-    assert even.startswith("about 100 of about 200 units (50%)") and "p = 0.5" in even and float(re.search(r"p = ([\d.e-]+)", much)[1]) < 1e-6
+    even, much = (
+        contamination_text(
+            contamination_found(settings, {"likelier": counts}),
+            {LIKELIER: count_accesses(settings)["likelier"].noise_multiplier},
+        )
+        for counts in ([100, 100], [180, 20])
+    )
+    assert (
+        even.startswith("about 100 of about 200 units (50%)")
+        and "p = 0.5" in even
+        and float(re.search(r"p = ([\d.e-]+)", much)[1]) < 1e-6
+    )

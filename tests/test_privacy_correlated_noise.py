@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 
 from parts import SECRET, banded
-from dpsynth.privacy import (Randomness, Session, compute_epsilon, make_mechanism, noise_filter, realised_noise_error, strategy,
-                             with_noise)
+from dpsynth.privacy import (
+    Randomness,
+    Session,
+    compute_epsilon,
+    make_mechanism,
+    noise_filter,
+    realised_noise_error,
+    strategy,
+    with_noise,
+)
 from dpsynth.settings import PrivacyError, Settings, SettingsError
 
 
@@ -19,7 +27,9 @@ def test_with_bands_a_unit_takes_part_at_most_once_in_as_many_updates():
         assert (step - last[batch] >= made.bands).all()
         last[batch] = step
         counts[batch] += 1
-    assert np.mean([b.size for b in batches]) == pytest.approx(50, abs=3) and counts.mean() == pytest.approx(2, abs=0.1)
+    assert np.mean([b.size for b in batches]) == pytest.approx(50, abs=3) and counts.mean() == pytest.approx(
+        2, abs=0.1
+    )
 
 
 def test_the_group_of_a_unit_is_random_and_not_its_position():
@@ -63,7 +73,9 @@ def test_the_look_back_at_the_noise_knows_how_far_updates_are_correlated(steps, 
     w, drawn = noise_filter(steps, bands), np.random.default_rng(5).standard_normal((5000, steps))
     lower = np.array([[w[t - s] if s <= t else 0.0 for s in range(steps)] for t in range(steps)])
     ratios = np.sqrt(((drawn @ lower.T) ** 2).sum(1) / (lower**2).sum())
-    assert realised_noise_error(dataclasses.replace(banded(bands), steps=steps), 1) == pytest.approx(ratios.std(), rel=0.06)
+    assert realised_noise_error(dataclasses.replace(banded(bands), steps=steps), 1) == pytest.approx(
+        ratios.std(), rel=0.06
+    )
 
 
 def test_bands_resume_with_the_same_bits():

@@ -34,11 +34,22 @@ def test_a_sum_is_released_once():
         session.release(np.zeros(3, np.int32))
 
 
-@pytest.mark.parametrize("part, value, words", [("settings", json.dumps({"epsilon": 9}), "settings .epsilon: 8, now 9"), ("data", "other", "training rows"),
-                                                ("code", "other", "dpsynth code"), ("base_model", "other", "base model"),
-                                                ("libraries", json.dumps({"jax": "0"}), "libraries .*, now "),
-                                                ("computation", json.dumps({"microbatch_size": 4}), "devices .microbatch_size: 8, now 4"),
-                                                ("computation", json.dumps({"microbatch_size": 8, "device": "h100"}), "devices .device: None, now h100")])
+@pytest.mark.parametrize(
+    "part, value, words",
+    [
+        ("settings", json.dumps({"epsilon": 9}), "settings .epsilon: 8, now 9"),
+        ("data", "other", "training rows"),
+        ("code", "other", "dpsynth code"),
+        ("base_model", "other", "base model"),
+        ("libraries", json.dumps({"jax": "0"}), "libraries .*, now "),
+        ("computation", json.dumps({"microbatch_size": 4}), "devices .microbatch_size: 8, now 4"),
+        (
+            "computation",
+            json.dumps({"microbatch_size": 8, "device": "h100"}),
+            "devices .device: None, now h100",
+        ),
+    ],
+)
 def test_changed_settings_data_or_code_refuse_to_resume(tmp_path, part, value, words):
     private = tmp_path / "run" / "private"
     private.mkdir(parents=True)
@@ -48,13 +59,33 @@ def test_changed_settings_data_or_code_refuse_to_resume(tmp_path, part, value, w
         bind_run(private, {**identity, part: value})
     assert "\n" not in str(error.value)
     free = part in ("code", "libraries", "computation")
-    assert not free or bind_run(private, {**identity, part: value}, finished=True) == bind_run(private, identity)
+    assert not free or bind_run(private, {**identity, part: value}, finished=True) == bind_run(
+        private, identity
+    )
 
 
 def test_every_module_that_decides_a_release_is_in_the_identity_of_a_run():
     names = set(dpsynth.privacy.code_modules())
-    assert {f"{name}.py" for name in ("state", "audit/replay", "audit/contamination", "demo", "ledger/ledger", "runs", "pipeline", "canaries", "finetune", "data/readers", "privacy", "__init__")} <= names
-    assert not names & {"cli.py", "experiments.py", "synthesizer.py", "_modidx.py"} and not any(name.startswith("evaluation/") for name in names)
+    assert {
+        f"{name}.py"
+        for name in (
+            "state",
+            "audit/replay",
+            "audit/contamination",
+            "demo",
+            "ledger/ledger",
+            "runs",
+            "pipeline",
+            "canaries",
+            "finetune",
+            "data/readers",
+            "privacy",
+            "__init__",
+        )
+    } <= names
+    assert not names & {"cli.py", "experiments.py", "synthesizer.py", "_modidx.py"} and not any(
+        name.startswith("evaluation/") for name in names
+    )
 
 
 def test_every_update_beyond_the_last_is_refused(micro, store):
@@ -93,22 +124,31 @@ def test_self_check_finds_missing_noise_missing_updates_and_an_idle_model(micro,
     silent.session._grid_noise = lambda count: np.zeros(count, np.int32)
     whole = halved.session._grid_noise
     halved.session._grid_noise = lambda count: whole(count) // 2
-    made_up_for.session._grid_noise = lambda count: np.rint(whole(count) * (0 if made_up_for.session.step == 0 else (4 / 3) ** 0.5)).astype(np.int32)
+    made_up_for.session._grid_noise = lambda count: np.rint(
+        whole(count) * (0 if made_up_for.session.step == 0 else (4 / 3) ** 0.5)
+    ).astype(np.int32)
     for one in (good, silent, halved, made_up_for):
         for _ in range(4):
             one.update()
     short.update()
     assert self_check(good, before)["unusable"] == 0
-    for bad, start, words in ((silent, before, "noise was 0 "), (halved, before, "noise was 0.5"),
-                              (made_up_for, before, "3 of 4 updates had noise"), (short, before, "1 of 4 updates"),
-                              (good, good.trainable, "changed no weight")):
+    for bad, start, words in (
+        (silent, before, "noise was 0 "),
+        (halved, before, "noise was 0.5"),
+        (made_up_for, before, "3 of 4 updates had noise"),
+        (short, before, "1 of 4 updates"),
+        (good, good.trainable, "changed no weight"),
+    ):
         with pytest.raises(PrivacyError, match=words):
             self_check(bad, start)
 
 
 def test_a_finished_run_loads_and_changed_epsilon_or_data_refuses(run):
     finetune_run(RUN, splits(), run, progress=False)
-    for settings, data in ((RUN.model_copy(update={"epsilon": 9.0}), splits()), (RUN, splits("an entirely different row"))):
+    for settings, data in (
+        (RUN.model_copy(update={"epsilon": 9.0}), splits()),
+        (RUN, splits("an entirely different row")),
+    ):
         with pytest.raises(PrivacyError, match="started with other"):
             finetune_run(settings, data, run, progress=False)
 
@@ -119,10 +159,22 @@ def test_a_run_that_is_not_finished_keeps_its_microbatches_and_devices(tmp_path,
     finetune_run(smaller, splits(), tmp_path / "dp", progress=False)
     for file in (tmp_path / "dp" / "release" / "adapter.npz", tmp_path / "dp" / "private" / "checkpoint.npz"):
         file.unlink()
-    with pytest.raises(PrivacyError, match="started with other microbatches or devices .microbatch_size: 8, now 4"):
+    with pytest.raises(
+        PrivacyError, match="started with other microbatches or devices .microbatch_size: 8, now 4"
+    ):
         finetune_run(smaller, splits(), tmp_path / "dp", progress=False)
     known = computation(RUN)
-    assert set(known) == {"microbatch_size", "rematerialize", "backend", "device", "devices", "platform", "processor", "xla_flags", "matmul_precision"}
+    assert set(known) == {
+        "microbatch_size",
+        "rematerialize",
+        "backend",
+        "device",
+        "devices",
+        "platform",
+        "processor",
+        "xla_flags",
+        "matmul_precision",
+    }
     assert known["microbatch_size"] == 8 and known["devices"] >= 1 and len(known["processor"]) == 64
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_max_isa=SSE4_2")
     with pytest.raises(PrivacyError, match="devices .xla_flags: .*, now --xla_cpu_max_isa=SSE4_2"):
@@ -134,9 +186,17 @@ def test_a_run_that_is_not_finished_keeps_its_microbatches_and_devices(tmp_path,
     assert not (tmp_path / "dp" / "release" / "adapter.npz").exists()
 
 
-@pytest.mark.parametrize("failure, words", [
-    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"), "setting microbatch_size: memory does not hold 8 units of 32 tokens"),
-    (MemoryError(), "setting microbatch_size: memory does not hold"), (None, "setting model: gradients of .*micro on invented rows are no numbers")])
+@pytest.mark.parametrize(
+    "failure, words",
+    [
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"),
+            "setting microbatch_size: memory does not hold 8 units of 32 tokens",
+        ),
+        (MemoryError(), "setting microbatch_size: memory does not hold"),
+        (None, "setting model: gradients of .*micro on invented rows are no numbers"),
+    ],
+)
 def test_what_no_training_can_survive_is_found_before_it_is_charged(tmp_path, monkeypatch, failure, words):
     whole = dpsynth.finetune.make_private_sum
 
@@ -146,6 +206,7 @@ def test_what_no_training_can_survive_is_found_before_it_is_charged(tmp_path, mo
                 raise failure
             total, notes = whole(model, session)(total, notes, *others)
             return [0 * t for t in total], notes + 1
+
         return run
 
     monkeypatch.setattr(dpsynth.finetune, "make_private_sum", broken)

@@ -41,7 +41,10 @@ from dpsynth.privacy import Access, compute_epsilon
 from dpsynth.settings import BudgetError, DataError, PrivacyError, Settings, SettingsError
 
 DELTA = 1e-5
-ADD, REPLACE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, dp_accounting.NeighboringRelation.REPLACE_ONE
+ADD, REPLACE = (
+    dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
+    dp_accounting.NeighboringRelation.REPLACE_ONE,
+)
 TRAINING = {"kind": "dp_sgd", "sampling_probability": 0.05, "noise_multiplier": 1.5, "steps": 60, "bands": 1}
 GAUSSIAN = {"kind": "gaussian", "noise_multiplier": 4.0}
 
@@ -93,7 +96,9 @@ def accountant_epsilon(event, count, relation=ADD):
 def test_composition_is_the_accountants(event):
     assert compose(2 * [event], DELTA) == pytest.approx(accountant_epsilon(event, 2), abs=2e-3)
     if event["kind"] in ("dp_sgd", "gaussian"):
-        assert compose([event], DELTA, "replace_one") == pytest.approx(accountant_epsilon(event, 1, REPLACE), abs=2e-3)
+        assert compose([event], DELTA, "replace_one") == pytest.approx(
+            accountant_epsilon(event, 1, REPLACE), abs=2e-3
+        )
 
 
 def test_two_equal_releases_are_one_of_twice_the_steps_and_less_than_the_sum():
@@ -104,12 +109,20 @@ def test_two_equal_releases_are_one_of_twice_the_steps_and_less_than_the_sum():
 
 def test_banded_training_is_rounds_of_a_larger_sample():
     event = event_from_dict({**TRAINING, "steps": 61, "bands": 4})
-    assert (event.count, event.event.sampling_probability, event.event.event.noise_multiplier) == (16, 0.2, 1.5)
+    assert (event.count, event.event.sampling_probability, event.event.event.noise_multiplier) == (
+        16,
+        0.2,
+        1.5,
+    )
     assert compose([{**TRAINING, "bands": 4}], DELTA) == compute_epsilon(0.05, 1.5, 60, DELTA, bands=4)
 
 
 def test_parts_of_one_release_and_separate_releases_compose_alike():
-    assert compose([[GAUSSIAN, pure(0.5)]], DELTA) == compose([GAUSSIAN, pure(0.5)], DELTA) > compose([GAUSSIAN], DELTA)
+    assert (
+        compose([[GAUSSIAN, pure(0.5)]], DELTA)
+        == compose([GAUSSIAN, pure(0.5)], DELTA)
+        > compose([GAUSSIAN], DELTA)
+    )
 
 
 def test_stated_epsilons_add_only_where_they_must():
@@ -130,17 +143,25 @@ def test_a_count_that_others_were_chosen_by_is_added_and_not_composed():
     twice = compose(2 * [TRAINING], DELTA)
     assert compose(2 * [TRAINING, count], DELTA) == pytest.approx(1.0 + twice)
     assert 1.0 + twice > compose(2 * [TRAINING, pure(0.5)], DELTA) + 0.05
-    assert compose([[TRAINING, count]], DELTA, "replace_one") == pytest.approx(1.0 + compose([TRAINING], DELTA, "replace_one"))
-    assert compose([TRAINING, count], DELTA, group=3) == pytest.approx(1.5 + compose([TRAINING], DELTA, group=3))
+    assert compose([[TRAINING, count]], DELTA, "replace_one") == pytest.approx(
+        1.0 + compose([TRAINING], DELTA, "replace_one")
+    )
+    assert compose([TRAINING, count], DELTA, group=3) == pytest.approx(
+        1.5 + compose([TRAINING], DELTA, group=3)
+    )
     assert compose([count], 1e-9) == 0.5 and compose([count, {"kind": "not_private"}], DELTA) == math.inf
     with pytest.raises(dp_accounting.UnsupportedEventError):
         accountant_epsilon(count, 1)
 
 
 def test_groups():
-    assert compose([GAUSSIAN], DELTA, group=3) == pytest.approx(compose([{**GAUSSIAN, "noise_multiplier": 4 / 3}], DELTA), rel=1e-2)
+    assert compose([GAUSSIAN], DELTA, group=3) == pytest.approx(
+        compose([{**GAUSSIAN, "noise_multiplier": 4 / 3}], DELTA), rel=1e-2
+    )
     always = {**TRAINING, "sampling_probability": 1.0, "noise_multiplier": 20.0}
-    assert compose([always], DELTA, group=2) == pytest.approx(compose([{**always, "noise_multiplier": 10.0}], DELTA), rel=1e-2)
+    assert compose([always], DELTA, group=2) == pytest.approx(
+        compose([{**always, "noise_multiplier": 10.0}], DELTA), rel=1e-2
+    )
     assert compose([pure(0.3)], DELTA, group=4) == pytest.approx(1.2, abs=0.03)
     one, two = (compose([TRAINING], DELTA, group=k) for k in (1, 2))
     assert 1.5 * one < two < 4 * one
@@ -158,8 +179,14 @@ def test_group_privacy():
 @pytest.mark.parametrize(
     "event, other",
     [
-        (TRAINING, {**TRAINING, "steps": 61, "bands": 4, "sampling_probability": 0.02, "noise_multiplier": 1.2}),
-        ({"kind": "discrete_laplace", "noise_multiplier": 3.0}, {"kind": "discrete_laplace", "noise_multiplier": 2.0}),
+        (
+            TRAINING,
+            {**TRAINING, "steps": 61, "bands": 4, "sampling_probability": 0.02, "noise_multiplier": 1.2},
+        ),
+        (
+            {"kind": "discrete_laplace", "noise_multiplier": 3.0},
+            {"kind": "discrete_laplace", "noise_multiplier": 2.0},
+        ),
     ],
 )
 def test_events_are_those_that_certificates_are_verified_with(event, other, monkeypatch):
@@ -168,7 +195,10 @@ def test_events_are_those_that_certificates_are_verified_with(event, other, monk
     def epsilon(description):
         return read_event(description).loss(1, Neighbours(), 1e-3).get_epsilon_for_delta(DELTA)
 
-    stated, epsilons = verify.event({**other, "mechanism": other["kind"]}, "epsilon"), [epsilon(event), epsilon(other)]
+    stated, epsilons = (
+        verify.event({**other, "mechanism": other["kind"]}, "epsilon"),
+        [epsilon(event), epsilon(other)],
+    )
     monkeypatch.setattr(verify, "event", lambda access, claim: stated)
     assert event_from_dict(event) == stated and epsilon(event) == epsilons[1] != epsilons[0]
 
@@ -216,7 +246,9 @@ def test_accesses_of_a_mechanism_or_certificate_are_an_event():
     event = accesses_event([training, labels, {"what": "rows", "epsilon": "public"}])
     assert event == [{**TRAINING, "bands": 2}, {"kind": "discrete_laplace", "noise_multiplier": 10.0}]
     assert all(set(part) == set(KINDS[part["kind"]].model_fields) for part in event)
-    assert accesses_event([{**labels, "added": True}, Access("units", "discrete_laplace", 4.0, added=True)]) == [
+    assert accesses_event(
+        [{**labels, "added": True}, Access("units", "discrete_laplace", 4.0, added=True)]
+    ) == [
         {"kind": "added", "epsilon": 0.1},
         {"kind": "added", "epsilon": 0.25},
     ]
@@ -230,7 +262,10 @@ def test_the_same_rows_in_another_order_are_the_same_data_set(ledger, film):
     assert again == film and len(ledger.datasets()) == 1
 
 
-@pytest.mark.parametrize("numbers, shared", [(range(101), True), (range(60), True), (range(50, 200), True), (range(100, 200), False)])
+@pytest.mark.parametrize(
+    "numbers, shared",
+    [(range(101), True), (range(60), True), (range(50, 200), True), (range(100, 200), False)],
+)
 def test_overlap_is_recognised(ledger, film, numbers, shared):
     spend(ledger, film, pure(1.0), "r")
     other = ledger.register("other", rows(numbers), DELTA)
@@ -239,7 +274,10 @@ def test_overlap_is_recognised(ledger, film, numbers, shared):
 
 
 def test_spend_is_the_largest_over_units_not_the_sum_over_neighbours(ledger):
-    left, middle, right = (ledger.register(name, rows(numbers), DELTA) for name, numbers in [("l", [1, 2]), ("m", [2, 3]), ("r", [3, 4])])
+    left, middle, right = (
+        ledger.register(name, rows(numbers), DELTA)
+        for name, numbers in [("l", [1, 2]), ("m", [2, 3]), ("r", [3, 4])]
+    )
     for number, dataset in enumerate((left, middle, right)):
         spend(ledger, dataset, pure(1.0), f"run {number}")
     assert [ledger.spent(d) for d in (left, middle, right)] == pytest.approx([2.0, 2.0, 2.0], abs=5e-3)
@@ -262,11 +300,18 @@ def test_spend_is_that_of_a_count_unit_by_unit(ledger):
         naive = max(sum(e for other, e in charges if unit in contents[other]) for unit in units)
         assert ledger.spent(name, 1e-12) == pytest.approx(naive, rel=1e-3)
         known = ledger.dataset(name)
-        assert (known.units, known.hashes, known.copies) == (len(units), len(set(units)), max(collections.Counter(units).values()))
+        assert (known.units, known.hashes, known.copies) == (
+            len(units),
+            len(set(units)),
+            max(collections.Counter(units).values()),
+        )
 
 
 def test_a_trivial_common_row_carries_both_charges_and_the_others_do_not(ledger):
-    ours, theirs = ledger.register("ours", ["", *rows(range(9))], DELTA), ledger.register("theirs", ["", *rows(range(50, 59))], DELTA)
+    ours, theirs = (
+        ledger.register("ours", ["", *rows(range(9))], DELTA),
+        ledger.register("theirs", ["", *rows(range(50, 59))], DELTA),
+    )
     spend(ledger, ours, pure(1.0), "a")
     spend(ledger, theirs, pure(2.0), "b")
     assert [ledger.spent(d) for d in (ours, theirs)] == pytest.approx([3.0, 3.0], abs=5e-3)
@@ -287,7 +332,9 @@ def test_copies_are_counted_and_their_contributor_is_told(ledger):
 def test_names_are_unique_and_the_nearest_is_offered(ledger, film):
     other = ledger.register("film", rows(range(5)), DELTA)
     assert (film.name, other.name) == ("film", "film~2") and ledger.dataset("film~2") == other
-    with pytest.raises(SettingsError, match="'flim' is not in this ledger; did you mean 'film'\\? known: 'film', 'film~2'$"):
+    with pytest.raises(
+        SettingsError, match="'flim' is not in this ledger; did you mean 'film'\\? known: 'film', 'film~2'$"
+    ):
         ledger.dataset("flim")
     second = Ledger(ledger.path.with_name("second.sqlite"))
     second.register("film", rows(range(5)), DELTA)
@@ -323,7 +370,11 @@ def released_after(folder, april, may):
 def test_what_may_be_published_depends_on_no_row(tmp_path, may):
     epsilon, *counts = released_after(tmp_path, rows(range(300, 400)), rows(may))
     assert (epsilon, *counts) == (pytest.approx(3.0, abs=5e-3), 2, 0, 0)
-    for name, april in {"same": rows(may), "one more": [*rows(may), "one"], "other": rows(range(100))}.items():
+    for name, april in {
+        "same": rows(may),
+        "one more": [*rows(may), "one"],
+        "other": rows(range(100)),
+    }.items():
         assert released_after(tmp_path / name, april, rows(may)) == (epsilon, *counts)
 
 
@@ -338,7 +389,9 @@ def test_what_may_be_published_is_what_was_charged_under_the_name(ledger, film):
     epsilon, *counts = ledger.released_as(other.declared, DELTA)
     assert (other.name, other.declared, *counts) == ("film~2", "film", 2, 0, 0)
     assert epsilon == pytest.approx(2.5, abs=5e-3) and epsilon == ledger.spent(other)
-    assert ledger.released_as("film~2", DELTA) == (0.0, 0, 0, 0) and ledger.dataset("film~2").declared == "film"
+    assert (
+        ledger.released_as("film~2", DELTA) == (0.0, 0, 0, 0) and ledger.dataset("film~2").declared == "film"
+    )
 
 
 def test_caps_and_what_may_be_published_add_what_others_were_chosen_by(ledger, film):
@@ -358,7 +411,9 @@ def test_caps_and_what_may_be_published_add_what_others_were_chosen_by(ledger, f
     rest = compose([training, pure(0.5), pure(1.0)], DELTA)
     assert ledger.released_as("film", DELTA) == (pytest.approx(1.0 + rest), 3, 0, 0)
     assert ledger.spent(film) == pytest.approx(1.0 + rest)
-    assert ledger.spent(film, relation="replace_one") == pytest.approx(2.0 + compose([training, pure(0.5), pure(1.0)], DELTA, "replace_one"))
+    assert ledger.spent(film, relation="replace_one") == pytest.approx(
+        2.0 + compose([training, pure(0.5), pure(1.0)], DELTA, "replace_one")
+    )
 
 
 def test_what_was_released_without_privacy_is_counted_apart(ledger, film):
@@ -367,7 +422,12 @@ def test_what_was_released_without_privacy_is_counted_apart(ledger, film):
     epsilon, *counts = ledger.released_as("film", DELTA)
     assert (epsilon, *counts) == (pytest.approx(1.5, abs=5e-3), 1, 0, 1) and ledger.spent(film) == math.inf
     (total,) = ledger.totals_after([(film, pure(1.0)), (film, {"kind": "not_private"})])
-    assert (total.epsilon, total.runs, total.earlier, total.without_privacy) == (pytest.approx(2.5, abs=5e-3), 1, 1, 2)
+    assert (total.epsilon, total.runs, total.earlier, total.without_privacy) == (
+        pytest.approx(2.5, abs=5e-3),
+        1,
+        1,
+        2,
+    )
 
 
 def test_the_release_of_a_run_is_found_by_its_name(ledger, film):
@@ -396,10 +456,15 @@ def by_person(numbers, people=10):
 @pytest.mark.parametrize("rows_first", [True, False])
 def test_rows_and_groups_of_them_share_a_budget(ledger, rows_first):
     contents = [("by row", rows(range(100)), None), ("by person", by_person(range(100)), 10)]
-    first, second = (ledger.register(name, units, DELTA, num_units=n) for name, units, n in (contents if rows_first else contents[::-1]))
+    first, second = (
+        ledger.register(name, units, DELTA, num_units=n)
+        for name, units, n in (contents if rows_first else contents[::-1])
+    )
     ledger.set_cap(first, 10.0)
     spend(ledger, first, pure(6.0), "a")
-    with pytest.raises(BudgetError, match="epsilon 6 is spent or reserved, this asks 6, together 12 .* over the cap 10"):
+    with pytest.raises(
+        BudgetError, match="epsilon 6 is spent or reserved, this asks 6, together 12 .* over the cap 10"
+    ):
         ledger.plan("b", second, pure(6.0))
     ledger.plan("b", second, pure(3.0))
     one_more = ledger.register("one more", by_person(range(101), 11), DELTA, num_units=11)
@@ -407,7 +472,9 @@ def test_rows_and_groups_of_them_share_a_budget(ledger, rows_first):
         ledger.plan("c", one_more, pure(6.0))
 
 
-def test_runs_that_protect_rows_and_runs_that_protect_persons_are_not_composed_in_what_is_said_outside(ledger):
+def test_runs_that_protect_rows_and_runs_that_protect_persons_are_not_composed_in_what_is_said_outside(
+    ledger,
+):
     single = ledger.register("visits", rows(range(100)), DELTA)
     grouped = ledger.register("visits", by_person(range(100)), DELTA, num_units=10, unit="person")
     assert (single.unit, grouped.unit, grouped.declared) == ("row", "person", "visits")
@@ -421,11 +488,22 @@ def test_runs_that_protect_rows_and_runs_that_protect_persons_are_not_composed_i
         ledger.plan("a training", dataclasses.replace(single, unit="person"), pure(1.0))
 
 
-@pytest.mark.parametrize("settings", [{"unit": "user"}, {"unit": "user", "label_column": ""}, {"label_column": ""}, {"train_size": 30}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"unit": "user"}, {"unit": "user", "label_column": ""}, {"label_column": ""}, {"train_size": 30}],
+)
 def test_no_setting_makes_the_rows_of_a_file_new(ledger, settings):
-    file = pd.DataFrame({"text": [f"post {i}" for i in range(60)], "label": 1, "user": [f"u{i % 6}" for i in range(60)]})
-    first, second = (from_frame(file, Settings(**how), test=file[:1].assign(text="-", user="-")).train for how in ({}, settings))
-    before, after = (ledger.register("file", records.ledger_names(), num_units=records.num_units) for records in (first, second))
+    file = pd.DataFrame(
+        {"text": [f"post {i}" for i in range(60)], "label": 1, "user": [f"u{i % 6}" for i in range(60)]}
+    )
+    first, second = (
+        from_frame(file, Settings(**how), test=file[:1].assign(text="-", user="-")).train
+        for how in ({}, settings)
+    )
+    before, after = (
+        ledger.register("file", records.ledger_names(), num_units=records.num_units)
+        for records in (first, second)
+    )
     ledger.set_cap(before, 10.0)
     spend(ledger, before, pure(6.0), "a")
     with pytest.raises(BudgetError, match="over the cap 10"):
@@ -506,7 +584,16 @@ def test_a_run_with_another_event_or_other_rows_is_refused(ledger, film):
 
 def test_equal_settings_with_other_secrets_are_two_releases():
     assert release_id("run", bytes(32)) == release_id("run", bytes(32))
-    assert len({release_id("run", bytes(32)), release_id("run", bytes(31) + b"1"), release_id("run 2", bytes(32))}) == 3
+    assert (
+        len(
+            {
+                release_id("run", bytes(32)),
+                release_id("run", bytes(31) + b"1"),
+                release_id("run 2", bytes(32)),
+            }
+        )
+        == 3
+    )
 
 
 # caps
@@ -516,7 +603,8 @@ def test_cap_refuses_before_it_is_crossed_and_says_everything(ledger, film):
     ledger.set_cap(film, 2.5)
     spend(ledger, film, pure(2.0), "a")
     with pytest.raises(
-        BudgetError, match=r"'film': epsilon 2 is spent.*asks 1, together 3 at delta 1e-05, over the cap 2.5; use a smaller"
+        BudgetError,
+        match=r"'film': epsilon 2 is spent.*asks 1, together 3 at delta 1e-05, over the cap 2.5; use a smaller",
     ) as caught:
         ledger.plan("b", film, pure(1.0))
     assert "\n" not in str(caught.value) and len(ledger.releases(film)) == 1
@@ -541,7 +629,10 @@ def test_an_exact_cap_is_met_and_the_least_excess_is_not(ledger, film):
 def test_a_cap_goes_with_its_units(ledger, film):
     ledger.set_cap(film, 1.5)
     spend(ledger, film, pure(1.0), "a")
-    plus, apart = ledger.register("plus", rows(range(99, 300)), DELTA), ledger.register("apart", rows(range(100, 300)), DELTA)
+    plus, apart = (
+        ledger.register("plus", rows(range(99, 300)), DELTA),
+        ledger.register("apart", rows(range(100, 300)), DELTA),
+    )
     with pytest.raises(BudgetError, match="cap 1.5 of data set 'film', which shares units"):
         ledger.plan("b", plus, pure(1.0))
     ledger.plan("b", apart, pure(1.0))
@@ -570,7 +661,9 @@ def test_a_cap_that_was_lowered_stops_a_reservation(ledger, film):
     assert ledger.spent(film) == 0
 
 
-@pytest.mark.parametrize("epsilon, delta", [(0.0, None), (-1.0, None), (math.nan, None), (1.0, 0.5), (1.0, 0.0)])
+@pytest.mark.parametrize(
+    "epsilon, delta", [(0.0, None), (-1.0, None), (math.nan, None), (1.0, 0.5), (1.0, 0.0)]
+)
 def test_caps_that_are_none_are_refused(ledger, film, epsilon, delta):
     with pytest.raises(SettingsError):
         ledger.set_cap(film, epsilon, delta)
@@ -579,11 +672,18 @@ def test_caps_that_are_none_are_refused(ledger, film, epsilon, delta):
 def test_a_sweep_is_stated_before(ledger, film):
     ledger.plan("earlier", film, pure(0.5))
     (total,) = ledger.totals_after(3 * [(film, pure(0.5))])
-    assert (total.dataset, total.runs, total.earlier, total.delta) == (film, 3, 1, DELTA) and total.epsilon == pytest.approx(2.0, abs=5e-3)
+    assert (total.dataset, total.runs, total.earlier, total.delta) == (
+        film,
+        3,
+        1,
+        DELTA,
+    ) and total.epsilon == pytest.approx(2.0, abs=5e-3)
     assert ledger.totals_after([(film, GAUSSIAN)], 1e-7)[0].epsilon == compose([GAUSSIAN, pure(0.5)], 1e-7)
     assert ledger.totals_after([]) == [] and len(ledger.releases(film)) == 1
     ledger.set_cap(film, 1.9)
-    with pytest.raises(BudgetError, match="epsilon 0.5.* is spent or reserved, this asks 1.5, together 2 at .* cap 1.9; use"):
+    with pytest.raises(
+        BudgetError, match="epsilon 0.5.* is spent or reserved, this asks 1.5, together 2 at .* cap 1.9; use"
+    ):
         ledger.totals_after(3 * [("film", pure(0.5))])
     assert ledger.totals_after(2 * [(film, pure(0.5))])[0].epsilon == pytest.approx(1.5, abs=5e-3)
 
@@ -592,20 +692,36 @@ def test_a_sweep_over_samples_of_one_file_is_stated_by_the_row_that_most_of_them
     contents = {"a": range(60), "b": range(30, 90), "c": [50, *range(200, 250)], "apart": range(300, 350)}
     samples = {name: ledger.register("file", rows(numbers), DELTA) for name, numbers in contents.items()}
     spend(ledger, samples["c"], pure(0.25), "earlier")
-    planned = [(samples[name], pure(epsilon)) for name, epsilon in {"a": 1.0, "b": 2.0, "c": 4.0, "apart": 3.0}.items()]
+    planned = [
+        (samples[name], pure(epsilon))
+        for name, epsilon in {"a": 1.0, "b": 2.0, "c": 4.0, "apart": 3.0}.items()
+    ]
     totals = dict(zip(contents, ledger.totals_after(planned)))
     for name, numbers in contents.items():
-        spends = [(0.25, contents["c"]), *((event["epsilon"], c) for (_, event), c in zip(planned, contents.values()))]
+        spends = [
+            (0.25, contents["c"]),
+            *((event["epsilon"], c) for (_, event), c in zip(planned, contents.values())),
+        ]
         worst = max(sum(epsilon for epsilon, c in spends if n in c) for n in numbers)
         assert totals[name].epsilon == pytest.approx(worst, rel=2e-3)
-    assert {name: (total.runs, total.earlier) for name, total in totals.items()} == {"a": (3, 1), "b": (3, 1), "c": (3, 1), "apart": (1, 0)}
+    assert {name: (total.runs, total.earlier) for name, total in totals.items()} == {
+        "a": (3, 1),
+        "b": (3, 1),
+        "c": (3, 1),
+        "apart": (1, 0),
+    }
     for run_id, (dataset, event) in enumerate(planned):
         spend(ledger, dataset, event, f"run-{run_id}")
-    assert [ledger.spent(dataset) for dataset in samples.values()] == [total.epsilon for total in totals.values()]
+    assert [ledger.spent(dataset) for dataset in samples.values()] == [
+        total.epsilon for total in totals.values()
+    ]
 
 
 def test_a_sweep_over_samples_of_one_file_is_stopped_by_a_cap_on_any_of_them(ledger):
-    left, right = ledger.register("file", rows(range(60)), DELTA), ledger.register("file", rows(range(59, 90)), DELTA)
+    left, right = (
+        ledger.register("file", rows(range(60)), DELTA),
+        ledger.register("file", rows(range(59, 90)), DELTA),
+    )
     old = ledger.register("old", rows([59, 1000]), DELTA)
     ledger.set_cap(old, 1.5)
     assert all(ledger.totals_after([(dataset, pure(1.0))]) for dataset in (left, right))
@@ -627,7 +743,9 @@ time.sleep(60)
 
 def test_a_reservation_lives_as_long_as_its_process(ledger, film):
     ledger.set_cap(film, 1.5)
-    process = subprocess.Popen([sys.executable, "-c", STORY, str(ledger.path), "theirs"], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", STORY, str(ledger.path), "theirs"], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout.readline() == "planned\n"
         with pytest.raises(BudgetError):
@@ -638,7 +756,10 @@ def test_a_reservation_lives_as_long_as_its_process(ledger, film):
     assert ledger.totals_after([(film, pure(1.0))])[0].earlier == 0
     assert ledger.plan("ours", film, pure(1.0)).state == "planned"
     process.communicate()
-    assert ledger.releases(film).set_index("run_id")["state"].to_dict() == {"theirs": "abandoned", "ours": "planned"}
+    assert ledger.releases(film).set_index("run_id")["state"].to_dict() == {
+        "theirs": "abandoned",
+        "ours": "planned",
+    }
 
 
 @pytest.mark.parametrize(
@@ -684,11 +805,21 @@ def test_asking_registers_nothing_and_makes_no_ledger(tmp_path):
     path = tmp_path / "new" / "ledger.sqlite"
     ledger, film = Ledger(path, make=False), Newcomer("film", rows(range(100)), DELTA)
     (total,) = ledger.totals_after(2 * [(film, pure(0.5))])
-    assert (total.runs, total.earlier, total.dataset.name) == (2, 0, "film") and total.epsilon == pytest.approx(1.0, abs=5e-3)
-    assert ledger.datasets() == [] and ledger.release("r") is None and ledger.released_as("film", DELTA) == (0.0, 0, 0, 0)
+    assert (total.runs, total.earlier, total.dataset.name) == (
+        2,
+        0,
+        "film",
+    ) and total.epsilon == pytest.approx(1.0, abs=5e-3)
+    assert (
+        ledger.datasets() == []
+        and ledger.release("r") is None
+        and ledger.released_as("film", DELTA) == (0.0, 0, 0, 0)
+    )
     assert list(tmp_path.iterdir()) == []
     ledger.plan("r", film, pure(0.5))
-    assert [dataset.name for dataset in Ledger(path, make=False).datasets()] == ["film"] and ledger.release("r").held
+    assert [dataset.name for dataset in Ledger(path, make=False).datasets()] == ["film"] and ledger.release(
+        "r"
+    ).held
 
 
 def test_newcomers_are_asked_about_like_registered_rows(ledger, film):
@@ -734,10 +865,16 @@ def test_files_are_private_and_rows_are_not_in_them(ledger, film):
     with sqlite3.connect(ledger.path) as db:
         db.execute("SELECT * FROM units").fetchone()
         modes = dict.fromkeys(["ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm"], 0o600)
-        assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == {**modes, "ledger.sqlite.key": 0o400}
+        assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == {
+            **modes,
+            "ledger.sqlite.key": 0o400,
+        }
         with ledger._connect() as own:
             assert own.execute("PRAGMA synchronous").fetchone()[0] == 2  # FULL: a commit is on disk
-        assert (db.execute("PRAGMA journal_mode").fetchone()[0], len(db.execute("SELECT hash FROM units").fetchone()[0])) == ("wal", 16)
+        assert (
+            db.execute("PRAGMA journal_mode").fetchone()[0],
+            len(db.execute("SELECT hash FROM units").fetchone()[0]),
+        ) == ("wal", 16)
     db.close()
     everything = b"".join(path.read_bytes() for path in folder.iterdir() if path.suffix != ".key")
     assert b"row 7" not in everything and (folder / "ledger.sqlite.key").read_bytes() not in everything
@@ -766,7 +903,11 @@ def test_only_the_users_own_folder_is_closed_to_others(tmp_path, monkeypatch):
         Ledger()
     finally:
         os.umask(old)
-    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {"runs": 0o755, "mine": 0o750, "new": 0o700}
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "runs": 0o755,
+        "mine": 0o750,
+        "new": 0o700,
+    }
 
 
 def test_default_place(monkeypatch, tmp_path):
@@ -803,7 +944,10 @@ def replace_key(path, content):
 @pytest.mark.parametrize(
     "spoil, words",
     [
-        (lambda path: path.write_text("not a database, but long enough to be read as one" * 50), "cannot be used"),
+        (
+            lambda path: path.write_text("not a database, but long enough to be read as one" * 50),
+            "cannot be used",
+        ),
         (spoil_pages, "cannot be used"),
         (lambda path: path.write_bytes(b""), "not a ledger"),
         (set_pragma("application_id", 1), "not a ledger"),
@@ -889,11 +1033,23 @@ def varied(ledger, film):
 
 def test_releases_and_table(varied):
     table = varied.releases("film").set_index("run_id")
-    assert table["charged"].to_dict() == {"finished": True, "started": True, "abandoned": True, "free": False, "planned": False}
+    assert table["charged"].to_dict() == {
+        "finished": True,
+        "started": True,
+        "abandoned": True,
+        "free": False,
+        "planned": False,
+    }
     assert table["composed"].round(2).tolist() == [1, 2, 3, 3, 4] and set(table["contents"]) == {100}
     varied.register("bit", rows([7]), DELTA)
     line = ledger_table(varied).set_index("dataset").loc["bit"]
-    assert (line["units"], line["releases"], round(line["spent"], 2), line["cap"], round(line["left"], 2)) == (1, 3, 3, "10 (of film)", 6)
+    assert (
+        line["units"],
+        line["releases"],
+        round(line["spent"], 2),
+        line["cap"],
+        round(line["left"], 2),
+    ) == (1, 3, 3, "10 (of film)", 6)
 
 
 def test_plot_shows_every_state_and_the_cap(varied, tmp_path):
@@ -919,7 +1075,9 @@ def test_plot_of_nothing_and_of_the_infinite(ledger, film, tmp_path):
     spend(ledger, film, pure(1.0), "a")
     spend(ledger, film, {"kind": "not_private"}, "b")
     figure = plot_ledger(ledger, film)
-    assert "∞" in [text.get_text() for text in figure.axes[0].texts] and math.isfinite(figure.axes[0].get_ylim()[1])
+    assert "∞" in [text.get_text() for text in figure.axes[0].texts] and math.isfinite(
+        figure.axes[0].get_ylim()[1]
+    )
 
 
 def test_command(varied, monkeypatch, tmp_path):
@@ -966,7 +1124,11 @@ def test_command_on_an_empty_ledger_and_with_copies(monkeypatch, tmp_path):
 # many processes, killed at random: the functions below run in a process of their own, which has imported nothing that must not fork
 
 SLOTS, KILLS, CHARGE = 16, 110, pure(0.1)
-DATASETS = {**{f"d{i}": [f"{'abcde'[i]} {j}" for j in range(20)] for i in range(5)}, "left": ["l", "shared"], "right": ["r", "shared"]}
+DATASETS = {
+    **{f"d{i}": [f"{'abcde'[i]} {j}" for j in range(20)] for i in range(5)},
+    "left": ["l", "shared"],
+    "right": ["r", "shared"],
+}
 
 
 def fork(work, *arguments):
@@ -1041,7 +1203,11 @@ def test_sixteen_processes_and_a_hundred_kills(tmp_path):
     prepare(path, room, cap)
     code = "import pathlib, sys, test_privacy_ledger as t; print(t.storm(*map(pathlib.Path, sys.argv[1:])))"
     done = subprocess.run(
-        [sys.executable, "-c", code, path, logs], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code, path, logs],
+        cwd=pathlib.Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 100
@@ -1053,11 +1219,21 @@ def test_sixteen_processes_and_a_hundred_kills(tmp_path):
                 ledger.start(f"last {number} {again}")
     with sqlite3.connect(path) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        charged = collections.Counter(dict(db.execute("SELECT run_id, COUNT(*) FROM releases WHERE started IS NOT NULL GROUP BY run_id")))
-        counts = dict(db.execute("SELECT name, COUNT(started) FROM datasets JOIN releases ON dataset = datasets.id GROUP BY name"))
+        charged = collections.Counter(
+            dict(
+                db.execute("SELECT run_id, COUNT(*) FROM releases WHERE started IS NOT NULL GROUP BY run_id")
+            )
+        )
+        counts = dict(
+            db.execute(
+                "SELECT name, COUNT(started) FROM datasets JOIN releases ON dataset = datasets.id GROUP BY name"
+            )
+        )
     db.close()
     saw = [line for log in logs.iterdir() for line in log.read_text().splitlines()]
-    unseen = [run_id for run_id in set(charged) - set(saw) if not run_id.startswith("last")]  # killed between charge and log
+    unseen = [
+        run_id for run_id in set(charged) - set(saw) if not run_id.startswith("last")
+    ]  # killed between charge and log
     assert len(saw) > 100 and not set(saw) - set(charged)
     assert set(charged.values()) == {1} and len(unseen) <= int(done.stdout)
     assert counts.pop("left") + counts.pop("right") == room and set(counts.values()) == {room}
@@ -1077,7 +1253,9 @@ def race(path):
 def test_sixteen_processes_create_one_ledger(tmp_path):
     path = tmp_path / "new" / "ledger.sqlite"
     code = "import pathlib, sys, test_privacy_ledger as t; assert not any(t.race(pathlib.Path(sys.argv[1])))"
-    subprocess.run([sys.executable, "-c", code, path], cwd=pathlib.Path(__file__).parent, check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", code, path], cwd=pathlib.Path(__file__).parent, check=True, timeout=120
+    )
     assert sorted(p.name for p in path.parent.iterdir()) == ["ledger.sqlite", "ledger.sqlite.key"]
     ledger = Ledger(path)
     assert len(ledger.datasets()) == 17
@@ -1102,19 +1280,24 @@ def test_a_killed_registration_is_whole_or_not_there(tmp_path):
     path = tmp_path / "ledger.sqlite"
     Ledger(path)
     code = "import pathlib, sys, test_privacy_ledger as t; t.interrupt(pathlib.Path(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", code, path], cwd=pathlib.Path(__file__).parent, check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", code, path], cwd=pathlib.Path(__file__).parent, check=True, timeout=120
+    )
     ledger = Ledger(path)
     for dataset in ledger.datasets():
         with sqlite3.connect(path) as db:
             covered = db.execute(
-                "SELECT SUM(cells.hashes) FROM memberships JOIN cells ON cells.id = cell WHERE dataset = ?", [dataset.id]
+                "SELECT SUM(cells.hashes) FROM memberships JOIN cells ON cells.id = cell WHERE dataset = ?",
+                [dataset.id],
             ).fetchone()[0]
         db.close()
         assert covered == dataset.hashes
     register_many(path, 40_000)
     with sqlite3.connect(path) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        assert db.execute("SELECT (SELECT SUM(hashes) FROM cells), (SELECT COUNT(*) FROM units)").fetchone() == (40_000, 40_000)
+        assert db.execute(
+            "SELECT (SELECT SUM(hashes) FROM cells), (SELECT COUNT(*) FROM units)"
+        ).fetchone() == (40_000, 40_000)
     db.close()
 
 

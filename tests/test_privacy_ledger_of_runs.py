@@ -22,13 +22,21 @@ from dpsynth.settings import BudgetError, PrivacyError
 def test_a_run_is_charged_once_and_stays_charged(run, tmp_path):
     from dpsynth.ledger import Ledger
     from dpsynth.settings import BudgetError
+
     ledger = Ledger(run.parent / ".ledger.sqlite")
     (dataset,) = ledger.datasets()
     assert [r.state for r in ledger.charged(dataset)] == ["finished"] and dataset.units == 40
     certificate = json.loads((run / "release" / "certificate.json").read_text())
-    assert certificate["composed"] == {"epsilon": pytest.approx(certificate["epsilon"], rel=1e-3), "delta": certificate["delta"], "releases": 1, "looked": False,
-                                       "other_units": 0, "without_privacy": 0, "ledger": "the ledger of this folder of runs",
-                                       "basis": "what the ledger holds; it cannot be recomputed from this certificate alone"}
+    assert certificate["composed"] == {
+        "epsilon": pytest.approx(certificate["epsilon"], rel=1e-3),
+        "delta": certificate["delta"],
+        "releases": 1,
+        "looked": False,
+        "other_units": 0,
+        "without_privacy": 0,
+        "ledger": "the ledger of this folder of runs",
+        "basis": "what the ledger holds; it cannot be recomputed from this certificate alone",
+    }
     finetune_run(RUN, splits(), run, progress=False)
     assert len(ledger.charged(dataset)) == 1
     ledger.set_cap(dataset, 10.0)
@@ -56,30 +64,51 @@ def test_a_training_that_ends_in_an_error_is_abandoned_and_stays_charged(tmp_pat
 
 
 def test_a_run_without_privacy_is_charged_and_certificates_of_the_same_data_say_so(tmp_path):
-    assert spending([survey(PLAIN)], tmp_path) == ["privacy: 1 run(s) WITHOUT privacy on frame: with those there is no guarantee"]
+    assert spending([survey(PLAIN)], tmp_path) == [
+        "privacy: 1 run(s) WITHOUT privacy on frame: with those there is no guarantee"
+    ]
     finetune_run(PLAIN, splits(), tmp_path / "plain", progress=False)
     ledger = Ledger(tmp_path / RUNS_LEDGER)
     (release,) = ledger.charged(ledger.datasets()[0])
     assert release.parts == ['{"kind": "not_private"}'] and release.state == "finished"
     (line,) = spending([survey(RUN)], tmp_path)
     assert "1 run(s) on frame bring what is spent to epsilon 8" in line or "epsilon 7.99" in line
-    assert re.search(r"0 earlier run\(s\) included; these charge (8|7.99\d) of it, and it has no cap; and 1 run\(s\) WITHOUT privacy on frame: with those "
-                     "there is no guarantee$", line)
+    assert re.search(
+        r"0 earlier run\(s\) included; these charge (8|7.99\d) of it, and it has no cap; and 1 run\(s\) WITHOUT privacy on frame: with those "
+        "there is no guarantee$",
+        line,
+    )
     finetune_run(RUN, splits(), tmp_path / "dp_ft", progress=False)
     assert spending([survey(PLAIN), survey(RUN)], tmp_path) == []
     certificate = read_certificate(tmp_path / "dp_ft" / "release" / "certificate.json")
     assert certificate["composed"]["epsilon"] == pytest.approx(certificate["epsilon"], rel=1e-3)
     assert (certificate["composed"]["releases"], certificate["composed"]["without_privacy"]) == (1, 1)
-    assert "and 1 release(s) WITHOUT privacy: with those there is no guarantee" in (tmp_path / "dp_ft" / "release" / "certificate.md").read_text()
+    assert (
+        "and 1 release(s) WITHOUT privacy: with those there is no guarantee"
+        in (tmp_path / "dp_ft" / "release" / "certificate.md").read_text()
+    )
     verify(certificate)
 
 
 def test_a_certificate_composes_runs_of_its_own_unit_and_counts_the_others(tmp_path):
-    by_user = RUN.model_copy(update={"experiment": "by_user", "unit": "user", "batch_size": 5, "epochs": 2.0, "max_records_per_unit": 3})
+    by_user = RUN.model_copy(
+        update={
+            "experiment": "by_user",
+            "unit": "user",
+            "batch_size": 5,
+            "epochs": 2.0,
+            "max_records_per_unit": 3,
+        }
+    )
     rows = groups_of_rows(["a", "b", "c"])
     said = []
     for settings in (RUN, by_user):
-        finetune_run(settings, from_frame(rows, settings, test=rows[:3].assign(user="x")), tmp_path / settings.experiment, progress=False)
+        finetune_run(
+            settings,
+            from_frame(rows, settings, test=rows[:3].assign(user="x")),
+            tmp_path / settings.experiment,
+            progress=False,
+        )
         certificate = read_certificate(tmp_path / settings.experiment / "release" / "certificate.json")
         composed = certificate["composed"]
         assert composed["epsilon"] == pytest.approx(certificate["epsilon"], rel=1e-3)
@@ -92,7 +121,11 @@ def test_asking_what_a_sweep_spends_leaves_no_trace(tmp_path):
     assert len(spending([survey(RUN), survey(PLAIN)], tmp_path)) == 1 and list(tmp_path.iterdir()) == []
     ledger = Ledger(tmp_path / RUNS_LEDGER)
     (line,) = spending([survey(RUN), survey(PLAIN)], tmp_path)
-    assert "1 run(s) on frame" in line and "1 run(s) WITHOUT privacy on frame" in line and ledger.datasets() == []
+    assert (
+        "1 run(s) on frame" in line
+        and "1 run(s) WITHOUT privacy on frame" in line
+        and ledger.datasets() == []
+    )
 
 
 def test_a_cap_refuses_a_run_without_privacy_before_it_trains(tmp_path, monkeypatch):
@@ -100,7 +133,10 @@ def test_a_cap_refuses_a_run_without_privacy_before_it_trains(tmp_path, monkeypa
     ledger = Ledger(tmp_path / RUNS_LEDGER)
     ledger.set_cap(ledger.register("mine", data.train.ledger_names()), 1000.0)
     monkeypatch.setattr(dpsynth.finetune, "tokenize", lambda *arguments: pytest.fail("it trains"))
-    for refused in (lambda: spending([survey(PLAIN)], tmp_path), lambda: finetune_run(PLAIN, data, tmp_path / "plain", progress=False)):
+    for refused in (
+        lambda: spending([survey(PLAIN)], tmp_path),
+        lambda: finetune_run(PLAIN, data, tmp_path / "plain", progress=False),
+    ):
         with pytest.raises(BudgetError, match="asks inf.* over the cap 1000"):
             refused()
     assert not (tmp_path / "plain" / "release" / "NOT_PRIVATE.md").exists()
@@ -109,6 +145,7 @@ def test_a_cap_refuses_a_run_without_privacy_before_it_trains(tmp_path, monkeypa
 def test_a_run_that_was_killed_after_it_was_charged_resumes_under_a_cap_of_itself(tmp_path, monkeypatch):
     def die(*arguments):
         raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr(dpsynth.finetune, "train", lambda *arguments, **others: die())
         with pytest.raises(KeyboardInterrupt):
@@ -125,6 +162,7 @@ def test_a_run_that_was_killed_between_its_two_charges_is_asked_for_the_second_o
 
     def die(*arguments):
         raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr(dpsynth.finetune, "noisy_counts", die)
         with pytest.raises(KeyboardInterrupt):
@@ -140,11 +178,15 @@ def test_a_finished_run_is_charged_to_no_other_ledger(tmp_path):
     moved = counted.model_copy(update={"ledger": str(tmp_path / "other.sqlite")})
     finetune_run(moved, splits(), tmp_path / "dp_ft", progress=False)
     other = Ledger(tmp_path / "other.sqlite")
-    assert not any(other.charged(dataset) for dataset in other.datasets()) and spending([survey(moved)], tmp_path) == []
+    assert (
+        not any(other.charged(dataset) for dataset in other.datasets())
+        and spending([survey(moved)], tmp_path) == []
+    )
 
 
 def test_a_stopped_run_is_charged(tmp_path, monkeypatch):
     from dpsynth.ledger import Ledger
+
     monkeypatch.setattr(Trainer, "update", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
@@ -160,7 +202,9 @@ def on_a_terminal(monkeypatch, is_one):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_what_is_charged_is_said_before_and_what_is_left_on_a_terminal_only(tmp_path, monkeypatch, capsys, terminal):
+def test_what_is_charged_is_said_before_and_what_is_left_on_a_terminal_only(
+    tmp_path, monkeypatch, capsys, terminal
+):
     on_a_terminal(monkeypatch, terminal)
     data = splits()
     ledger = Ledger(tmp_path / RUNS_LEDGER)
@@ -170,10 +214,19 @@ def test_what_is_charged_is_said_before_and_what_is_left_on_a_terminal_only(tmp_
     ledger.start("a")
     announce(RUN, data.train, tmp_path / "dp_ft")
     public, *private = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"privacy: dp_ft will charge epsilon (8|7.99\d) at delta 1e-05 to frame in the ledger of this folder of runs", public)
+    assert re.fullmatch(
+        r"privacy: dp_ft will charge epsilon (8|7.99\d) at delta 1e-05 to frame in the ledger of this folder of runs",
+        public,
+    )
     if terminal:
-        assert re.fullmatch(r"privacy: 1 run\(s\) on frame bring what is spent to epsilon 1[01]\S* at delta 1e-05, 1 earlier run\(s\) included; these charge "
-                            r"(8|7.99\d) of it, and (9|9.0\d+|8.99\d) of the cap 20 is then left", private[0]) and len(private) == 1
+        assert (
+            re.fullmatch(
+                r"privacy: 1 run\(s\) on frame bring what is spent to epsilon 1[01]\S* at delta 1e-05, 1 earlier run\(s\) included; these charge "
+                r"(8|7.99\d) of it, and (9|9.0\d+|8.99\d) of the cap 20 is then left",
+                private[0],
+            )
+            and len(private) == 1
+        )
     else:
         assert private == []
     ledger.set_cap(earlier, 10.0)
@@ -186,7 +239,9 @@ def test_a_run_that_was_charged_announces_nothing(run, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_rows_that_have_spent_more_than_the_certificate_composes_are_told_on_a_terminal_and_nowhere_else(run, tmp_path, monkeypatch, capsys):
+def test_rows_that_have_spent_more_than_the_certificate_composes_are_told_on_a_terminal_and_nowhere_else(
+    run, tmp_path, monkeypatch, capsys
+):
     shutil.copytree(run.parent, tmp_path / "runs")
     folder = tmp_path / "runs" / run.name
     ledger = Ledger(tmp_path / "runs" / RUNS_LEDGER)
@@ -199,15 +254,22 @@ def test_rows_that_have_spent_more_than_the_certificate_composes_are_told_on_a_t
     files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     warn_of_untold(RUN, folder)
     out, err = capsys.readouterr()
-    assert out == "" and re.fullmatch(r"for you only: rows of frame have spent epsilon 1[01]\S* at delta 1e-05 in all; the certificate composes (8|7.99\d), "
-                                      r"of what was released as frame with the unit row; `dpsynth ledger` lists the rest\n", err)
+    assert out == "" and re.fullmatch(
+        r"for you only: rows of frame have spent epsilon 1[01]\S* at delta 1e-05 in all; the certificate composes (8|7.99\d), "
+        r"of what was released as frame with the unit row; `dpsynth ledger` lists the rest\n",
+        err,
+    )
     on_a_terminal(monkeypatch, False)
     warn_of_untold(RUN, folder)
-    assert capsys.readouterr() == ("", "") and files == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert capsys.readouterr() == ("", "") and files == {
+        path: path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
     text = ledger_command("frame", path=ledger.path)
     told = next(line for line in text.splitlines() if line.split()[:3] == ["frame", "row", "1"])
     assert float(told.split()[3]) == pytest.approx(8, abs=0.01) and "what certificates say" in text
-    assert re.search("the worst unit of frame has spent 1[01].*: this adds up all that touched it, under any name", text)
+    assert re.search(
+        "the worst unit of frame has spent 1[01].*: this adds up all that touched it, under any name", text
+    )
 
 
 def test_a_ledger_that_says_what_the_certificate_says_explains_no_difference(run):

@@ -12,13 +12,40 @@ import pytest
 
 from parts import RUN, splits
 from dpsynth.certificate import read_certificate
-from dpsynth.manifest import MANIFEST, add_to_manifest, check_listed, entry, file_hash, read_manifest, statement_of, verify_release
-from dpsynth.pipeline import audit_stage, evaluate_stage, fit_stage, load_generator, load_stage, rows_of_run, sample_again, sample_stage
+from dpsynth.manifest import (
+    MANIFEST,
+    add_to_manifest,
+    check_listed,
+    entry,
+    file_hash,
+    read_manifest,
+    statement_of,
+    verify_release,
+)
+from dpsynth.pipeline import (
+    audit_stage,
+    evaluate_stage,
+    fit_stage,
+    load_generator,
+    load_stage,
+    rows_of_run,
+    sample_again,
+    sample_stage,
+)
 from dpsynth.runs import read_settings
 from dpsynth.settings import DataError, DpsynthError, ModelError, PrivacyError, SettingsError
 from dpsynth.synthesizer import Synthesizer
 
-SETTINGS = RUN.model_copy(update={"experiment": "made", "num_samples": 4, "num_mauve_samples": 2, "label_prior": "private", "access_share": 0.2, "validation_size": 0})
+SETTINGS = RUN.model_copy(
+    update={
+        "experiment": "made",
+        "num_samples": 4,
+        "num_mauve_samples": 2,
+        "label_prior": "private",
+        "access_share": 0.2,
+        "validation_size": 0,
+    }
+)
 
 
 def make(settings, folder):
@@ -39,7 +66,10 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """The same without differential privacy."""
-    return make(SETTINGS.model_copy(update={"epsilon": float("inf"), "label_prior": "uniform"}), tmp_path_factory.mktemp("runs") / "plain")
+    return make(
+        SETTINGS.model_copy(update={"epsilon": float("inf"), "label_prior": "uniform"}),
+        tmp_path_factory.mktemp("runs") / "plain",
+    )
 
 
 @pytest.fixture
@@ -50,7 +80,9 @@ def run(made, tmp_path):
 
 def change_a_row(path):
     rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    path.write_text("".join([json.dumps({**json.loads(rows[0]), "text": "another"}) + "\n", *rows[1:]]), encoding="utf-8")
+    path.write_text(
+        "".join([json.dumps({**json.loads(rows[0]), "text": "another"}) + "\n", *rows[1:]]), encoding="utf-8"
+    )
 
 
 def flip(path):
@@ -59,8 +91,12 @@ def flip(path):
     path.write_bytes(content)
 
 
-DAMAGES = {"half": lambda path: os.truncate(path, path.stat().st_size // 2), "empty": lambda path: os.truncate(path, 0),
-           "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)), "flipped": flip}
+DAMAGES = {
+    "half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "flipped": flip,
+}
 
 
 def test_a_release_says_what_it_covers_and_what_lies_there_uncovered(run, dpsynth):
@@ -70,8 +106,19 @@ def test_a_release_says_what_it_covers_and_what_lies_there_uncovered(run, dpsynt
     assert (code, err) == (0, "") and out.startswith(f"{run}: holds; epsilon ")
     covered, others, unsigned = out.splitlines()[1:]
     assert unsigned.startswith("  unsigned     whoever can change these files can write their hashes anew")
-    for name in ("adapter.npz", "label_prior.json", "certificate.json", "certificate.md", "synthetic.jsonl", "synthetic.parquet", "rejected.jsonl", "sampling.json",
-                 "synthetic-7.jsonl", "sample-5-2/synthetic.jsonl", "sample-5-2/synthetic.parquet"):
+    for name in (
+        "adapter.npz",
+        "label_prior.json",
+        "certificate.json",
+        "certificate.md",
+        "synthetic.jsonl",
+        "synthetic.parquet",
+        "rejected.jsonl",
+        "sampling.json",
+        "synthetic-7.jsonl",
+        "sample-5-2/synthetic.jsonl",
+        "sample-5-2/synthetic.parquet",
+    ):
         assert f" {name}" in covered
     assert others == "  not covered  notes.txt, synthetic-9.jsonl"
     assert dpsynth("verify", run / "release").out.splitlines()[1:] == [covered, others, unsigned]
@@ -82,7 +129,9 @@ def test_a_release_says_what_it_covers_and_what_lies_there_uncovered(run, dpsynt
 
 def enter(release, *names):
     """Write the hashes of changed files anew, as whoever changed them can."""
-    add_to_manifest(release / MANIFEST, statement_of(release), {name: entry(release / name) for name in names})
+    add_to_manifest(
+        release / MANIFEST, statement_of(release), {name: entry(release / name) for name in names}
+    )
 
 
 def test_what_follows_from_another_file_is_compared_with_it_whatever_the_manifest_says(run, refused):
@@ -100,19 +149,48 @@ def test_what_follows_from_another_file_is_compared_with_it_whatever_the_manifes
 def test_the_manifest_tells_rows_seeds_and_hashes_of_what_is_released_only(run):
     release = run / "release"
     certificate = read_certificate(release / "certificate.json")
-    assert certificate["files"] == {name: file_hash(release / name) for name in ("adapter.npz", "label_prior.json")}
-    for manifest, name, rows, seed in ((MANIFEST, "synthetic.jsonl", 4, 42), ("manifest-7.json", "synthetic-7.jsonl", 3, 7), (f"sample-5-2/{MANIFEST}", "synthetic.jsonl", 2, 5)):
+    assert certificate["files"] == {
+        name: file_hash(release / name) for name in ("adapter.npz", "label_prior.json")
+    }
+    for manifest, name, rows, seed in (
+        (MANIFEST, "synthetic.jsonl", 4, 42),
+        ("manifest-7.json", "synthetic-7.jsonl", 3, 7),
+        (f"sample-5-2/{MANIFEST}", "synthetic.jsonl", 2, 5),
+    ):
         told = read_manifest(release / manifest)
-        assert told["files"][name] == {"sha256": file_hash((release / manifest).parent / name), "rows": rows, "seed": seed}
+        assert told["files"][name] == {
+            "sha256": file_hash((release / manifest).parent / name),
+            "rows": rows,
+            "seed": seed,
+        }
         assert told["statement"] == statement_of(release)
     hashes = {file_hash(path) for path in (run / "private").rglob("*") if path.is_file()}
-    assert hashes and not any(digest in path.read_text(encoding="utf-8") for digest in hashes for path in release.rglob("*.json*"))
+    assert hashes and not any(
+        digest in path.read_text(encoding="utf-8") for digest in hashes for path in release.rglob("*.json*")
+    )
 
 
-@pytest.mark.parametrize("name", ["adapter.npz", "label_prior.json", "certificate.json", "certificate.md", MANIFEST, "sampling.json", "synthetic.jsonl",
-                                  "synthetic.parquet", "rejected.jsonl", "synthetic-7.jsonl", "manifest-7.json", "sample-5-2/synthetic.parquet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapter.npz",
+        "label_prior.json",
+        "certificate.json",
+        "certificate.md",
+        MANIFEST,
+        "sampling.json",
+        "synthetic.jsonl",
+        "synthetic.parquet",
+        "rejected.jsonl",
+        "synthetic-7.jsonl",
+        "manifest-7.json",
+        "sample-5-2/synthetic.parquet",
+    ],
+)
 def test_damage_is_one_line_that_names_the_file_and_the_way_back(run, refused, name, monkeypatch):
-    monkeypatch.setattr("dpsynth.manifest.verify", lambda certificate: {})  # what its numbers say is another question
+    monkeypatch.setattr(
+        "dpsynth.manifest.verify", lambda certificate: {}
+    )  # what its numbers say is another question
     path = run / "release" / name
     kept = path.read_bytes()
     for damage in DAMAGES.values():
@@ -122,13 +200,29 @@ def test_damage_is_one_line_that_names_the_file_and_the_way_back(run, refused, n
             if path.read_bytes() != kept:
                 said = refused("verify", run)
                 assert str(path) in said
-                assert any(way in said for way in ("restore it", "reads format", "not valid JSON", "not a certificate", "cannot be read")), said
+                assert any(
+                    way in said
+                    for way in (
+                        "restore it",
+                        "reads format",
+                        "not valid JSON",
+                        "not a certificate",
+                        "cannot be read",
+                    )
+                ), said
 
 
-VERBS = {"adapter.npz": ("fit", "sample", "again", "audit", "load"), "label_prior.json": ("sample", "again", "synthesize"),
-         "certificate.json": ("fit", "sample", "again", "evaluate", "audit", "load", "results"), MANIFEST: ("sample", "evaluate", "audit"),
-         "sampling.json": ("sample",), "synthetic.jsonl": ("sample", "evaluate", "audit"), "synthetic.parquet": ("sample", "audit"),
-         "sample-5-2/synthetic.parquet": ("resynthesize",), "sample-5-2/sampling.json": ("resynthesize",)}
+VERBS = {
+    "adapter.npz": ("fit", "sample", "again", "audit", "load"),
+    "label_prior.json": ("sample", "again", "synthesize"),
+    "certificate.json": ("fit", "sample", "again", "evaluate", "audit", "load", "results"),
+    MANIFEST: ("sample", "evaluate", "audit"),
+    "sampling.json": ("sample",),
+    "synthetic.jsonl": ("sample", "evaluate", "audit"),
+    "synthetic.parquet": ("sample", "audit"),
+    "sample-5-2/synthetic.parquet": ("resynthesize",),
+    "sample-5-2/sampling.json": ("resynthesize",),
+}
 
 
 def does(verb, run):
@@ -136,14 +230,20 @@ def does(verb, run):
     settings = read_settings(run)
     if verb == "results":
         from dpsynth.experiments import describe
+
         found = describe(run)
         assert found["status"] == "unreadable"
         raise DataError(found["reason"])
-    return {"fit": lambda: fit_stage(settings, run, splits(settings=settings)), "sample": lambda: sample_stage(settings, run, None, load_generator(settings, run)),
-            "again": lambda: sample_again(settings, run, 3, 8), "evaluate": lambda: evaluate_stage(settings, run, splits(settings=settings)),
-            "audit": lambda: audit_stage(settings, run, splits(settings=settings), None), "load": lambda: Synthesizer.load(run),
-            "synthesize": lambda: Synthesizer.load(run).sample(3, progress=False),
-            "resynthesize": lambda: Synthesizer.load(run).sample(2, seed=5, progress=False)}[verb]()
+    return {
+        "fit": lambda: fit_stage(settings, run, splits(settings=settings)),
+        "sample": lambda: sample_stage(settings, run, None, load_generator(settings, run)),
+        "again": lambda: sample_again(settings, run, 3, 8),
+        "evaluate": lambda: evaluate_stage(settings, run, splits(settings=settings)),
+        "audit": lambda: audit_stage(settings, run, splits(settings=settings), None),
+        "load": lambda: Synthesizer.load(run),
+        "synthesize": lambda: Synthesizer.load(run).sample(3, progress=False),
+        "resynthesize": lambda: Synthesizer.load(run).sample(2, seed=5, progress=False),
+    }[verb]()
 
 
 @pytest.mark.parametrize("name", VERBS)
@@ -163,11 +263,14 @@ def test_every_verb_that_reads_a_damaged_file_refuses_it(run, name):
 def test_a_damaged_adapter_is_told_by_whoever_reads_it_alone(run, tmp_path):
     from dpsynth.finetune import prepare_model
     from dpsynth.models import load_adapter
+
     model = prepare_model(SETTINGS)
     for damage in DAMAGES.values():
         shutil.copy(run / "release" / "adapter.npz", tmp_path / "adapter.npz")
         damage(tmp_path / "adapter.npz")
-        with pytest.raises(ModelError, match="adapter.npz: (damaged|the adapter was made for another model)") as error:
+        with pytest.raises(
+            ModelError, match="adapter.npz: (damaged|the adapter was made for another model)"
+        ) as error:
             load_adapter(model, tmp_path / "adapter.npz")
         assert "\n" not in str(error.value)
 
@@ -175,23 +278,44 @@ def test_a_damaged_adapter_is_told_by_whoever_reads_it_alone(run, tmp_path):
 def test_files_of_another_run_are_refused_by_name(run, plain, refused, monkeypatch):
     monkeypatch.setattr("dpsynth.manifest.verify", lambda certificate: {})
     release = run / "release"
-    for name, change in (("adapter.npz", lambda path: shutil.copy(plain / "release" / "adapter.npz", path)), ("synthetic.jsonl", change_a_row),
-                         ("label_prior.json", lambda path: path.write_text("[0.9, 0.1]\n")), ("synthetic-7.jsonl", change_a_row)):
+    for name, change in (
+        ("adapter.npz", lambda path: shutil.copy(plain / "release" / "adapter.npz", path)),
+        ("synthetic.jsonl", change_a_row),
+        ("label_prior.json", lambda path: path.write_text("[0.9, 0.1]\n")),
+        ("synthetic-7.jsonl", change_a_row),
+    ):
         path = release / name
         kept = path.read_bytes()
         change(path)
-        for certificate in (run, release, *([release / "certificate.json"] if name != "synthetic-7.jsonl" else [])):
+        for certificate in (
+            run,
+            release,
+            *([release / "certificate.json"] if name != "synthetic-7.jsonl" else []),
+        ):
             said = refused("verify", certificate)
             assert f"{path}: is not the file whose SHA-256 stands in " in said
         path.write_bytes(kept)
     shutil.copy(plain / "release" / "adapter.npz", release / "adapter.npz")
-    for read in (lambda: load_generator(SETTINGS, run), lambda: Synthesizer.load(run), lambda: fit_stage(SETTINGS, run, splits(settings=SETTINGS)),
-                 lambda: audit_stage(SETTINGS, run, splits(settings=SETTINGS), None)):
+    for read in (
+        lambda: load_generator(SETTINGS, run),
+        lambda: Synthesizer.load(run),
+        lambda: fit_stage(SETTINGS, run, splits(settings=SETTINGS)),
+        lambda: audit_stage(SETTINGS, run, splits(settings=SETTINGS), None),
+    ):
         with pytest.raises(DataError, match="adapter.npz: is not the file"):
             read()
-    for name in ("adapter.npz", "synthetic.jsonl", "sampling.json", "synthetic.parquet", "rejected.jsonl", MANIFEST):
+    for name in (
+        "adapter.npz",
+        "synthetic.jsonl",
+        "sampling.json",
+        "synthetic.parquet",
+        "rejected.jsonl",
+        MANIFEST,
+    ):
         shutil.copy(plain / "release" / name, release / name)  # with its manifest
-    assert "belongs to another certificate" in refused("verify", run) or "is not the file" in refused("verify", run)
+    assert "belongs to another certificate" in refused("verify", run) or "is not the file" in refused(
+        "verify", run
+    )
     with pytest.raises(DataError, match="belongs to another certificate"):
         rows_of_run(SETTINGS, run)
 
@@ -214,6 +338,7 @@ def test_rows_that_were_cut_off_are_not_counted_as_done(run, refused, lines):
 
 def test_real_rows_that_were_cut_off_are_found_too(tmp_path, refused):
     from dpsynth.pipeline import write_rows
+
     (tmp_path / "private").mkdir()
     path = tmp_path / "private" / "synthetic.jsonl"
     write_rows(splits().test, path)
@@ -230,7 +355,9 @@ def test_what_was_fitted_is_written_again_from_the_checkpoint(run, made):
         DAMAGES["half"](run / "release" / name)
         (run / "release" / "adapter.npz").unlink(missing_ok=True)  # the way back that it names
         fit_stage(SETTINGS, run, splits(settings=SETTINGS))
-        assert {p.name: p.read_bytes() for p in (run / "release").glob("*.*")} == {p.name: p.read_bytes() for p in (made / "release").glob("*.*")}
+        assert {p.name: p.read_bytes() for p in (run / "release").glob("*.*")} == {
+            p.name: p.read_bytes() for p in (made / "release").glob("*.*")
+        }
 
 
 def test_a_release_is_signed_and_whoever_changes_it_is_found_out(run, dpsynth, refused, tmp_path):
@@ -240,8 +367,14 @@ def test_a_release_is_signed_and_whoever_changes_it_is_found_out(run, dpsynth, r
     assert f"{release / MANIFEST}.sig: is missing" in refused("verify", run, "--key", f"{key}.pub")
     code, out, _ = dpsynth("sign", run, "--key", key)
     assert code == 0 and out.count(": signed") == 3
-    assert dpsynth("verify", run, "--key", f"{key}.pub").out.splitlines()[-1] == "  signed       manifest-7.json, manifest.json, sample-5-2/manifest.json"
-    for again in ("manifest-7.json.sig", "sample-5-2/manifest.json.sig"):  # every manifest is signed, not the first alone
+    assert (
+        dpsynth("verify", run, "--key", f"{key}.pub").out.splitlines()[-1]
+        == "  signed       manifest-7.json, manifest.json, sample-5-2/manifest.json"
+    )
+    for again in (
+        "manifest-7.json.sig",
+        "sample-5-2/manifest.json.sig",
+    ):  # every manifest is signed, not the first alone
         signature = (release / again).read_bytes()
         (release / again).write_bytes(bytes(64))
         assert f"{again}: not a signature of " in refused("verify", run, "--key", f"{key}.pub")
@@ -250,18 +383,23 @@ def test_a_release_is_signed_and_whoever_changes_it_is_found_out(run, dpsynth, r
         assert "--key" in refused("verify", run, "--key", tmp_path / public)
     assert "not a private Ed25519 key" in refused("sign", run, "--key", f"{key}.pub")
     dpsynth("sign", "--new-key", tmp_path / "another")
-    assert "manifest.json.sig: not a signature of manifest.json with this key" in refused("verify", run, "--key", tmp_path / "another.pub")
+    assert "manifest.json.sig: not a signature of manifest.json with this key" in refused(
+        "verify", run, "--key", tmp_path / "another.pub"
+    )
     manifest = json.loads((release / MANIFEST).read_text())
     change_a_row(release / "synthetic.jsonl")
     assert "is not the file" in refused("verify", run, "--key", f"{key}.pub")
     from dpsynth.manifest import seal
+
     lines = (release / "synthetic.jsonl").read_text(encoding="utf-8").splitlines()
     pd.DataFrame([json.loads(line) for line in lines]).to_parquet(release / "synthetic.parquet", index=False)
     for name in ("synthetic.jsonl", "synthetic.parquet"):
         manifest["files"][name]["sha256"] = file_hash(release / name)
     manifest.pop("sha256")
     (release / MANIFEST).write_text(json.dumps(seal(manifest)))  # whoever rewrites the hashes too
-    assert dpsynth("verify", run).code == 0 and "not a signature" in refused("verify", run, "--key", f"{key}.pub")
+    assert dpsynth("verify", run).code == 0 and "not a signature" in refused(
+        "verify", run, "--key", f"{key}.pub"
+    )
     for path in release.rglob("manifest*"):
         path.unlink()
     assert "is missing" in refused("verify", run, "--key", f"{key}.pub")
@@ -275,12 +413,22 @@ def test_an_audit_enters_its_result_into_the_manifest_and_takes_the_signature_aw
     dpsynth("sign", "--new-key", tmp_path / "key")
     dpsynth("sign", run, "--key", tmp_path / "key")
     before = statement_of(run / "release")
-    with pytest.warns(UserWarning, match="its signature was removed, for it lists other files now; `dpsynth sign"):
+    with pytest.warns(
+        UserWarning, match="its signature was removed, for it lists other files now; `dpsynth sign"
+    ):
         audit_stage(SETTINGS, run, splits(settings=SETTINGS), load_generator(SETTINGS, run))
-    assert read_certificate(run / "release" / "certificate.json")["audit"] and statement_of(run / "release") == before
+    assert (
+        read_certificate(run / "release" / "certificate.json")["audit"]
+        and statement_of(run / "release") == before
+    )
     found = verify_release(run)
-    assert {"certificate.json", "certificate.md", "sample-5-2/synthetic.jsonl", "synthetic-7.jsonl"} <= set(found.covered)
-    assert not (run / "release" / f"{MANIFEST}.sig").exists() and (run / "release" / "manifest-7.json.sig").exists()
+    assert {"certificate.json", "certificate.md", "sample-5-2/synthetic.jsonl", "synthetic-7.jsonl"} <= set(
+        found.covered
+    )
+    assert (
+        not (run / "release" / f"{MANIFEST}.sig").exists()
+        and (run / "release" / "manifest-7.json.sig").exists()
+    )
 
 
 def test_without_a_certificate_there_is_nothing_to_verify_or_sign(plain, refused, tmp_path, dpsynth):
@@ -310,6 +458,7 @@ assert len(other) == 2 and not other.equals(rows)
 
 def test_rows_can_be_sampled_from_a_run_that_cannot_be_written(made, tmp_path_factory):
     import tempfile
+
     with tempfile.TemporaryDirectory() as place:
         run = f"{place}/made"
         shutil.copytree(made, run)

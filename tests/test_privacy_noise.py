@@ -29,14 +29,20 @@ def test_noise_tail_and_resolution():
 
 def test_noise_is_independent_over_steps_runs_secrets_and_from_batches():
     base = Randomness(SECRET, "run").gaussians("noise", 0, 100_000)
-    for other in (Randomness(SECRET, "run").gaussians("noise", 1, 100_000), Randomness(SECRET, "other").gaussians("noise", 0, 100_000),
-                  Randomness(bytes(32), "run").gaussians("noise", 0, 100_000), Randomness(SECRET, "run").gaussians("batch", 0, 100_000)):
+    for other in (
+        Randomness(SECRET, "run").gaussians("noise", 1, 100_000),
+        Randomness(SECRET, "other").gaussians("noise", 0, 100_000),
+        Randomness(bytes(32), "run").gaussians("noise", 0, 100_000),
+        Randomness(SECRET, "run").gaussians("batch", 0, 100_000),
+    ):
         assert abs(np.corrcoef(base, other)[0, 1]) < 0.015
 
 
 def test_no_stream_serves_two_purposes_or_two_updates(monkeypatch):
     asked, words = [], Randomness._words
-    monkeypatch.setattr(Randomness, "_words", lambda self, *stream: asked.append(stream[:2]) or words(self, *stream))
+    monkeypatch.setattr(
+        Randomness, "_words", lambda self, *stream: asked.append(stream[:2]) or words(self, *stream)
+    )
     session = Session(banded(), Randomness(SECRET, "run"))
     for _ in range(3):
         session.batch()
@@ -57,7 +63,9 @@ def test_sum_wraps_so_that_a_large_batch_cannot_exceed_the_accounted_range():
 
 def test_secret_is_private_to_its_file(tmp_path):
     secret = load_secret(tmp_path / "private")
-    assert len(secret) == 32 and secret == load_secret(tmp_path / "private") != load_secret(tmp_path / "other")
+    assert len(secret) == 32 and secret == load_secret(tmp_path / "private") != load_secret(
+        tmp_path / "other"
+    )
     assert (tmp_path / "private" / "secret").stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "private").stat().st_mode & 0o777 == 0o700
     randomness = Randomness(secret, "run")
@@ -73,7 +81,14 @@ def test_sum_is_bit_equal_in_any_order(micro, store):
 
 
 def test_neither_the_size_of_microbatches_nor_the_order_changes_a_bit_of_the_sum(micro, store):
-    sums = [flatten(trainer(micro, store, SETTINGS.model_copy(update={"microbatch_size": m})).gradient_sum(np.arange(12))) for m in (1, 4, 7)]
+    sums = [
+        flatten(
+            trainer(micro, store, SETTINGS.model_copy(update={"microbatch_size": m})).gradient_sum(
+                np.arange(12)
+            )
+        )
+        for m in (1, 4, 7)
+    ]
     sums.append(flatten(trainer(micro, store).gradient_sum(np.arange(12)[::-1].copy())))
     assert all((sums[0] == other).all() for other in sums[1:])
 
@@ -97,5 +112,8 @@ def test_the_secret_is_in_no_file_outside_private(run):
 
 def test_two_runs_of_the_same_settings_differ(run, tmp_path):
     finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
-    with np.load(run / "release" / "adapter.npz") as one, np.load(tmp_path / "dp" / "release" / "adapter.npz") as two:
+    with (
+        np.load(run / "release" / "adapter.npz") as one,
+        np.load(tmp_path / "dp" / "release" / "adapter.npz") as two,
+    ):
         assert all((one[n] != two[n]).any() for n in one.files)

@@ -14,7 +14,9 @@ from dpsynth.settings import SettingsError
 @pytest.mark.parametrize("generator", ["prompt", "real_train"])
 def test_what_is_not_fine_tuned_is_not_trained(tmp_path, generator):
     with pytest.raises(SettingsError, match="generator"):
-        finetune_run(RUN.model_copy(update={"generator": generator}), splits(), tmp_path / "dp", progress=False)
+        finetune_run(
+            RUN.model_copy(update={"generator": generator}), splits(), tmp_path / "dp", progress=False
+        )
     assert not (tmp_path / "dp").exists()
 
 
@@ -33,24 +35,39 @@ def test_rows_that_no_guarantee_covers_are_marked_with_their_reason(tmp_path, mo
     def sampled(model, settings, fmt, folder, statement):
         (folder / "synthetic.jsonl").write_text(json.dumps({"text": "a row", "label": "positive"}) + "\n")
         return {"rejected": {}}
+
     monkeypatch.setattr(pipeline, "sample_to_file", sampled)
     settings = RUN.model_copy(update={"generator": generator})
     folder = pipeline.prepare_folder(settings, tmp_path / "run")
     pipeline.sample_stage(settings, folder, splits(), None)
     (mark,), (rows,) = folder.rglob("NOT_PRIVATE.md"), folder.rglob("synthetic.jsonl")
-    assert mark.parent == rows.parent and mark.parent.name == ("release" if generator == "prompt" else "private")
-    assert [other for other in REASONS if REASONS[other] in mark.read_text()] == [generator] and "There is no certificate" in mark.read_text()
+    assert mark.parent == rows.parent and mark.parent.name == (
+        "release" if generator == "prompt" else "private"
+    )
+    assert [other for other in REASONS if REASONS[other] in mark.read_text()] == [
+        generator
+    ] and "There is no certificate" in mark.read_text()
 
 
 @pytest.mark.parametrize("epsilon", [8.0, math.inf])
-def test_rows_of_a_fine_tuned_model_are_marked_if_it_was_trained_without_privacy(tmp_path, monkeypatch, epsilon):
-    monkeypatch.setattr(pipeline, "sample_to_file", lambda model, settings, fmt, folder, statement: [
-        (folder / "synthetic.jsonl").write_text('{"text": "a row"}\n'), {"rejected": {}}][1])
+def test_rows_of_a_fine_tuned_model_are_marked_if_it_was_trained_without_privacy(
+    tmp_path, monkeypatch, epsilon
+):
+    monkeypatch.setattr(
+        pipeline,
+        "sample_to_file",
+        lambda model, settings, fmt, folder, statement: [
+            (folder / "synthetic.jsonl").write_text('{"text": "a row"}\n'),
+            {"rejected": {}},
+        ][1],
+    )
     settings = RUN.model_copy(update={"epsilon": epsilon})
     folder = pipeline.prepare_folder(settings, tmp_path / "run")
     pipeline.sample_stage(settings, folder, None, None)
     marks = [mark.read_text() for mark in folder.rglob("NOT_PRIVATE.md")]
-    assert len(marks) == (epsilon == math.inf) and all("without differential privacy" in mark for mark in marks)
+    assert len(marks) == (epsilon == math.inf) and all(
+        "without differential privacy" in mark for mark in marks
+    )
 
 
 def test_without_privacy_there_is_no_certificate(tmp_path):

@@ -25,14 +25,18 @@ def test_loss_is_normalised_by_the_rows_own_length(micro):
     values = [loss(jnp.array(row + [0] * (n - len(row))), start, len(row)) for n in (len(row), 40, 90)]
     assert values == pytest.approx([values[0]] * 3, abs=1e-5)
     weights, tokens = (micro.trainable, micro.frozen), jnp.array([row[:-1]])
-    forward = jax.jit(lambda tokens: micro.logits(*weights, micro.hidden(*weights, tokens, jnp.ones_like(tokens)))[0])
+    forward = jax.jit(
+        lambda tokens: micro.logits(*weights, micro.hidden(*weights, tokens, jnp.ones_like(tokens)))[0]
+    )
     logp = np.asarray(jax.nn.log_softmax(forward(tokens)))
     expected = -np.mean([logp[i, row[i + 1]] for i in range(start - 1, len(row) - 1)])
     assert values[0] == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_large_vocabularies_are_scored_in_chunks_with_the_same_loss(micro, monkeypatch):
-    row = jnp.array(micro.prompt_ids("[x]:") + micro.response_ids(["some words here, quite a few of them"])[0])
+    row = jnp.array(
+        micro.prompt_ids("[x]:") + micro.response_ids(["some words here, quite a few of them"])[0]
+    )
     whole = loss_of(micro)(row, 4, len(row))
     for name in ("CHUNK_SCORES", "ALONE_SCORES"):
         monkeypatch.setattr(f"dpsynth.finetune.{name}", 3 * micro.vocabulary_size)
@@ -50,6 +54,7 @@ def test_gradient_of_a_unit_is_unchanged_by_its_batch_mates(micro, store):
 
 def test_layers_that_mix_examples_are_refused():
     from dpsynth.models import refuse_cross_example_layers
+
     with pytest.raises(ModelError, match="mixes the examples"):
         refuse_cross_example_layers(keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()]))
 
@@ -58,7 +63,16 @@ def test_a_mixture_of_experts_is_refused():
     from keras_hub.models import MixtralBackbone
 
     from dpsynth.models import refuse_cross_example_layers
-    backbone = MixtralBackbone(vocabulary_size=64, num_layers=1, num_query_heads=2, hidden_dim=8, intermediate_dim=8,
-                               num_key_value_heads=1, num_experts=2, top_k=1)
+
+    backbone = MixtralBackbone(
+        vocabulary_size=64,
+        num_layers=1,
+        num_query_heads=2,
+        hidden_dim=8,
+        intermediate_dim=8,
+        num_key_value_heads=1,
+        num_experts=2,
+        top_k=1,
+    )
     with pytest.raises(ModelError, match="mixes the examples"):
         refuse_cross_example_layers(backbone)

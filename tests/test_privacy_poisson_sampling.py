@@ -50,7 +50,9 @@ def test_empty_draw_and_all_padding_microbatch_are_exactly_zero(micro, store):
     assert not flatten(one.gradient_sum(np.array([], int))).any()
     total = [jnp.zeros(a.shape, "int32") for a in one.trainable]
     padding = one._batch(np.full(4, -1), 48)
-    total, notes = make_private_sum(micro, one.session)(total, jnp.zeros(2, "int32"), one.trainable, one.frozen, padding)
+    total, notes = make_private_sum(micro, one.session)(
+        total, jnp.zeros(2, "int32"), one.trainable, one.frozen, padding
+    )
     assert not flatten(total).any() and not notes.any()
 
 

@@ -49,8 +49,11 @@ def without(folder, *names):
 
 # what was reproduced: a run went on with the state of another once the file that ties them was deleted
 
+
 def test_updates_without_noise_are_not_continued_as_private_ones(tmp_path, monkeypatch):
-    folder = stopped(monkeypatch, LONGER.model_copy(update={"epsilon": math.inf}), splits(), tmp_path / "dp", after=6)
+    folder = stopped(
+        monkeypatch, LONGER.model_copy(update={"epsilon": math.inf}), splits(), tmp_path / "dp", after=6
+    )
     without(folder, "private/identity.json")
     with pytest.raises(PrivacyError, match="checkpoint.npz: left by a run, and private.identity.json"):
         finetune_run(LONGER.model_copy(update={"epsilon": 1.0}), splits(), folder, progress=False)
@@ -77,9 +80,13 @@ def test_the_tokens_of_rows_in_another_order_are_not_dealt_to_persons(tmp_path, 
 
 # every file, and every way in which it can be wrong
 
-DAMAGES = {"half": lambda content: content[:len(content) // 2], "empty": lambda content: b"",
-           "zeros": lambda content: bytes(len(content)), "longer": lambda content: content + b"\n",
-           "flipped": lambda content: content[:-2] + bytes([content[-2] ^ 1]) + content[-1:]}
+DAMAGES = {
+    "half": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "zeros": lambda content: bytes(len(content)),
+    "longer": lambda content: content + b"\n",
+    "flipped": lambda content: content[:-2] + bytes([content[-2] ^ 1]) + content[-1:],
+}
 
 
 def damage(path, how):
@@ -96,8 +103,13 @@ def state_of(folder, run="run", secret=SECRET):
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-@pytest.mark.parametrize("seal, words", [(False, "it is damaged, or was changed since this run wrote it"),
-                                         (True, "its seal in seals/ is damaged|has no seal|is damaged, or was")])
+@pytest.mark.parametrize(
+    "seal, words",
+    [
+        (False, "it is damaged, or was changed since this run wrote it"),
+        (True, "its seal in seals/ is damaged|has no seal|is damaged, or was"),
+    ],
+)
 def test_a_file_or_seal_that_is_damaged_is_refused(tmp_path, how, seal, words):
     state = state_of(tmp_path)
     state.write("counts.json", json.dumps({"units": [41]}))
@@ -113,9 +125,12 @@ def test_a_file_or_seal_that_is_damaged_is_refused(tmp_path, how, seal, words):
 
 def test_a_folder_is_sealed_with_all_its_files(tmp_path):
     seal = lambda partial: state_of(tmp_path).seal("tokens", partial)
-    for change in (lambda folder: damage(folder / "ids.npy", "flipped"), lambda folder: (folder / "ids.npy").unlink(),
-                   lambda folder: (folder / "more").write_bytes(b""),
-                   lambda folder: (folder / "ids.npy").rename(folder / "other.npy")):
+    for change in (
+        lambda folder: damage(folder / "ids.npy", "flipped"),
+        lambda folder: (folder / "ids.npy").unlink(),
+        lambda folder: (folder / "more").write_bytes(b""),
+        lambda folder: (folder / "ids.npy").rename(folder / "other.npy"),
+    ):
         TokenStore.write(tmp_path / "tokens", [([1], [2, 3])] * 3, seal)
         assert len(TokenStore(state_of(tmp_path).check("tokens"))) == 3
         change(tmp_path / "tokens")
@@ -123,8 +138,13 @@ def test_a_folder_is_sealed_with_all_its_files(tmp_path):
             state_of(tmp_path).check("tokens")
 
 
-@pytest.mark.parametrize("copied, words", [(("checkpoint.npz",), "it has no seal in"),
-                                           (("checkpoint.npz", "seals/checkpoint.npz"), "it is of another run")])
+@pytest.mark.parametrize(
+    "copied, words",
+    [
+        (("checkpoint.npz",), "it has no seal in"),
+        (("checkpoint.npz", "seals/checkpoint.npz"), "it is of another run"),
+    ],
+)
 @pytest.mark.parametrize("other", [{"run": "other rows"}, {"secret": bytes(range(32, 64))}])
 def test_what_another_run_wrote_is_refused(tmp_path, copied, words, other):
     (tmp_path / "mine" / "seals").mkdir(parents=True)
@@ -134,7 +154,9 @@ def test_what_another_run_wrote_is_refused(tmp_path, copied, words, other):
     with pytest.raises(PrivacyError, match=f"checkpoint.npz: {words}"):
         state_of(tmp_path / "mine").check("checkpoint.npz")
     state_of(tmp_path / "mine").write("counts.json", "{}")
-    mark = (tmp_path / "mine" / "seals" / "counts.json").read_text().split()[0]  # says whose seal it is, and can be copied
+    mark = (
+        (tmp_path / "mine" / "seals" / "counts.json").read_text().split()[0]
+    )  # says whose seal it is, and can be copied
     seal = (tmp_path / "theirs" / "seals" / "checkpoint.npz").read_text().split()[1]
     (tmp_path / "mine" / "seals" / "checkpoint.npz").write_text(f"{mark} {seal}\n")
     with pytest.raises(PrivacyError, match="checkpoint.npz: it is damaged"):
@@ -161,6 +183,7 @@ def killed_at(monkeypatch, call, work):
             if left[0] == 0:
                 raise KeyboardInterrupt
             return whole(*arguments)
+
         return counting
 
     with monkeypatch.context() as patch:
@@ -191,7 +214,10 @@ def test_a_damaged_identity_or_secret_is_told_by_name(tmp_path, how):
     private.mkdir(parents=True)
     identity = run_identity(json.dumps({"epsilon": 8}), "fingerprint", "hash", {"microbatch_size": 8})
     mine = bind_run(private, identity)
-    either, secret = "identity.json: damaged, or not of a run with the secret beside it", "secret: damaged, it does not hold 32"
+    either, secret = (
+        "identity.json: damaged, or not of a run with the secret beside it",
+        "secret: damaged, it does not hold 32",
+    )
     for name, words in (("identity.json", either), ("secret", either if how == "flipped" else secret)):
         whole = (private / name).read_bytes()
         damage(private / name, how)
@@ -203,8 +229,18 @@ def test_a_damaged_identity_or_secret_is_told_by_name(tmp_path, how):
         assert bind_run(private, identity) == mine
 
 
-@pytest.mark.parametrize("left", ["identity.json", "checkpoint.npz", "tokens", "counts.json", "canary_coins", "checks.json",
-                                  "losses.jsonl"])
+@pytest.mark.parametrize(
+    "left",
+    [
+        "identity.json",
+        "checkpoint.npz",
+        "tokens",
+        "counts.json",
+        "canary_coins",
+        "checks.json",
+        "losses.jsonl",
+    ],
+)
 def test_a_secret_that_is_lost_where_a_run_has_begun_is_not_made_anew(tmp_path, left):
     (tmp_path / left).write_text("")
     with pytest.raises(PrivacyError, match=f"secret: missing, and {left} was made with it"):
@@ -212,7 +248,9 @@ def test_a_secret_that_is_lost_where_a_run_has_begun_is_not_made_anew(tmp_path, 
     assert not (tmp_path / "secret").exists()
 
 
-@pytest.mark.parametrize("name", ["adapter.npz", "certificate.json", "label_prior.json", "synthetic.jsonl", "sampling.json"])
+@pytest.mark.parametrize(
+    "name", ["adapter.npz", "certificate.json", "label_prior.json", "synthetic.jsonl", "sampling.json"]
+)
 def test_what_a_run_released_is_not_adopted_either(tmp_path, name):
     private, release = tmp_path / "private", tmp_path / "release"
     release.mkdir()
@@ -224,7 +262,9 @@ def test_what_a_run_released_is_not_adopted_either(tmp_path, name):
 
 # a run with all that it can keep
 
-FULL = LONGER.model_copy(update={"canaries": 10, "monitor": "private", "label_prior": "private", "access_share": 0.05})
+FULL = LONGER.model_copy(
+    update={"canaries": 10, "monitor": "private", "label_prior": "private", "access_share": 0.05}
+)
 KEPT = {"identity.json", "tokens", "checkpoint.npz", "canary_coins", "counts.json", "losses.jsonl"}
 
 
@@ -243,7 +283,9 @@ def resumed(folder):
     return {path.name: path.read_bytes() for path in (folder / "release").iterdir()}
 
 
-def test_whatever_is_damaged_is_named_before_anything_is_charged_and_what_can_be_made_again_is(begun, tmp_path, monkeypatch):
+def test_whatever_is_damaged_is_named_before_anything_is_charged_and_what_can_be_made_again_is(
+    begun, tmp_path, monkeypatch
+):
     folder, loaded = begun
     monkeypatch.setattr(dpsynth.finetune, "prepare_with_hash", lambda settings: loaded)
     monkeypatch.setattr(dpsynth.finetune.Account, "charge", None)
@@ -274,16 +316,23 @@ def test_what_can_be_made_again_gives_the_same_bytes(begun, tmp_path):
     assert {name: checks["mechanism"][name] for name in told["mechanism"]} == told["mechanism"]
     assert checks["realised_std"] == pytest.approx(told["mechanism"]["noise_multiplier"], rel=0.05)
     sealed = {path.name for path in (private / "seals").iterdir()}
-    assert {path.name for path in private.iterdir()} == sealed | {"seals", "secret"} and sealed == KEPT | {"checks.json"}
+    assert {path.name for path in private.iterdir()} == sealed | {"seals", "secret"} and sealed == KEPT | {
+        "checks.json"
+    }
     hashes = {content_hash(path) for path in private.rglob("*")}
     seals = {word for path in (private / "seals").iterdir() for word in path.read_text().split()}
-    assert len(seals) == 2 + len(sealed) and not seals & hashes  # two marks, and of each file what only the secret gives
+    assert (
+        len(seals) == 2 + len(sealed) and not seals & hashes
+    )  # two marks, and of each file what only the secret gives
     hashes |= seals
     others = [path for path in whole.rglob("*") if path.is_file() and private not in path.parents]
-    assert len(others) > 3 and not any(word in path.read_text(errors="replace") for path in others for word in hashes)
+    assert len(others) > 3 and not any(
+        word in path.read_text(errors="replace") for path in others for word in hashes
+    )
 
 
 # what a run draws follows from its secret and from every part of its identity, and from nothing that is public
+
 
 def test_a_run_is_another_run_where_any_part_of_its_identity_is_another(tmp_path):
     whole = run_identity(json.dumps({"epsilon": 8}), "fingerprint of rows", "hash", {"microbatch_size": 8})
@@ -305,7 +354,7 @@ def test_a_secret_has_32_bytes_of_its_own(tmp_path):
     values = sum(len(set(secret)) for secret in secrets) / 200  # four random bytes, eight times, have 4
     assert values == pytest.approx(256 * (1 - (255 / 256) ** 32), abs=0.6)  # 6 standard errors
     assert all(len({secret[i] for secret in secrets}) > 100 for i in range(32))
-    assert len({secret[i:i + 4] for secret in secrets for i in range(29)}) > 5790
+    assert len({secret[i : i + 4] for secret in secrets for i in range(29)}) > 5790
 
 
 def test_a_secret_with_few_values_is_refused(tmp_path):

@@ -19,8 +19,16 @@ from dpsynth.settings import Settings
 @pytest.mark.parametrize("total, begun", [(40, 0), (43, 0), (43, 13), (7, 0), (1, 0), (100, 98)])
 def test_each_told_step_covers_several_updates_of_this_attempt(total, begun):
     seen = [told(done, total, begun) for done in range(begun, total + 1)]
-    assert seen == sorted(seen) and seen[-1] == total and all(now <= done for now, done in zip(seen, range(begun, total + 1)))
-    changes = [begun, *(done for done, (a, b) in zip(range(begun + 1, total), zip(seen, seen[1:])) if a != b), total]
+    assert (
+        seen == sorted(seen)
+        and seen[-1] == total
+        and all(now <= done for now, done in zip(seen, range(begun, total + 1)))
+    )
+    changes = [
+        begun,
+        *(done for done, (a, b) in zip(range(begun + 1, total), zip(seen, seen[1:])) if a != b),
+        total,
+    ]
     assert all(after - before >= GRAIN for before, after in zip(changes, changes[1:])) or len(changes) == 2
 
 
@@ -33,7 +41,9 @@ def test_what_is_shown_does_not_depend_on_how_long_each_update_took():
         for tick, done in enumerate(counts):
             bar.done = int(done)
             lines.append(progress_line(bar.look(tick * 10.0)))
-    assert lines[:3] == lines[5:8] and lines[1].startswith("fine-tune, 8 of 32 updates, epsilon=8, about 30 s left")
+    assert lines[:3] == lines[5:8] and lines[1].startswith(
+        "fine-tune, 8 of 32 updates, epsilon=8, about 30 s left"
+    )
 
 
 def test_time_left_is_a_mean_over_all_told_updates_and_rounded():
@@ -42,8 +52,17 @@ def test_time_left_is_a_mean_over_all_told_updates_and_rounded():
     bar.done = 7
     assert bar.look(10.0)["left"] is None
     bar.done = 103
-    assert bar.look(50.0)["left"] == pytest.approx((400 - 96) * 50 / 96, abs=5) and bar.look(60.0)["left"] == bar.look(50.0)["left"] - 10
-    assert [in_words(s) for s in (3, 44, 100, 725, 5 * 3600.0)] == ["10 s", "40 s", "2 minutes", "12 minutes", "5 hours"]
+    assert (
+        bar.look(50.0)["left"] == pytest.approx((400 - 96) * 50 / 96, abs=5)
+        and bar.look(60.0)["left"] == bar.look(50.0)["left"] - 10
+    )
+    assert [in_words(s) for s in (3, 44, 100, 725, 5 * 3600.0)] == [
+        "10 s",
+        "40 s",
+        "2 minutes",
+        "12 minutes",
+        "5 hours",
+    ]
 
 
 PUBLIC = r"fine-tune, (0|8|16|24) of 24 updates, sigma=1 epsilon=[\d.]+/20(, about (\d+ s|\d+ minutes) left)?"
@@ -71,6 +90,7 @@ def _fast(one):
         one.notes = one.notes + [one.session.step * 3 + 1, 0]
         one.session.step += 1
         time.sleep(0.001 + 0.01 * (one.session.step % 3))
+
     return update
 
 
@@ -78,15 +98,24 @@ def test_files_of_a_run_are_written_at_ticks_only(tmp_path, monkeypatch):
     """Updates come at any time; the file beside them is written at multiples of the tick."""
     monkeypatch.setattr(progress, "TICK", 0.2)
     written = []
-    monkeypatch.setattr(runs, "write_json", lambda path, value: written.append((time.monotonic(), path.name, value)) or write_json(path, value))
+    monkeypatch.setattr(
+        runs,
+        "write_json",
+        lambda path, value: written.append((time.monotonic(), path.name, value)) or write_json(path, value),
+    )
     with timed(tmp_path, "fit"):
         began = time.monotonic()
         with Progress("fine-tune", 64, show=False) as bar:
             while bar.done < 64:
                 time.sleep(0.013)
                 bar.update()
-    seen = [(at - began, value) for at, name, value in written if name == ".progress.json" and "done" in value]
-    assert len(seen) >= 4 and all(value["done"] % GRAIN == 0 and value["updates"] == {"done": value["done"], "total": 64} for _, value in seen)
+    seen = [
+        (at - began, value) for at, name, value in written if name == ".progress.json" and "done" in value
+    ]
+    assert len(seen) >= 4 and all(
+        value["done"] % GRAIN == 0 and value["updates"] == {"done": value["done"], "total": 64}
+        for _, value in seen
+    )
     assert all((at + 0.01) % 0.2 < 0.15 for at, _ in seen[:-1]) and not (tmp_path / ".progress.json").exists()
 
 
@@ -95,14 +124,22 @@ def test_no_terminal_gets_a_line_a_minute(capsys):
     for tick in range(14):
         bar.done = tick * 7
         bar._tell(tick * 10.0)
-    assert capsys.readouterr().err.splitlines() == ["sample, 42 of 500 rows, about 11 minutes left", "sample, 84 of 500 rows, about 10 minutes left"]
+    assert capsys.readouterr().err.splitlines() == [
+        "sample, 42 of 500 rows, about 11 minutes left",
+        "sample, 84 of 500 rows, about 10 minutes left",
+    ]
 
 
 def test_results_watch_shows_how_far_and_ends_with_the_runs(tmp_path, monkeypatch, capsys):
     folder = prepare_folder(Settings(experiment="a"), tmp_path / "a")
-    write_json(folder / ".progress.json", {"stage": "fit", "done": 16, "total": 40, "unit": "updates", "facts": "epsilon=1/8", "left": 120.0})
+    write_json(
+        folder / ".progress.json",
+        {"stage": "fit", "done": 16, "total": 40, "unit": "updates", "facts": "epsilon=1/8", "left": 120.0},
+    )
     other = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
-    write_json(folder / "status.json", {"state": "running", "reason": "", "started": runs.now(), "pid": other.pid})
+    write_json(
+        folder / "status.json", {"state": "running", "reason": "", "started": runs.now(), "pid": other.pid}
+    )
     assert read_status(folder)["reason"] == "fit, 16 of 40 updates, epsilon=1/8, about 2 minutes left"
 
     def end(seconds):
@@ -112,5 +149,9 @@ def test_results_watch_shows_how_far_and_ends_with_the_runs(tmp_path, monkeypatc
     monkeypatch.setattr("time.sleep", end)
     assert main(["results", str(tmp_path), "--watch"]) == 0
     out = capsys.readouterr().out
-    assert "running: fit, 16 of 40 updates" in out and "killed" in out and "running" not in out.partition("killed")[2]
+    assert (
+        "running: fit, 16 of 40 updates" in out
+        and "killed" in out
+        and "running" not in out.partition("killed")[2]
+    )
     assert main(["results", "--records", "demo", "--watch"]) == 2

@@ -16,11 +16,25 @@ import pytest
 
 BIN = pathlib.Path(sys.executable).parent
 REPO = pathlib.Path(__file__).resolve().parent.parent
-LEFT_OUT = (".git", ".venv", ".cache", "build", "dist", "runs", "data", "__pycache__", ".pytest_cache", ".ruff_cache", "*.egg-info")
+LEFT_OUT = (
+    ".git",
+    ".venv",
+    ".cache",
+    "build",
+    "dist",
+    "runs",
+    "data",
+    "__pycache__",
+    ".pytest_cache",
+    ".ruff_cache",
+    "*.egg-info",
+)
 
 
 def call(*command, cwd, **options):
-    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=600, **options)
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=600, **options
+    )
     assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
     return done.stdout
 
@@ -44,11 +58,16 @@ def tracked():
     here = pathlib.Path(__file__).resolve().parent.parent
     try:
         listed = subprocess.run(
-            ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=here, capture_output=True, text=True
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+            cwd=here,
+            capture_output=True,
+            text=True,
         ).stdout
     except FileNotFoundError:
         listed = ""
-    paths = [here / line for line in listed.splitlines()] or [p for p in here.rglob("*") if not any(part in LEFT_OUT for part in p.parts)]
+    paths = [here / line for line in listed.splitlines()] or [
+        p for p in here.rglob("*") if not any(part in LEFT_OUT for part in p.parts)
+    ]
     texts = (".py", ".ipynb", ".md", ".yaml", ".yml", ".toml", ".ini", ".json", ".in", "")
     return {
         p.relative_to(here).as_posix(): p.read_text(encoding="utf-8")
@@ -85,13 +104,21 @@ def says_nothing(source):
 def unexecuted(notebook):
     """Sources of the cells of a notebook that lack their output; all of its code cells if it has none at all."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    cells = [c for c in cells if not any(line.replace(" ", "").startswith(WITHOUT_OUTPUT) for line in c.source.splitlines())]
+    cells = [
+        c
+        for c in cells
+        if not any(line.replace(" ", "").startswith(WITHOUT_OUTPUT) for line in c.source.splitlines())
+    ]
     if not any(cell.outputs for cell in cells):
         return [cell.source for cell in cells]
     return [cell.source for cell in cells if not cell.outputs and not says_nothing(cell.source)]
 
 
-NOTEBOOKS = [path for path in (REPO / "nbs").rglob("*.ipynb") if not {"templates", ".ipynb_checkpoints"} & {*path.parts}]
+NOTEBOOKS = [
+    path
+    for path in (REPO / "nbs").rglob("*.ipynb")
+    if not {"templates", ".ipynb_checkpoints"} & {*path.parts}
+]
 
 
 @pytest.mark.parametrize("name", sorted(path.relative_to(REPO).as_posix() for path in NOTEBOOKS))
@@ -102,7 +129,10 @@ def test_notebook_is_stored_with_its_outputs(repo, name):
 def test_a_notebook_without_outputs_is_noticed():
     cell = nbformat.v4.new_code_cell
     said = cell("print(3)", outputs=[nbformat.v4.new_output("stream", text="3\n")])
-    quiet = [cell(source) for source in ("#| export\nf(3)", "#| eval: false\n%pip install x", "import os", "x = 3", "assert x")]
+    quiet = [
+        cell(source)
+        for source in ("#| export\nf(3)", "#| eval: false\n%pip install x", "import os", "x = 3", "assert x")
+    ]
     assert unexecuted(nbformat.v4.new_notebook(cells=[said, *quiet])) == []
     assert unexecuted(nbformat.v4.new_notebook(cells=[said, *quiet, cell("x")])) == ["x"]
     assert unexecuted(nbformat.v4.new_notebook(cells=quiet)) == ["import os", "x = 3", "assert x"]
@@ -116,16 +146,31 @@ def test_table_of_what_the_privacy_tests_notice_is_todays(repo):
     """Also: each text that is to be broken is there once."""
     tool = runpy.run_path(str(repo / "tools" / "break_lines.py"))
     assert all(entry.broken(repo) for entry in tool["BREAKS"])
-    table = subprocess.run([sys.executable, "tools/break_lines.py", "--table"], cwd=repo, capture_output=True, text=True, check=True).stdout
+    table = subprocess.run(
+        [sys.executable, "tools/break_lines.py", "--table"],
+        cwd=repo,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert table.strip() and (repo / "tests" / "README.md").read_text(encoding="utf-8").endswith(table)
 
 
-@pytest.mark.parametrize("name", ["audit_power", "bands", "copies", "dp_overhead", "dp_overhead_256", "exchange", "sampling"])
+@pytest.mark.parametrize(
+    "name", ["audit_power", "bands", "copies", "dp_overhead", "dp_overhead_256", "exchange", "sampling"]
+)
 def test_records_of_measurements_have_their_form(repo, name):
     record = json.loads((repo / "benchmarks" / "records" / f"{name}.json").read_text())
     assert record["name"] == name.removesuffix("_256") and {"machine", "contenders", "ratios"} <= set(record)
-    assert record["contenders"] and isinstance(record["contenders"], dict) and all(isinstance(r, float) for r in record["ratios"].values())
-    assert record["ratios"].get("ours_over_keras_hub", 4) >= 4 and record["ratios"].get("dp_over_non_dp", 1) <= 1.10
+    assert (
+        record["contenders"]
+        and isinstance(record["contenders"], dict)
+        and all(isinstance(r, float) for r in record["ratios"].values())
+    )
+    assert (
+        record["ratios"].get("ours_over_keras_hub", 4) >= 4
+        and record["ratios"].get("dp_over_non_dp", 1) <= 1.10
+    )
     assert "256" not in name or record["ratios"]["dp_over_non_dp_full"] <= 1.10
 
 
@@ -135,7 +180,9 @@ def test_packaged_copies_are_copies(repo, source, packaged):
 
 
 def test_packaged_demo_is_the_demo(repo):
-    assert contents(repo / "configs" / "demo", "*.yaml") == contents(repo / "dpsynth" / "assets" / "configs" / "demo", "*.yaml")
+    assert contents(repo / "configs" / "demo", "*.yaml") == contents(
+        repo / "dpsynth" / "assets" / "configs" / "demo", "*.yaml"
+    )
 
 
 TINY = REPO / "dpsynth" / "assets" / "tiny"
@@ -158,7 +205,10 @@ def stored_parameters(path):
 def test_bundled_model_is_small(pretraining):
     config = json.loads((TINY / "config.json").read_text(encoding="utf-8"))["config"]
     assert sum(p.stat().st_size for p in TINY.rglob("*") if p.is_file()) <= 12_000_000
-    assert 4_000_000 <= pretraining["parameters"] <= 6_000_000 and stored_parameters(TINY / "model.weights.h5") == pretraining["parameters"]
+    assert (
+        4_000_000 <= pretraining["parameters"] <= 6_000_000
+        and stored_parameters(TINY / "model.weights.h5") == pretraining["parameters"]
+    )
     assert 4096 <= config["vocabulary_size"] <= 8192
 
 
@@ -169,17 +219,30 @@ def test_bundled_model_is_fully_trained(pretraining):
 
 def test_card_of_the_bundled_model_says_what_it_is(pretraining):
     card = (TINY / "README.md").read_text(encoding="utf-8")
-    for word in ("**Licence**", "CC BY-SA", "**Data**", "python tools/pretrain_tiny.py all", "bits per byte", "Differential privacy"):
+    for word in (
+        "**Licence**",
+        "CC BY-SA",
+        "**Data**",
+        "python tools/pretrain_tiny.py all",
+        "bits per byte",
+        "Differential privacy",
+    ):
         assert word in card, word
     for name, corpus in pretraining["corpora"].items():
         assert f"| {name} | {corpus['documents']:,} | {corpus['tokens']:,} |" in card
     for name, loss in pretraining["held_out"].items():
         assert f"| {name} | {loss['nats_per_token']:.3f} | {loss['bits_per_byte']:.3f} |" in card
-    assert f"{pretraining['parameters']:,} parameters" in card and f"{pretraining['tokens_seen']:,} tokens" in card
+    assert (
+        f"{pretraining['parameters']:,} parameters" in card
+        and f"{pretraining['tokens_seen']:,} tokens" in card
+    )
     phases = pretraining["phases"]
     assert sum(p["updates"] for p in phases) == pretraining["updates"]
     assert sum(p["updates"] * p["tokens_per_update"] for p in phases) == pretraining["tokens_seen"]
-    assert ", then ".join(f"{p['updates']:,} updates of {p['tokens_per_update']:,} tokens" for p in phases) in card
+    assert (
+        ", then ".join(f"{p['updates']:,} updates of {p['tokens_per_update']:,} tokens" for p in phases)
+        in card
+    )
 
 
 GENERATED = (
@@ -189,7 +252,13 @@ GENERATED = (
     "dpsynth/assets/experiment.ipynb",
     "dpsynth/assets/configs/demo/dp_ft.yaml",
 )
-WRITTEN = ("dpsynth/__init__.py", "dpsynth/_version.py", "configs/demo/dp_ft.yaml", "nbs/15_cli.ipynb", "nbs/templates/experiment.ipynb")
+WRITTEN = (
+    "dpsynth/__init__.py",
+    "dpsynth/_version.py",
+    "configs/demo/dp_ft.yaml",
+    "nbs/15_cli.ipynb",
+    "nbs/templates/experiment.ipynb",
+)
 
 
 @pytest.mark.skipif(not shutil.which("git") or not (REPO / ".git").exists(), reason="not a clone")
@@ -203,45 +272,88 @@ def test_the_demo_of_the_wheel_needs_every_experiment(repo):
     done = [{"experiment": name, "status": "done", "mauve_mean": 0.5} for name in sorted(tool["EXPERIMENTS"])]
     assert len(done) == 6
     tool["check_rows"](done)
-    for rows in (done[1:], [{**done[0], "status": "failed"}, *done[1:]], [{**done[0], "mauve_mean": None}, *done[1:]]):
+    for rows in (
+        done[1:],
+        [{**done[0], "status": "failed"}, *done[1:]],
+        [{**done[0], "mauve_mean": None}, *done[1:]],
+    ):
         with pytest.raises(SystemExit, match=done[0]["experiment"]):
             tool["check_rows"](rows)
 
 
 def test_no_undefined_or_unused_names(repo):
-    call(sys.executable, "-m", "ruff", "check", "--no-cache", "--select", "F", "dpsynth", "tests", "tools", cwd=repo)
+    call(
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--no-cache",
+        "--select",
+        "F",
+        "dpsynth",
+        "tests",
+        "tools",
+        cwd=repo,
+    )
 
 
 def test_every_module_imports_from_elsewhere(repo, tmp_path):
     modules = [f"dpsynth.{p.stem}" for p in (repo / "dpsynth").glob("*.py") if not p.stem.startswith("_")]
-    call(sys.executable, "-c", "import importlib, sys; [importlib.import_module(m) for m in sys.argv[1:]]", *modules, cwd=tmp_path)
+    call(
+        sys.executable,
+        "-c",
+        "import importlib, sys; [importlib.import_module(m) for m in sys.argv[1:]]",
+        *modules,
+        cwd=tmp_path,
+    )
 
 
 def test_wheel_is_complete(copy, repo):
-    call(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", copy.parent / "wheel", cwd=copy)
+    call(
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        copy.parent / "wheel",
+        cwd=copy,
+    )
     (wheel,) = (copy.parent / "wheel").glob("*.whl")
     inside = zipfile.ZipFile(wheel).namelist()
-    wanted = [p.relative_to(repo).as_posix() for p in (repo / "dpsynth").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    wanted = [
+        p.relative_to(repo).as_posix()
+        for p in (repo / "dpsynth").rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    ]
     assert not set(wanted) - set(inside)
     assert any(name.startswith("dpsynth/assets/tiny/") for name in inside)
     metadata = zipfile.ZipFile(wheel).read(next(n for n in inside if n.endswith("METADATA"))).decode()
     assert (
-        "Requires-Dist: jax-privacy<2.1,>=2.0" in metadata and 'extra == "dev"' in metadata and "License-Expression: Apache-2.0" in metadata
+        "Requires-Dist: jax-privacy<2.1,>=2.0" in metadata
+        and 'extra == "dev"' in metadata
+        and "License-Expression: Apache-2.0" in metadata
     )
-    assert "nbdev" not in "".join(line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line)
+    assert "nbdev" not in "".join(
+        line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line
+    )
 
 
 def test_package_imports_no_notebook_tool(repo):
     for path in (repo / "dpsynth").glob("*.py"):
         assert (
-            not re.search(r"^\s*(from|import) (nbdev|fastcore|execnb)", path.read_text(encoding="utf-8"), flags=re.M)
+            not re.search(
+                r"^\s*(from|import) (nbdev|fastcore|execnb)", path.read_text(encoding="utf-8"), flags=re.M
+            )
             or path.name == "_modidx.py"
         ), path
 
 
 def test_only_one_module_imports_keras_hub_at_the_top(repo):
     assert not [
-        p.name for p in (repo / "dpsynth").glob("*.py") if re.search(r"^(from|import) keras_hub", p.read_text(encoding="utf-8"), flags=re.M)
+        p.name
+        for p in (repo / "dpsynth").glob("*.py")
+        if re.search(r"^(from|import) keras_hub", p.read_text(encoding="utf-8"), flags=re.M)
     ]
 
 
@@ -249,5 +361,9 @@ def test_no_path_of_any_machine_and_no_registry(tracked):
     """Paths of one machine do not exist on others; the client's own settings say where packages come from."""
     homes = "|".join(f"/{name}/" for name in ("root", "work", "Users", "home/[a-z]"))
     hosts = "|".join(["pypi" + r"\.org", "python" + "hosted", "--index" + "-url", "--extra-index" + "-url"])
-    bad = {name: found.group() for name, text in tracked.items() if (found := re.search(rf"(?<![\w.:/-])({homes})|{hosts}", text))}
+    bad = {
+        name: found.group()
+        for name, text in tracked.items()
+        if (found := re.search(rf"(?<![\w.:/-])({homes})|{hosts}", text))
+    }
     assert not bad

@@ -77,21 +77,41 @@ def rows_of(settings):
 WRITTEN = {
     "csv of floats": lambda t: write("a.csv", t.assign(label=t.label.astype(float)).to_csv(index=False)),
     "csv of truth values": lambda t: write("a.csv", t.assign(label=t.label.astype(bool)).to_csv(index=False)),
-    "csv of Excel's truth values": lambda t: write("a.csv", t.assign(label=t.label.map({0: "FALSE", 1: "TRUE"})).to_csv(index=False)),
-    "tsv of small truth values": lambda t: write("a.tsv", t.assign(label=t.label.map({0: "false", 1: "true"})).to_csv(index=False, sep="\t")),
-    "jsonl of truth values": lambda t: write("a.jsonl", t.assign(label=t.label.astype(bool)).to_json(orient="records", lines=True)),
-    "json of floats": lambda t: write("a.json", json.dumps([{"text": x, "label": float(y)} for x, y in zip(t.text, t.label)])),
-    "json of texts": lambda t: write("a.json", json.dumps([{"text": x, "label": f"{y}.0"} for x, y in zip(t.text, t.label)])),
-    "parquet of truth values": lambda t: t.assign(label=t.label.astype(bool)).to_parquet("a.parquet") or "a.parquet",
-    "parquet of small floats": lambda t: t.assign(label=t.label.astype("float32")).to_parquet("a.parquet") or "a.parquet",
-    "parquet of decimals": lambda t: t.assign(label=[decimal.Decimal(y) for y in t.label]).to_parquet("a.parquet") or "a.parquet",
-    "parquet of categories": lambda t: t.assign(label=t.label.astype("category")).to_parquet("a.parquet") or "a.parquet",
+    "csv of Excel's truth values": lambda t: write(
+        "a.csv", t.assign(label=t.label.map({0: "FALSE", 1: "TRUE"})).to_csv(index=False)
+    ),
+    "tsv of small truth values": lambda t: write(
+        "a.tsv", t.assign(label=t.label.map({0: "false", 1: "true"})).to_csv(index=False, sep="\t")
+    ),
+    "jsonl of truth values": lambda t: write(
+        "a.jsonl", t.assign(label=t.label.astype(bool)).to_json(orient="records", lines=True)
+    ),
+    "json of floats": lambda t: write(
+        "a.json", json.dumps([{"text": x, "label": float(y)} for x, y in zip(t.text, t.label)])
+    ),
+    "json of texts": lambda t: write(
+        "a.json", json.dumps([{"text": x, "label": f"{y}.0"} for x, y in zip(t.text, t.label)])
+    ),
+    "parquet of truth values": lambda t: (
+        t.assign(label=t.label.astype(bool)).to_parquet("a.parquet") or "a.parquet"
+    ),
+    "parquet of small floats": lambda t: (
+        t.assign(label=t.label.astype("float32")).to_parquet("a.parquet") or "a.parquet"
+    ),
+    "parquet of decimals": lambda t: (
+        t.assign(label=[decimal.Decimal(y) for y in t.label]).to_parquet("a.parquet") or "a.parquet"
+    ),
+    "parquet of categories": lambda t: (
+        t.assign(label=t.label.astype("category")).to_parquet("a.parquet") or "a.parquet"
+    ),
     "excel of numbers": lambda t: excel("a.xlsx", t),
     "excel of truth values": lambda t: excel("a.xlsx", t.assign(label=t.label.astype(bool))),
 }
 
 
-@pytest.mark.parametrize("names", ["negative,positive", "false,true", ["False", "True"], [False, True], "0,1", [0.0, 1.0]])
+@pytest.mark.parametrize(
+    "names", ["negative,positive", "false,true", ["False", "True"], [False, True], "0,1", [0.0, 1.0]]
+)
 @pytest.mark.parametrize("writer", WRITTEN)
 def test_a_label_is_read_as_every_writer_has_it(writer, names):
     path = WRITTEN[writer](pd.DataFrame({"text": TEXTS, "label": LABELS}))
@@ -117,7 +137,16 @@ def test_a_truth_value_is_no_position_among_three():
 CRAFTS = ("Arts, Crafts & Sewing", "Books")
 
 
-@pytest.mark.parametrize("names", [CRAFTS, list(CRAFTS), json.dumps(CRAFTS), '"Arts, Crafts & Sewing",Books', "['Arts, Crafts & Sewing', Books]"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        CRAFTS,
+        list(CRAFTS),
+        json.dumps(CRAFTS),
+        '"Arts, Crafts & Sewing",Books',
+        "['Arts, Crafts & Sewing', Books]",
+    ],
+)
 def test_a_label_with_a_comma_has_a_name(names):
     write("x.csv", "text,label\n" + "".join(f'a{i},"{CRAFTS[i % 2]}"\n' for i in range(40)))
     settings = make_settings({"data": "x.csv", "epsilon": 1, "label_names": names})
@@ -141,7 +170,7 @@ def test_names_may_be_a_list_in_yaml(text, names):
     assert load_settings("x.yaml").labels == names and load_settings("x.yaml").prior() == (0.25, 0.75)
 
 
-@pytest.mark.parametrize("names", ["[a, ", [None], [["a"]], {"a": 1}, ["a", "a"], [], "a\nb\n\"c"])
+@pytest.mark.parametrize("names", ["[a, ", [None], [["a"]], {"a": 1}, ["a", "a"], [], 'a\nb\n"c'])
 def test_a_list_of_names_that_is_none_is_one_line(names):
     assert "label_names" in refusal(make_settings, {"label_names": names}, kind=SettingsError)
 
@@ -159,7 +188,10 @@ def test_what_is_between_the_fields_is_found_or_told(sign, header, name):
     frame.to_csv(name, index=False, sep=SIGNS[sign], header=header == "yes")
     columns = {} if header == "yes" else {"header": "none", "text_column": "0", "label_column": "1"}
     for sep in ("auto", sign, SIGNS[sign]):
-        assert rows_of(make_settings({"data": name, "epsilon": 1, "sep": sep, **columns})) == (frame.text.tolist(), LABELS)
+        assert rows_of(make_settings({"data": name, "epsilon": 1, "sep": sep, **columns})) == (
+            frame.text.tolist(),
+            LABELS,
+        )
 
 
 def test_excels_semicolons_are_read_by_an_audit_too():
@@ -173,7 +205,9 @@ def test_quotes_may_be_part_of_the_texts():
     text = 'text\tlabel\n"Never closed\t0\nso they "said"\t1\n'
     write("x.tsv", text)
     assert rows_of(Settings(data="x.tsv", quoting="none")) == (['"Never closed', 'so they "said"'], [0, 1])
-    assert "quoting: none" in refusal(load, Settings(data="x.tsv")) and "quoting: none" in refusal(load, Settings(data="x.tsv", quoting="standard"))
+    assert "quoting: none" in refusal(load, Settings(data="x.tsv")) and "quoting: none" in refusal(
+        load, Settings(data="x.tsv", quoting="standard")
+    )
 
 
 PACKED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
@@ -203,7 +237,9 @@ def test_packed_files_are_read(kind, ending):
     assert audit.read_rows(f"x.{kind}{ending}").text.tolist() == TEXTS
     said = refusal(load, Settings(data=write(f"y.{kind}{ending}", content.getvalue())))
     assert said == f"y.{kind}{ending}: cannot be unpacked; it is damaged, or not what its ending says"
-    assert f"y.{kind}{ending}" in refusal(load, Settings(data=write(f"y.{kind}{ending}", pack(content.getvalue())[:-20])))
+    assert f"y.{kind}{ending}" in refusal(
+        load, Settings(data=write(f"y.{kind}{ending}", pack(content.getvalue())[:-20]))
+    )
 
 
 def test_an_archive_of_several_files_is_refused():
@@ -217,10 +253,16 @@ def test_excel():
     assert rows_of(Settings(data="x.xlsx")) == (TEXTS, LABELS)
     assert audit.read_rows("x.xlsx").text.tolist() == TEXTS
     excel("y.xlsx", frame, header=False)
-    assert rows_of(Settings(data="y.xlsx", header="none", text_column="0", label_column="1")) == (TEXTS, LABELS)
+    assert rows_of(Settings(data="y.xlsx", header="none", text_column="0", label_column="1")) == (
+        TEXTS,
+        LABELS,
+    )
     frame = frame.astype(object)
     frame.loc[3, "text"], frame.loc[4, "text"] = 7, None
-    assert refusal(load, Settings(data=excel("z.xlsx", frame))) == "z.xlsx, line 5, column text: expected a text, got int (and 1 more such rows)"
+    assert (
+        refusal(load, Settings(data=excel("z.xlsx", frame)))
+        == "z.xlsx, line 5, column text: expected a text, got int (and 1 more such rows)"
+    )
     with pd.ExcelWriter("two.xlsx") as book:
         for name in "ab":
             frame.to_excel(book, sheet_name=name)
@@ -230,7 +272,9 @@ def test_excel():
 
 def test_excel_needs_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    assert 'needs the extra `excel`: pip install "dpsynth[excel]"' in refusal(load, Settings(data=write("x.xlsx", "PK")))
+    assert 'needs the extra `excel`: pip install "dpsynth[excel]"' in refusal(
+        load, Settings(data=write("x.xlsx", "PK"))
+    )
 
 
 # ---- rows without a text or a label -----------------------------------------------------------------------------------------
@@ -239,7 +283,9 @@ GAPS = {1: {"text": ""}, 2: {"text": None}, 3: {"label": None}, 4: {"text": "  "
 
 
 def with_gaps(gaps, n=60):
-    return pd.DataFrame([{"text": f"row {i}", "label": i % 2, "user": f"u{i // 3}", **gaps.get(i, {})} for i in range(n)]).astype(object)
+    return pd.DataFrame(
+        [{"text": f"row {i}", "label": i % 2, "user": f"u{i // 3}", **gaps.get(i, {})} for i in range(n)]
+    ).astype(object)
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "frame"])
@@ -262,13 +308,20 @@ def test_gaps_are_left_out_on_request_and_move_no_other_row(kind, unit):
     assert gappy.train.public_units == whole.train.public_units
     assert gappy.train.source["missing_dropped"] == len(set(whole.train.texts) & lost) > 0
     if kind != "frame":
-        assert ": missing" in (said := refusal(load, settings.model_copy(update={"data": path, "missing": "refuse"}))) or ": empty" in said
+        assert (
+            ": missing"
+            in (said := refusal(load, settings.model_copy(update={"data": path, "missing": "refuse"})))
+            or ": empty" in said
+        )
 
 
 def test_a_unit_of_gaps_alone_still_counts():
     settings, gaps = Settings(missing="drop", unit="user"), {i: {"text": None} for i in range(30)}
     frame = with_gaps(gaps)
-    assert from_frame(frame, settings, test=frame).train.public_units == 20 and from_frame(frame, settings, test=frame).train.num_units == 10
+    assert (
+        from_frame(frame, settings, test=frame).train.public_units == 20
+        and from_frame(frame, settings, test=frame).train.num_units == 10
+    )
     assert "column user: missing" in refusal(from_frame, frame.assign(user=None), settings)
     assert "no rows are left" in refusal(from_frame, frame.assign(text=None), settings)
 
@@ -276,11 +329,15 @@ def test_a_unit_of_gaps_alone_still_counts():
 def test_a_row_is_named_as_its_file_has_it():
     write("x.csv", "text,label\n" + "".join(f'"two\nlines {i}",1\n' for i in range(20)))
     train = load(Settings(data="x.csv", train_size=5)).train
-    assert [train.place(i) for i in range(5)] == [f"line {2 + 2 * int(text.split()[-1])}" for text in train.texts]
+    assert [train.place(i) for i in range(5)] == [
+        f"line {2 + 2 * int(text.split()[-1])}" for text in train.texts
+    ]
     assert train.take([3, 0]).place(1) == train.place(0)
     frame = pd.DataFrame({"text": TEXTS, "label": LABELS})
     train = from_frame(frame, Settings()).train
-    assert [train.place(i) for i in range(3)] == [f"row {TEXTS.index(text)} (from 0)" for text in train.texts[:3]]
+    assert [train.place(i) for i in range(3)] == [
+        f"row {TEXTS.index(text)} (from 0)" for text in train.texts[:3]
+    ]
 
 
 # ---- columns that no setting names ------------------------------------------------------------------------------------------
@@ -298,20 +355,26 @@ def test_a_column_that_would_vanish_is_refused_by_position_unless_that_is_meant(
     said = refusal(load, Settings(data=path))
     assert said == f"{line}: the rows that are made would not have them; set columns: ignore if that is meant"
     assert left_out(load(Settings(data=path, columns="ignore")).train) == line
-    assert "column 3 of 4 (from 0) is named" in refusal(load, Settings(data=path, test_data=path, unit="stars"))
+    assert "column 3 of 4 (from 0) is named" in refusal(
+        load, Settings(data=path, test_data=path, unit="stars")
+    )
 
 
 def test_check_and_run_and_fit_tell_which_columns_are_left_out(dpsynth, refused, caught):
     table = pd.DataFrame({"text": TEXTS, "label": LABELS, "stars": 5})
     write("x.csv", table.to_csv(index=False))
-    write("x.yaml", yaml.safe_dump({**RUN.model_dump(), "experiment": "x", "data": "x.csv", "embed_length": 32}))
+    write(
+        "x.yaml", yaml.safe_dump({**RUN.model_dump(), "experiment": "x", "data": "x.csv", "embed_length": 32})
+    )
     line = "column 2 of 3 (from 0) is named by no setting and left out"
     assert line in refused("check", "x.yaml") and line in refused("run", "x.yaml")
     code, out, _ = dpsynth("check", "x.yaml", "--set", "columns=ignore")
     assert code == 0 and f"  columns      x.csv: {line}\n" in out
     from dpsynth.experiments import preflight
 
-    assert preflight([load_settings("x.yaml", ["columns=ignore"])], pathlib.Path("runs"))[0] == f"x.csv: {line}"
+    assert (
+        preflight([load_settings("x.yaml", ["columns=ignore"])], pathlib.Path("runs"))[0] == f"x.csv: {line}"
+    )
     for given in (table, "x.csv"):
         assert line in refusal(Synthesizer("run", epsilon=8).fit, given, "rows")
         with pytest.warns(UserWarning, match="column 2 of 3"):
@@ -351,14 +414,20 @@ def test_fit_takes_every_table(caught, kind):
     Synthesizer("run", epsilon=8).fit(TABLES[kind](TABLE), "rows")
     first = caught.splits
     Synthesizer("other", epsilon=8).fit(TABLE, "rows")
-    assert first.train.texts == caught.splits.train.texts and first.train.labels.tolist() == caught.splits.train.labels.tolist()
+    assert (
+        first.train.texts == caught.splits.train.texts
+        and first.train.labels.tolist() == caught.splits.train.labels.tolist()
+    )
     assert load(read_settings("run")).train.fingerprint(bytes(16)) == first.train.fingerprint(bytes(16))
 
 
 def test_fit_takes_columns_that_are_numbers(caught):
     table = pd.DataFrame([[f"row {i} a film", i % 2] for i in range(40)])
     Synthesizer("run", text_column=0, label_column=1, epsilon=8).fit(table, "rows")
-    assert caught.settings.text_column == "0" and load(read_settings("run")).train.texts == caught.splits.train.texts
+    assert (
+        caught.settings.text_column == "0"
+        and load(read_settings("run")).train.texts == caught.splits.train.texts
+    )
     synthesizer = Synthesizer("run2", text_column=0, label_column=1, epsilon=8).fit(table, "rows")
     assert synthesizer._records(table, "rows").texts == table[0].tolist()
 
@@ -453,7 +522,10 @@ def test_no_reader_quotes_a_row(case, refused, capfd):
         told = [refused("check", "x.yaml"), refused("run", "x.yaml"), refusal(load, make_settings(settings)),
                 refusal(Synthesizer("run", **{**settings, "data": "demo", "experiment": "run"}).fit, name)]  # fmt: skip
         files = ["--synthetic", name, "--train", name, "--holdout", name]
-        told += [refused("audit", *files), refused("audit", *files, "--columns", "text,label", "--unit-column", "who")]
+        told += [
+            refused("audit", *files),
+            refused("audit", *files, "--columns", "text,label", "--unit-column", "who"),
+        ]
     told += [str(warning.message) for warning in warned] + list(capfd.readouterr())
     assert not [(said, quoted(said)) for said in told if quoted(said)] and "a" in told[0]
 
@@ -478,8 +550,12 @@ def test_an_audit_names_no_column_that_may_be_a_row():
               (("synthetic", {}), ("train", {SECRET: 1, "stars": 2}), ("holdout", {KEY: 1}))}  # fmt: skip
     frames["train"] = frames["train"].rename(columns={"stars": "label2"})
     said = " ".join(audit.pool._left_out(frames, ["text"]))
-    assert not quoted(said) and said.endswith(": label; column 2, 3 (from 0) of train; column 2 (from 0) of holdout")
-    assert not quoted(refusal(audit.pool._common, {**frames, "synthetic": frames["synthetic"][["text"]]}, ["label"]))
+    assert not quoted(said) and said.endswith(
+        ": label; column 2, 3 (from 0) of train; column 2 (from 0) of holdout"
+    )
+    assert not quoted(
+        refusal(audit.pool._common, {**frames, "synthetic": frames["synthetic"][["text"]]}, ["label"])
+    )
 
 
 def test_a_library_that_quotes_a_row_is_not_quoted(tmp_path, dpsynth, monkeypatch):
@@ -497,8 +573,16 @@ def test_a_library_that_quotes_a_row_is_not_quoted(tmp_path, dpsynth, monkeypatc
     write("x.yaml", "epsilon: 1\n")
     for verb in (["check", "x.yaml"], ["run", "x.yaml"]):
         code, out, err = dpsynth(*verb)
-        assert code == 1 and not quoted(out + err) and "error: ValueError in test_readers.py, line" in err and err.count("\n") == 1
-    assert not quoted(experiments.one_line("ValueError", SECRET)) and experiments.one_line("DataError", "a, row 1") == "a, row 1"
+        assert (
+            code == 1
+            and not quoted(out + err)
+            and "error: ValueError in test_readers.py, line" in err
+            and err.count("\n") == 1
+        )
+    assert (
+        not quoted(experiments.one_line("ValueError", SECRET))
+        and experiments.one_line("DataError", "a, row 1") == "a, row 1"
+    )
 
 
 def test_a_notebook_keeps_no_message_that_may_quote_a_row(tmp_path):
@@ -511,7 +595,11 @@ def test_a_notebook_keeps_no_message_that_may_quote_a_row(tmp_path):
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "notebook.ipynb")
     remove_times(tmp_path / "notebook.ipynb")
     first, second = nbformat.read(tmp_path / "notebook.ipynb", 4).cells[0].outputs
-    assert not quoted(first.evalue + "".join(first.traceback)) and first.ename == "KeyError" and second.evalue == SECRET
+    assert (
+        not quoted(first.evalue + "".join(first.traceback))
+        and first.ename == "KeyError"
+        and second.evalue == SECRET
+    )
 
 
 # ---- decisions --------------------------------------------------------------------------------------------------------------
@@ -522,22 +610,38 @@ def test_epsilon_is_a_decision_outside_the_demo(refused, caught):
     write("c.yaml", "data: yelp.csv\nbatch_size: 8\n")
     for verb in ("check", "run"):
         said = refused(verb, "c.yaml")
-        assert "setting 'epsilon': has no default outside the demo data" in said and "`epsilon: 8`" in said and "`epsilon: inf` trains WITHOUT" in said
+        assert (
+            "setting 'epsilon': has no default outside the demo data" in said
+            and "`epsilon: 8`" in said
+            and "`epsilon: inf` trains WITHOUT" in said
+        )
     for given in ("yelp.csv", TABLE, "tfds:imdb_reviews", "hf:imdb"):
         assert "'epsilon': has no default" in refusal(Synthesizer("run").fit, given, kind=SettingsError)
     assert not caught.__dict__
     Synthesizer("run", epsilon="inf").fit("yelp.csv")
     assert not caught.settings.private
-    assert make_settings({}).epsilon == 10 and make_settings({"data": "yelp.csv", "generator": "real_test"}).generator == "real_test"
-    assert load_settings("c.yaml", ["epsilon=3"]).epsilon == 3 and make_settings(Settings(data="yelp.csv").model_dump()).epsilon == 10  # a notebook's cell
+    assert (
+        make_settings({}).epsilon == 10
+        and make_settings({"data": "yelp.csv", "generator": "real_test"}).generator == "real_test"
+    )
+    assert (
+        load_settings("c.yaml", ["epsilon=3"]).epsilon == 3
+        and make_settings(Settings(data="yelp.csv").model_dump()).epsilon == 10
+    )  # a notebook's cell
 
 
 def test_fewer_samples_need_no_other_change():
-    assert make_settings({"num_samples": 100}).num_mauve_samples == 100 == make_settings({**Settings().model_dump(), "num_samples": 100}).num_mauve_samples
+    assert (
+        make_settings({"num_samples": 100}).num_mauve_samples
+        == 100
+        == make_settings({**Settings().model_dump(), "num_samples": 100}).num_mauve_samples
+    )
     assert make_settings({"num_samples": 20000}).num_mauve_samples == 5000
     write("c.yaml", "num_samples: 500\nnum_mauve_samples: 400\n")
     assert [load_settings("c.yaml", [f"num_samples={n}"]).num_mauve_samples for n in (450, 300)] == [400, 300]
-    assert "num_mauve_samples: 400 is more than num_samples" in refusal(load_settings, "c.yaml", ["num_samples=300", "num_mauve_samples=400"])
+    assert "num_mauve_samples: 400 is more than num_samples" in refusal(
+        load_settings, "c.yaml", ["num_samples=300", "num_mauve_samples=400"]
+    )
     assert "num_mauve_samples" in refusal(make_settings, {"num_samples": 10, "num_mauve_samples": 20})
 
 
@@ -554,7 +658,9 @@ def test_a_run_folder_whose_settings_were_emptied_or_cut_is_refused(refused, dps
     write("dp_ft.yaml", "epsilon: 10\n")
     assert "settings.yaml: damaged" in refused("run", "dp_ft.yaml")
     code, out, _ = dpsynth("results", "runs")
-    assert code == 0 and "unreadable: runs/dp_ft/settings.yaml: damaged" in out.replace(str(folder), "runs/dp_ft")
+    assert code == 0 and "unreadable: runs/dp_ft/settings.yaml: damaged" in out.replace(
+        str(folder), "runs/dp_ft"
+    )
 
 
 def test_a_run_from_before_a_setting_is_read_as_it_was_made(tmp_path):
@@ -574,9 +680,15 @@ def test_control_tokens_in_texts_are_letters_both_ways(micro):
     allowed = samplable(micro, micro.vocabulary_size)
     for text, ids in zip(SPELT, plain_ids(tokenizer, SPELT)):
         assert tokenizer.detokenize(ids) == text == fmt.decode(text)
-        assert not set(ids) & set(control_ids(tokenizer).values()) and allowed[ids].all()  # what is trained on can be sampled
-    assert micro.encode(SPELT) == plain_ids(tokenizer, SPELT) == [ids[:-1] for ids in micro.response_ids(SPELT)]
-    assert micro.prompt_ids("<start_of_turn>user")[1] == tokenizer.token_to_id("<start_of_turn>")  # in a prompt it is meant
+        assert (
+            not set(ids) & set(control_ids(tokenizer).values()) and allowed[ids].all()
+        )  # what is trained on can be sampled
+    assert (
+        micro.encode(SPELT) == plain_ids(tokenizer, SPELT) == [ids[:-1] for ids in micro.response_ids(SPELT)]
+    )
+    assert micro.prompt_ids("<start_of_turn>user")[1] == tokenizer.token_to_id(
+        "<start_of_turn>"
+    )  # in a prompt it is meant
     assert micro.encode(["plain text"]) == [list(map(int, tokenizer(["plain text"])[0]))]
 
 
@@ -612,7 +724,11 @@ def test_a_survey_refuses_such_a_row_before_anything_is_charged(monkeypatch):
     write("x.csv", "text,label\n" + "".join(f"row {i} <unk>,{i % 2}\n" for i in range(40)))
     settings = RUN.model_copy(update={"data": "x.csv", "embed_length": 32})
     assert survey(settings).mechanism is not None
-    monkeypatch.setattr(models, "plain_ids", lambda tokenizer, texts: [[tokenizer.token_to_id("<unk>")]] * len(texts))
+    monkeypatch.setattr(
+        models, "plain_ids", lambda tokenizer, texts: [[tokenizer.token_to_id("<unk>")]] * len(texts)
+    )
     assert "x.csv, line " in refusal(survey, settings, kind=DataError)
     monkeypatch.setattr(finetune.Account, "charge", lambda *arguments: pytest.fail("charged"))
-    assert "x.csv, line " in refusal(finetune.finetune_run, settings, load(settings), pathlib.Path("run"), kind=DataError)
+    assert "x.csv, line " in refusal(
+        finetune.finetune_run, settings, load(settings), pathlib.Path("run"), kind=DataError
+    )

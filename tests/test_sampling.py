@@ -1,4 +1,5 @@
 """What the sampling notebook cannot check about itself: exactness, independence, and crashes."""
+
 import dataclasses
 import json
 import pathlib
@@ -23,7 +24,10 @@ PROMPTS = FORMAT.prompts
 def model():
     """The bundled model, made to end texts at frequent pieces, whatever its weights have learned."""
     model = load_model("tiny")
-    model.stop_ids = (model.end_id, *{i for text in (" the", ".", ",", " of", " and", " to") for i in model.encode([text])[0]})
+    model.stop_ids = (
+        model.end_id,
+        *{i for text in (" the", ".", ",", " of", " and", " to") for i in model.encode([text])[0]},
+    )
     return model
 
 
@@ -33,7 +37,10 @@ ASSIGNMENT = sampling.assign_prompts(11, (0.5, 0.5), 3)
 def decode(model, assignment=ASSIGNMENT, **options):
     """Samples by index; tests share sizes where they can, because each size is a compilation."""
     options = {"seed": 3, "max_length": 32, "batch_size": 7, "top_p": 0.95, **options}
-    return {sample.index: sample for sample in sampling.sample_stream(model, PROMPTS, assignment, progress=False, **options)}
+    return {
+        sample.index: sample
+        for sample in sampling.sample_stream(model, PROMPTS, assignment, progress=False, **options)
+    }
 
 
 # prompts
@@ -57,7 +64,7 @@ def nucleus_by_sorting(weights, top_p):
     """Reference: full stable sort in float64."""
     order = np.argsort(-weights, kind="stable")
     total = np.cumsum(weights[order].astype("float64")) / weights.astype("float64").sum()
-    kept = order[:int(np.searchsorted(total, top_p, side="left")) + 1]
+    kept = order[: int(np.searchsorted(total, top_p, side="left")) + 1]
     return np.isin(np.arange(len(weights)), kept) & (weights > 0)
 
 
@@ -66,22 +73,31 @@ def random_weights(case, size=1500):
     return np.exp(scores - scores.max()).astype("float32")
 
 
-CASES = {**{f"random {i}": random_weights(i) for i in range(8)},
-         "ties": np.repeat(np.float32([4, 2, 1, 1, 2, 4, 1, 1]), 40),
-         "all equal": np.ones(1000, "float32"),
-         "one token": np.eye(1, 700, 123, dtype="float32")[0],
-         "bfloat16 ties": np.asarray(jnp.asarray(random_weights(1)).astype("bfloat16"), "float32")}
+CASES = {
+    **{f"random {i}": random_weights(i) for i in range(8)},
+    "ties": np.repeat(np.float32([4, 2, 1, 1, 2, 4, 1, 1]), 40),
+    "all equal": np.ones(1000, "float32"),
+    "one token": np.eye(1, 700, 123, dtype="float32")[0],
+    "bfloat16 ties": np.asarray(jnp.asarray(random_weights(1)).astype("bfloat16"), "float32"),
+}
 
 
 @pytest.mark.parametrize("top_p", [0.013, 0.3, 0.95, 1.0])
 @pytest.mark.parametrize("case", CASES)
 def test_nucleus_is_that_of_a_full_sort(case, top_p):
     weights = CASES[case]
-    mask = np.asarray(jax.jit(jax.vmap(sampling.in_nucleus, (None, 0, None)), static_argnums=2)(weights, np.arange(len(weights)), top_p))
+    mask = np.asarray(
+        jax.jit(jax.vmap(sampling.in_nucleus, (None, 0, None)), static_argnums=2)(
+            weights, np.arange(len(weights)), top_p
+        )
+    )
     assert (mask == nucleus_by_sorting(weights, top_p)).all()
 
 
-@pytest.mark.parametrize("case,top_p", [("random 1", 0.4), ("random 2", 0.95), ("ties", 0.5), ("one token", 0.9), ("random 4", 1.0)])
+@pytest.mark.parametrize(
+    "case,top_p",
+    [("random 1", 0.4), ("random 2", 0.95), ("ties", 0.5), ("one token", 0.9), ("random 4", 1.0)],
+)
 def test_samples_have_the_distribution_of_the_nucleus(case, top_p):
     weights = CASES[case]
     draw = jax.jit(jax.vmap(lambda key: sampling.sample_nucleus(key, jnp.asarray(weights), top_p)))
@@ -119,7 +135,11 @@ def test_temperature_and_penalty_shape_the_choice():
 
 def test_unsamplable_tokens_have_no_chance(model):
     mask = sampling.samplable(model, model.vocabulary_size + 5)
-    assert not mask[[model.pad_id, model.start_id]].any() and not mask[-5:].any() and mask[list(model.stop_ids)].all()
+    assert (
+        not mask[[model.pad_id, model.start_id]].any()
+        and not mask[-5:].any()
+        and mask[list(model.stop_ids)].all()
+    )
 
 
 def test_scores_that_are_not_numbers_end_the_loop():
@@ -132,10 +152,17 @@ def test_scores_that_are_not_numbers_end_the_loop():
 def test_products_are_reordered_and_equal():
     def attend(weights, values):
         return jnp.einsum("bkgts,bskh->btkgh", weights, values)
-    weights, values = jax.random.normal(jax.random.key(0), (2, 3, 4, 1, 9)), jax.random.normal(jax.random.key(1), (2, 9, 3, 50))
+
+    weights, values = (
+        jax.random.normal(jax.random.key(0), (2, 3, 4, 1, 9)),
+        jax.random.normal(jax.random.key(1), (2, 9, 3, 50)),
+    )
     reordered = sampling.reorder_products(attend)
     assert jnp.allclose(reordered(weights, values), attend(weights, values), atol=1e-5)
-    products = [next(e for e in jax.make_jaxpr(f)(weights, values).eqns if e.primitive.name == "dot_general") for f in (attend, reordered)]
+    products = [
+        next(e for e in jax.make_jaxpr(f)(weights, values).eqns if e.primitive.name == "dot_general")
+        for f in (attend, reordered)
+    ]
     assert [p.invars[0].aval.shape for p in products] == [(2, 9, 3, 50), (2, 3, 4, 1, 9)]
 
 
@@ -143,12 +170,16 @@ def greedy_by_full_forward(model, prompt, max_length):
     """Reference: the whole text through the model at every token, no cache."""
     ids, allowed = model.prompt_ids(prompt), sampling.samplable(model, model.vocabulary_size)
     weights = model.trainable, model.frozen
-    forward = jax.jit(lambda weights, tokens, mask: model.logits(*weights, model.hidden(*weights, tokens, mask)))
+    forward = jax.jit(
+        lambda weights, tokens, mask: model.logits(*weights, model.hidden(*weights, tokens, mask))
+    )
     new = []
     while len(ids) + len(new) < max_length and (not new or new[-1] not in model.stop_ids):
         row = ids + new
         tokens = np.array([row + [0] * (max_length - len(row))], "int32")
-        logits = np.asarray(forward(weights, tokens, (np.arange(max_length) < len(row))[None].astype("int32")))[0, len(row) - 1]
+        logits = np.asarray(
+            forward(weights, tokens, (np.arange(max_length) < len(row))[None].astype("int32"))
+        )[0, len(row) - 1]
         new.append(int(np.argmax(np.where(allowed, logits, -np.inf))))
     return new
 
@@ -172,7 +203,9 @@ def test_short_caches_and_moved_rows_change_nothing(model, monkeypatch):
     plain, reaches, sizes = decode(model, **options), set(), set()
     reach, build = sampling.Decoder._reach, sampling.shrink
     monkeypatch.setattr(sampling, "MANY_ROWS", 1)
-    monkeypatch.setattr(sampling.Decoder, "_reach", lambda self, slots: reaches.add(reach(self, slots)) or reach(self, slots))
+    monkeypatch.setattr(
+        sampling.Decoder, "_reach", lambda self, slots: reaches.add(reach(self, slots)) or reach(self, slots)
+    )
     monkeypatch.setattr(sampling, "shrink", lambda slots, size: sizes.add(size) or build(slots, size))
     assert decode(model, **options) == plain
     assert reaches == {32, 64} and sizes == {2}
@@ -228,10 +261,23 @@ def test_adapters_are_merged_and_left_in_place():
 
 def test_another_family_with_another_cache():
     import keras_hub
-    tokenizer = keras_hub.models.GemmaTokenizer(proto=str(pathlib.Path(TINY) / "assets" / "tokenizer" / "vocabulary.spm"))
-    backbone = keras_hub.models.GemmaBackbone(vocabulary_size=6144, num_layers=2, num_query_heads=2, num_key_value_heads=1, hidden_dim=32,
-                                              intermediate_dim=64, head_dim=16)
-    gemma = LanguageModel(keras_hub.models.GemmaCausalLM(backbone, keras_hub.models.GemmaCausalLMPreprocessor(tokenizer)), "gemma")
+
+    tokenizer = keras_hub.models.GemmaTokenizer(
+        proto=str(pathlib.Path(TINY) / "assets" / "tokenizer" / "vocabulary.spm")
+    )
+    backbone = keras_hub.models.GemmaBackbone(
+        vocabulary_size=6144,
+        num_layers=2,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=32,
+        intermediate_dim=64,
+        head_dim=16,
+    )
+    gemma = LanguageModel(
+        keras_hub.models.GemmaCausalLM(backbone, keras_hub.models.GemmaCausalLMPreprocessor(tokenizer)),
+        "gemma",
+    )
     assert sampling.position_axes(gemma) == 3
     rows = decode(gemma, top_k=1)
     expected = greedy_by_full_forward(gemma, PROMPTS[rows[1].prompt], 32)
@@ -239,7 +285,11 @@ def test_another_family_with_another_cache():
 
 
 def test_a_cache_without_positions_is_refused(model):
-    recurrent = type("Recurrent", (), {"name": "recurrent", "empty_cache": staticmethod(lambda batch, length: jnp.zeros((batch, 4)))})
+    recurrent = type(
+        "Recurrent",
+        (),
+        {"name": "recurrent", "empty_cache": staticmethod(lambda batch, length: jnp.zeros((batch, 4)))},
+    )
     with pytest.raises(ModelError, match="recurrent"):
         sampling.position_axes(recurrent)
 
@@ -247,7 +297,9 @@ def test_a_cache_without_positions_is_refused(model):
 # files
 
 
-SETTINGS = Settings(num_samples=33, num_mauve_samples=4, sequence_length=32, prompt=FORMAT.prompt, sample_batch_size=7)
+SETTINGS = Settings(
+    num_samples=33, num_mauve_samples=4, sequence_length=32, prompt=FORMAT.prompt, sample_batch_size=7
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,14 +335,33 @@ def test_files_hold_the_rows_and_the_rejections(model, small_blocks, tmp_path):
     made = make(model, tmp_path / "a")
     rows = [json.loads(line) for line in (tmp_path / "a" / "synthetic.jsonl").read_bytes().splitlines()]
     rejected = [json.loads(line) for line in (tmp_path / "a" / "rejected.jsonl").read_bytes().splitlines()]
-    assert [*contents(tmp_path / "a")] == ["manifest.json", "rejected.jsonl", "sampling.json", "synthetic.jsonl", "synthetic.parquet"]
-    assert len(rows) == made["rows"] == 33 and sum(made["rejected"].values()) == len(rejected) and made["rejected"]["multiple of 4"] > 0
-    assert [row["index"] for row in rows] == sorted(row["index"] for row in rows) and [*rows[0]] == ["index", "label", "text"]
+    assert [*contents(tmp_path / "a")] == [
+        "manifest.json",
+        "rejected.jsonl",
+        "sampling.json",
+        "synthetic.jsonl",
+        "synthetic.parquet",
+    ]
+    assert (
+        len(rows) == made["rows"] == 33
+        and sum(made["rejected"].values()) == len(rejected)
+        and made["rejected"]["multiple of 4"] > 0
+    )
+    assert [row["index"] for row in rows] == sorted(row["index"] for row in rows) and [*rows[0]] == [
+        "index",
+        "label",
+        "text",
+    ]
     assert {row["index"] for row in rows}.isdisjoint(row["index"] for row in rejected)
     labels = sampling.assign_prompts(66, (0.5, 0.5), SETTINGS.seed)
     assert all(row["label"] == FORMAT.labels[labels[row["index"]]] for row in rows + rejected)
     assert pd.read_parquet(tmp_path / "a" / "synthetic.parquet").to_dict("records") == rows
-    assert made["tokens"] > 0 and made["seconds"] > 0 and made["tokens_per_second"] > 0 and 0 < made["unfinished"] < 1
+    assert (
+        made["tokens"] > 0
+        and made["seconds"] > 0
+        and made["tokens_per_second"] > 0
+        and 0 < made["unfinished"] < 1
+    )
 
 
 def killed_after(model, folder, monkeypatch, writes):
@@ -304,6 +375,7 @@ def killed_after(model, folder, monkeypatch, writes):
                 file.write(b'{"index": 99, "te')
             raise KeyboardInterrupt
         return written
+
     with monkeypatch.context() as patch:
         patch.setattr(sampling, "append_lines", torn)
         with pytest.raises(KeyboardInterrupt):
@@ -325,10 +397,14 @@ def test_a_run_continues_rather_than_starting_again(model, small_blocks, tmp_pat
     blocks = len(json.loads((tmp_path / "sampling.json").read_text())["blocks"])
     firsts = []
     real = sampling.Decoder.block
-    monkeypatch.setattr(sampling.Decoder, "block", lambda self, first, assignment: firsts.append(first) or real(self, first, assignment))
+    monkeypatch.setattr(
+        sampling.Decoder,
+        "block",
+        lambda self, first, assignment: firsts.append(first) or real(self, first, assignment),
+    )
     make(model, tmp_path)
     assert blocks == 2 and firsts[0] == 22
-    assert (tmp_path / "synthetic.jsonl").read_bytes().startswith(before[:before[:200].rfind(b"\n")])
+    assert (tmp_path / "synthetic.jsonl").read_bytes().startswith(before[: before[:200].rfind(b"\n")])
 
 
 @pytest.mark.parametrize("keep", [0, 0.3, 0.8])
@@ -336,12 +412,14 @@ def test_a_file_cut_anywhere_is_made_whole(model, small_blocks, tmp_path, monkey
     make(model, tmp_path / "whole")
     killed_after(model, tmp_path / "cut", monkeypatch, 5)
     part = tmp_path / "cut" / "synthetic.jsonl.part"
-    part.write_bytes(part.read_bytes()[:int(keep * part.stat().st_size)])
+    part.write_bytes(part.read_bytes()[: int(keep * part.stat().st_size)])
     make(model, tmp_path / "cut")
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-def test_what_was_changed_while_a_sampling_was_interrupted_is_made_again(model, small_blocks, tmp_path, monkeypatch):
+def test_what_was_changed_while_a_sampling_was_interrupted_is_made_again(
+    model, small_blocks, tmp_path, monkeypatch
+):
     make(model, tmp_path / "whole")
     killed_after(model, tmp_path / "changed", monkeypatch, 5)
     part, state = (tmp_path / "changed" / name for name in ("synthetic.jsonl.part", "sampling.json"))
@@ -350,7 +428,10 @@ def test_what_was_changed_while_a_sampling_was_interrupted_is_made_again(model, 
     kept = state.read_text()
     for damaged in (kept[:-20], "", "\0" * len(kept), kept.replace('"rows": ', '"rows": 1', 1), "[]"):
         state.write_text(damaged)
-        with pytest.raises(DataError, match="sampling.json: damaged; restore it, or remove it and sample again, which gives the same rows"):
+        with pytest.raises(
+            DataError,
+            match="sampling.json: damaged; restore it, or remove it and sample again, which gives the same rows",
+        ):
             make(model, tmp_path / "changed")
     state.write_text(kept)
     make(model, tmp_path / "changed")
@@ -363,9 +444,14 @@ def test_a_run_killed_while_it_finishes(model, small_blocks, tmp_path, monkeypat
     real, calls = getattr(sampling, step), []
 
     def dying(*arguments):
-        if (tmp_path / "killed" / "synthetic.parquet").exists() or step == "replace_file" and "parquet" in str(arguments[0]):
+        if (
+            (tmp_path / "killed" / "synthetic.parquet").exists()
+            or step == "replace_file"
+            and "parquet" in str(arguments[0])
+        ):
             raise KeyboardInterrupt
         calls.append(real(*arguments))
+
     with monkeypatch.context() as patch:
         patch.setattr(sampling, step, dying)
         with pytest.raises(KeyboardInterrupt):
@@ -380,7 +466,9 @@ def test_a_complete_folder_is_left_alone(model, small_blocks, tmp_path, monkeypa
     monkeypatch.setattr(sampling, "Decoder", None)
     again = make(model, tmp_path)
     assert contents(tmp_path) == before and again["seconds"] == 0
-    assert {k: v for k, v in again.items() if "second" not in k} == {k: v for k, v in first.items() if "second" not in k}
+    assert {k: v for k, v in again.items() if "second" not in k} == {
+        k: v for k, v in first.items() if "second" not in k
+    }
 
 
 def test_other_settings_or_weights_are_refused(model, small_blocks, tmp_path, monkeypatch):
@@ -392,7 +480,10 @@ def test_other_settings_or_weights_are_refused(model, small_blocks, tmp_path, mo
     with pytest.raises(DataError, match="other weights"):
         make(model, tmp_path)
     model.assign(values)
-    assert make(model, tmp_path, SETTINGS.model_copy(update={"sample_batch_size": 5, "utility": False}))["rows"] == 33
+    assert (
+        make(model, tmp_path, SETTINGS.model_copy(update={"sample_batch_size": 5, "utility": False}))["rows"]
+        == 33
+    )
 
 
 def test_rows_of_unknown_origin_are_not_overwritten(model, tmp_path):
@@ -416,9 +507,12 @@ def test_too_many_rejections_say_why(model, small_blocks, tmp_path, monkeypatch)
     class Never(TextFormat):
         def decode(self, text):
             return Rejected("never")
+
     monkeypatch.setattr(sampling, "Decoder", FakeDecoder)
     small = SETTINGS.model_copy(update={"num_samples": 5})
-    with pytest.raises(DataError, match=r"only 0 of 105 samples made rows, 5 were wanted; rejected: \{'never': 105\}"):
+    with pytest.raises(
+        DataError, match=r"only 0 of 105 samples made rows, 5 were wanted; rejected: \{'never': 105\}"
+    ):
         make(model, tmp_path, small, Never(FORMAT.prompt, FORMAT.labels))
 
 
@@ -426,15 +520,22 @@ def test_one_row_does_not_hang_on_the_first_two_samples(model, tmp_path, monkeyp
     class Seldom(TextFormat):
         def decode(self, text):
             return super().decode(text) if text == "text 40" else Rejected("seldom")
+
     monkeypatch.setattr(sampling, "Decoder", FakeDecoder)
-    made = make(model, tmp_path, SETTINGS.model_copy(update={"num_samples": 1}), Seldom(FORMAT.prompt, FORMAT.labels))
+    made = make(
+        model, tmp_path, SETTINGS.model_copy(update={"num_samples": 1}), Seldom(FORMAT.prompt, FORMAT.labels)
+    )
     assert made["rows"] == 1 and made["rejected"] == {"seldom": 40}
-    assert [json.loads(line)["index"] for line in (tmp_path / "synthetic.jsonl").read_bytes().splitlines()] == [40]
+    assert [
+        json.loads(line)["index"] for line in (tmp_path / "synthetic.jsonl").read_bytes().splitlines()
+    ] == [40]
 
 
 def test_no_label_column_no_label(model, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "Decoder", FakeDecoder)
-    settings = Settings(num_samples=4, num_mauve_samples=2, sequence_length=20, prompt="A review:", label_column="")
+    settings = Settings(
+        num_samples=4, num_mauve_samples=2, sequence_length=20, prompt="A review:", label_column=""
+    )
     make(model, tmp_path, settings, TextFormat("A review:", ("",)))
     rows = [json.loads(line) for line in (tmp_path / "synthetic.jsonl").read_bytes().splitlines()]
     assert rows == [{"index": i, "text": f"text {i}"} for i in range(4)]
@@ -445,12 +546,19 @@ def test_unfinished_is_a_share_of_the_rows_that_are_kept(model, tmp_path, monkey
     class LongReplacements(FakeDecoder):
         def block(self, first, assignment):
             for sample in super().block(first, assignment):
-                yield dataclasses.replace(sample, text=sample.text * (sample.index > 0), finished=sample.index in (1, 2, 3, 5))
+                yield dataclasses.replace(
+                    sample, text=sample.text * (sample.index > 0), finished=sample.index in (1, 2, 3, 5)
+                )
+
     monkeypatch.setattr(sampling, "Decoder", LongReplacements)
     made = make(model, tmp_path, SETTINGS.model_copy(update={"num_samples": 5}), FORMAT)
-    assert [json.loads(line)["index"] for line in (tmp_path / "synthetic.jsonl").read_bytes().splitlines()] == [1, 2, 3, 4, 5]
+    assert [
+        json.loads(line)["index"] for line in (tmp_path / "synthetic.jsonl").read_bytes().splitlines()
+    ] == [1, 2, 3, 4, 5]
     assert made["rows"] == 5 and made["rejected"] == {"empty": 1} and made["unfinished"] == 1 / 5
-    assert make(model, tmp_path, SETTINGS.model_copy(update={"num_samples": 5}), FORMAT)["unfinished"] == 1 / 5
+    assert (
+        make(model, tmp_path, SETTINGS.model_copy(update={"num_samples": 5}), FORMAT)["unfinished"] == 1 / 5
+    )
 
 
 def test_large_runs_have_blocks_of_equal_size(model, tmp_path, monkeypatch):

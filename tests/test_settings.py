@@ -65,7 +65,9 @@ TUTORIAL = {
     "dp_ft": {**TRAINING, "FINETUNE_MODEL": True, "USE_DP": True, "PROMPT": "[imdb][{label}]:"},
     "non_dp_ft": {**TRAINING, "FINETUNE_MODEL": True, "USE_DP": False, "PROMPT": "[imdb][{label}]:"},
 }
-WITH_EXAMPLES = "48e6ecc230bd21c65b10a7ea267b7fe8ea9c04840db303221129b52bb78bbcfd"  # SHA-256 of the tutorial's prompt
+WITH_EXAMPLES = (
+    "48e6ecc230bd21c65b10a7ea267b7fe8ea9c04840db303221129b52bb78bbcfd"  # SHA-256 of the tutorial's prompt
+)
 SIX = [*TUTORIAL, "use_train", "upper_bound"]
 
 
@@ -121,14 +123,20 @@ def test_prompt_with_examples_is_the_tutorials(repo):
         "page 3 on the script.`\n\nNow it's your turn, generate one {label} movie review which is similar to the {label} examples above:"
     )
     assert len(re.findall(r"^\* `.*`$", prompt, flags=re.M)) == 6
-    assert 'The "romance" with John' in prompt and 'horrific "comedy\'s" ever made.<br /><br />While' in prompt and len(prompt) == 2745
+    assert (
+        'The "romance" with John' in prompt
+        and 'horrific "comedy\'s" ever made.<br /><br />While' in prompt
+        and len(prompt) == 2745
+    )
     assert hashlib.sha256(prompt.encode()).hexdigest() == WITH_EXAMPLES
 
 
 def test_imdb_tiny_has_the_prompts_of_imdb(repo):
     prompts = {n: load_settings(repo / "configs" / "imdb" / f"{n}.yaml").prompt for n in SIX}
     tiny = {p.stem: load_settings(p).prompt for p in (repo / "configs" / "imdb_tiny").glob("*.yaml")}
-    assert tiny == {n: prompts["dp_ft" if n.startswith("dp_ft") else n] for n in tiny} and set(SIX) <= set(tiny)
+    assert tiny == {n: prompts["dp_ft" if n.startswith("dp_ft") else n] for n in tiny} and set(SIX) <= set(
+        tiny
+    )
 
 
 @pytest.mark.parametrize("folder", ["imdb", "demo", "imdb_tiny", "imdb_gemma"])
@@ -143,23 +151,41 @@ def test_a_sweep_has_the_six_experiments(repo, folder):
         "use_train": "real_train",
         "upper_bound": "real_test",
     }
-    assert [n for n in sorted(found) if found[n].private] == [n for n in sorted(found) if n.startswith("dp_ft")]
-    assert len({(s.num_samples, s.num_mauve_samples, s.num_mauve_trials, s.embedder, s.pooling, s.seed) for s in found.values()}) == 1
+    assert [n for n in sorted(found) if found[n].private] == [
+        n for n in sorted(found) if n.startswith("dp_ft")
+    ]
+    assert (
+        len(
+            {
+                (s.num_samples, s.num_mauve_samples, s.num_mauve_trials, s.embedder, s.pooling, s.seed)
+                for s in found.values()
+            }
+        )
+        == 1
+    )
     assert all(s.experiment == n for n, s in found.items())
 
 
 def test_dp_and_non_dp_differ_in_epsilon_alone(repo):
     for folder in ("imdb", "demo", "imdb_tiny", "imdb_gemma"):
-        one, other = (load_settings(repo / "configs" / folder / f"{n}.yaml").model_dump() for n in ("dp_ft", "non_dp_ft"))
+        one, other = (
+            load_settings(repo / "configs" / folder / f"{n}.yaml").model_dump()
+            for n in ("dp_ft", "non_dp_ft")
+        )
         assert {k for k in one if one[k] != other[k]} == {"experiment", "epsilon"}
 
 
 def test_imdb_tiny_has_three_epsilons(repo):
-    found = {n: load_settings(repo / "configs" / "imdb_tiny" / f"{n}.yaml").epsilon for n in ("dp_ft", "dp_ft_eps3", "dp_ft_eps1")}
+    found = {
+        n: load_settings(repo / "configs" / "imdb_tiny" / f"{n}.yaml").epsilon
+        for n in ("dp_ft", "dp_ft_eps3", "dp_ft_eps1")
+    }
     assert found == {"dp_ft": 10, "dp_ft_eps3": 3, "dp_ft_eps1": 1}
 
 
-@pytest.mark.parametrize("value", [2, 0.001, True, "a 'quoted' \"text\"\nwith lines: # and \\ signs", "inf", "1e-3"])
+@pytest.mark.parametrize(
+    "value", [2, 0.001, True, "a 'quoted' \"text\"\nwith lines: # and \\ signs", "inf", "1e-3"]
+)
 def test_yaml_keeps_texts(tmp_path, value):
     settings = make_settings({"prompt": f"{value}{{label}}"})
     dump_settings(settings, tmp_path / "dp_ft.yaml")
@@ -203,7 +229,16 @@ def test_numbers_are_texts_where_a_text_is_meant():
 
 @pytest.mark.parametrize(
     "line",
-    ["epsilon: yes", "epsilon: true", "batch_size: true", "batch_size: 10:24", "learning_rate: 1:30.5", "bands: true", "data:", "data: null"],
+    [
+        "epsilon: yes",
+        "epsilon: true",
+        "batch_size: true",
+        "batch_size: 10:24",
+        "learning_rate: 1:30.5",
+        "bands: true",
+        "data:",
+        "data: null",
+    ],
 )
 def test_what_was_mistyped_is_no_number_and_no_text(tmp_path, line):
     (tmp_path / "x.yaml").write_text(f"{line}\n")
@@ -220,7 +255,10 @@ def test_a_broken_override_is_one_line_that_names_it(pair):
 
 
 def test_a_text_may_hold_what_yaml_could_not():
-    assert parse_overrides(["prompt=[x][{label}]: @%", "epsilon= 3"]) == {"prompt": "[x][{label}]: @%", "epsilon": "3"}
+    assert parse_overrides(["prompt=[x][{label}]: @%", "epsilon= 3"]) == {
+        "prompt": "[x][{label}]: @%",
+        "epsilon": "3",
+    }
 
 
 @pytest.mark.parametrize("text", ["epsilon: 3\nseed: [1\n", "epsilon: 3\nseed: @1\n", "true: 3\n", "- 3\n"])
@@ -284,7 +322,12 @@ def test_wrong_settings_are_one_line(wrong, message):
 
 
 @pytest.mark.parametrize(
-    "values", [{"label_names": "film"}, {"label_names": "1,2"}, {"label_names": "", "label_column": "", "prompt": "A review:"}]
+    "values",
+    [
+        {"label_names": "film"},
+        {"label_names": "1,2"},
+        {"label_names": "", "label_column": "", "prompt": "A review:"},
+    ],
 )
 def test_one_label_or_none_are_fine(values):
     assert make_settings(values).labels == tuple(values["label_names"].split(","))
@@ -339,7 +382,9 @@ def test_the_order_of_rows_is_no_setting():
 
 
 def test_the_case_of_a_name_does_not_hide_it():
-    assert "did you mean 'label_column'" in message("Label_Column") and "did you mean 'top_k'" in message("TOP_K")
+    assert "did you mean 'label_column'" in message("Label_Column") and "did you mean 'top_k'" in message(
+        "TOP_K"
+    )
     assert "`dpsynth settings` lists all" in message("zzz")
 
 
@@ -357,7 +402,9 @@ def test_stored_table_of_the_documentation_is_todays(repo):
 
 
 def test_every_setting_is_read_by_something(repo):
-    source = "".join(p.read_text(encoding="utf-8") for p in (repo / "dpsynth").glob("*.py") if p.name != "settings.py")
+    source = "".join(
+        p.read_text(encoding="utf-8") for p in (repo / "dpsynth").glob("*.py") if p.name != "settings.py"
+    )
     through = {  # read by a method of Settings, or by its name
         "label_names": "settings.labels",
         "label_prior": "settings.prior()",
@@ -365,44 +412,96 @@ def test_every_setting_is_read_by_something(repo):
         "tuned_on": '"dtype", "tuned_on")  # settings that the sentences follow from',
         "test_fraction": '_hold_out(train, name, "test_fraction", settings',
     }
-    assert [n for n in Settings.model_fields if not re.search(rf"settings\.{n}\b", source) and through.get(n, "\0") not in source] == []
+    assert [
+        n
+        for n in Settings.model_fields
+        if not re.search(rf"settings\.{n}\b", source) and through.get(n, "\0") not in source
+    ] == []
 
 
-MEASURING = ["validation_size", "embedder", "second_embedder", "pooling", "embed_length", "num_mauve_samples", "num_mauve_trials",
-             "send_training_rows", "utility"]
+MEASURING = [
+    "validation_size",
+    "embedder",
+    "second_embedder",
+    "pooling",
+    "embed_length",
+    "num_mauve_samples",
+    "num_mauve_trials",
+    "send_training_rows",
+    "utility",
+]
 
 
 def test_what_does_not_affect_the_result_is_memory_speed_bookkeeping_and_measuring():
     assert list(evaluation_settings(Settings())) == MEASURING
-    without = ["columns", "microbatch_size", "rematerialize", "ledger", "data_name", "id_column", "sample_batch_size", *MEASURING]
+    without = [
+        "columns",
+        "microbatch_size",
+        "rematerialize",
+        "ledger",
+        "data_name",
+        "id_column",
+        "sample_batch_size",
+        *MEASURING,
+    ]
     assert sorted(n for n in Settings.model_fields if not affects_result(n)) == sorted(without)
 
 
 def test_measuring_otherwise_is_the_same_run():
     base = Settings()
-    other = Settings(second_embedder="gemma3_1b", pooling="last", num_mauve_trials=2, utility=False, validation_size=0)
+    other = Settings(
+        second_embedder="gemma3_1b", pooling="last", num_mauve_trials=2, utility=False, validation_size=0
+    )
     assert result_settings(base) == result_settings(other)
     changed = {n: v for n, v in evaluation_settings(other).items() if evaluation_settings(base)[n] != v}
-    assert changed == {"second_embedder": "gemma3_1b", "pooling": "last", "num_mauve_trials": 2, "utility": False, "validation_size": 0}
+    assert changed == {
+        "second_embedder": "gemma3_1b",
+        "pooling": "last",
+        "num_mauve_trials": 2,
+        "utility": False,
+        "validation_size": 0,
+    }
 
 
-@pytest.mark.parametrize("decision", ["seed=1", "test_size=9", "test_fraction=0.3", "test_data=t.csv", "duplicates=drop", "tuned_on=demo",
-                                      "canary_texts=t.csv"])
+@pytest.mark.parametrize(
+    "decision",
+    [
+        "seed=1",
+        "test_size=9",
+        "test_fraction=0.3",
+        "test_data=t.csv",
+        "duplicates=drop",
+        "tuned_on=demo",
+        "canary_texts=t.csv",
+    ],
+)
 def test_what_decides_on_rows_or_is_certified_is_no_measuring(decision):
     base, other = Settings(), make_settings(parse_overrides([decision]))
-    assert result_settings(other) != result_settings(base) and evaluation_settings(other) == evaluation_settings(base)
+    assert result_settings(other) != result_settings(base) and evaluation_settings(
+        other
+    ) == evaluation_settings(base)
 
 
 def test_nothing_that_makes_rows_reads_a_measuring_setting(repo):
-    allowed = dict.fromkeys(MEASURING, {"evaluation", "pipeline", "synthesizer"}) | {"validation_size": {"finetune"}}
+    allowed = dict.fromkeys(MEASURING, {"evaluation", "pipeline", "synthesizer"}) | {
+        "validation_size": {"finetune"}
+    }
     for name in MEASURING:
-        readers = {p.stem for p in (repo / "dpsynth").glob("*.py") if re.search(rf"settings\.{name}\b", p.read_text(encoding="utf-8"))}
+        readers = {
+            p.stem
+            for p in (repo / "dpsynth").glob("*.py")
+            if re.search(rf"settings\.{name}\b", p.read_text(encoding="utf-8"))
+        }
         assert readers <= allowed[name], name
-    assert (repo / "dpsynth" / "finetune.py").read_text(encoding="utf-8").count("settings.validation_size") == 1
+    assert (repo / "dpsynth" / "finetune.py").read_text(encoding="utf-8").count(
+        "settings.validation_size"
+    ) == 1
 
 
 def test_smoke_profile_is_small_and_keeps_decisions():
-    big = make_settings({"profile": "smoke", "epsilon": 3, "model": "gemma3_1b", "num_samples": 30, "num_mauve_samples": 30})
+    big = make_settings(
+        {"profile": "smoke", "epsilon": 3, "model": "gemma3_1b", "num_samples": 30, "num_mauve_samples": 30}
+    )
     small = resolve(big)
     assert (small.epsilon, small.model, small.num_samples) == (3, "tiny", 30) and small.batch_size == 64
     assert resolve(small) == small

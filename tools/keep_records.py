@@ -7,6 +7,7 @@ where they are synthetic. Nothing is copied from `private/`, where the rows are 
 themselves. A run that is not done, or an experiment that the record would lose, is an error, and then nothing is changed. With `--add`, for a sweep
 that takes days or several machines, runs that are not done are left out and experiments that only the record has stay in it.
 """
+
 import argparse
 import itertools
 import pathlib
@@ -27,11 +28,15 @@ def keep(run, target):
         if (run / name).exists():
             shutil.copyfile(run / name, target / name)
     status = read_json(run / "status.json")
-    write_json(target / "status.json", {name: status[name] for name in ("state", "reason", "started", "finished")})
+    write_json(
+        target / "status.json", {name: status[name] for name in ("state", "reason", "started", "finished")}
+    )
     rows = run / "release" / "synthetic.jsonl"
     if rows.exists():
         with rows.open(encoding="utf-8", newline="\n") as lines:
-            (target / "release" / "synthetic.jsonl").write_text("".join(itertools.islice(lines, ROWS)), encoding="utf-8")
+            (target / "release" / "synthetic.jsonl").write_text(
+                "".join(itertools.islice(lines, ROWS)), encoding="utf-8"
+            )
     elif not any((target / "release").iterdir()):
         (target / "release").rmdir()
 
@@ -44,7 +49,16 @@ def keep_all(runs, target, add=False):
         found, undone = [run for run in found if run.name not in undone], []
     lost = {path.parent.name for path in target.glob("*/settings.yaml")} - {run.name for run in found}
     if not found or undone or (lost and not add):
-        sys.exit(f"error: {runs}: " + (f"not done: {', '.join(undone)}" if undone else f"missing: {', '.join(sorted(lost))}" if lost else "no runs"))
+        sys.exit(
+            f"error: {runs}: "
+            + (
+                f"not done: {', '.join(undone)}"
+                if undone
+                else f"missing: {', '.join(sorted(lost))}"
+                if lost
+                else "no runs"
+            )
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         for run in found:
@@ -58,7 +72,9 @@ def keep_all(runs, target, add=False):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", type=pathlib.Path)
     parser.add_argument("target", type=pathlib.Path)
     parser.add_argument("--add", action="store_true")

@@ -15,7 +15,11 @@ def fenced(text, language=""):
 def shown(output):
     """An output as Markdown: Markdown as it is, text in a fence."""
     data = output.get("data", {})
-    return data["text/markdown"] if "text/markdown" in data else fenced(output.get("text") or data.get("text/plain", ""))
+    return (
+        data["text/markdown"]
+        if "text/markdown" in data
+        else fenced(output.get("text") or data.get("text/plain", ""))
+    )
 
 
 def blocks(notebook):

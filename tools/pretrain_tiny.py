@@ -12,6 +12,7 @@ Three stages, each resumable and each skipped when its result is on disk:
 `wiki_en_slice/articles.parquet` (encyclopedia articles, CC BY-SA). The generated reviews of things other than films
 come from `dpsynth.demo` and need no file.
 """
+
 import argparse
 import json
 import os
@@ -26,15 +27,38 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import numpy as np
 
 ARCHITECTURE = dict(
-    vocabulary_size=6144, image_size=16, num_layers=5, num_query_heads=4, num_key_value_heads=1, hidden_dim=256,
-    intermediate_dim=768, head_dim=64, query_head_dim_normalize=True, use_query_key_norm=True, use_post_ffw_norm=True,
-    use_post_attention_norm=True, use_sliding_window_attention=True, sliding_window_size=1024, vision_encoder=None)
-CONTROL = ["<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<img>", "<br />", "\n", "\n\n"]
+    vocabulary_size=6144,
+    image_size=16,
+    num_layers=5,
+    num_query_heads=4,
+    num_key_value_heads=1,
+    hidden_dim=256,
+    intermediate_dim=768,
+    head_dim=64,
+    query_head_dim_normalize=True,
+    use_query_key_norm=True,
+    use_post_ffw_norm=True,
+    use_post_attention_norm=True,
+    use_sliding_window_attention=True,
+    sliding_window_size=1024,
+    vision_encoder=None,
+)
+CONTROL = [
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<start_of_image>",
+    "<end_of_image>",
+    "<img>",
+    "<br />",
+    "\n",
+    "\n\n",
+]
 PAD, EOS, BOS = 0, 1, 2
 HELD_OUT_NOVELS, HELD_OUT_ARTICLES = 3, 300
 
 
 # ---- prepare -------------------------------------------------------------------------------------------------------
+
 
 def clean(text):
     """One line per paragraph, straight quotes, single spaces."""
@@ -58,6 +82,7 @@ def blocks(paragraphs, rng, low=800, high=3000):
 
 def read_table(path, columns):
     import pyarrow.parquet as pq
+
     return pq.read_table(path, columns=columns).to_pylist()
 
 
@@ -65,27 +90,55 @@ def read_documents(data, seed=0):
     """`{name: [document, …]}` for training and held-out text."""
     rng = random.Random(seed)
     novels = [r["text"] for r in read_table(data / "novels100/novels.parquet", ["text"])]
-    novels += [r["text"] for r in read_table(data / "eltec_eng/novels.parquet", ["text", "in_novels100"])
-               if not r["in_novels100"]]
-    articles = [r["title"] + "\n" + r["text"] for r in read_table(data / "wiki_en_slice/articles.parquet", ["title", "text"])]
+    novels += [
+        r["text"]
+        for r in read_table(data / "eltec_eng/novels.parquet", ["text", "in_novels100"])
+        if not r["in_novels100"]
+    ]
+    articles = [
+        r["title"] + "\n" + r["text"]
+        for r in read_table(data / "wiki_en_slice/articles.parquet", ["title", "text"])
+    ]
     rng.shuffle(novels)
     rng.shuffle(articles)
     cut = lambda texts: [b for t in texts for b in blocks(clean(t), rng)]
-    return {"held_novels": cut(novels[:HELD_OUT_NOVELS]), "held_wiki": cut(articles[:HELD_OUT_ARTICLES]),
-            "novels": cut(novels[HELD_OUT_NOVELS:]), "wiki": cut(articles[HELD_OUT_ARTICLES:])}
+    return {
+        "held_novels": cut(novels[:HELD_OUT_NOVELS]),
+        "held_wiki": cut(articles[:HELD_OUT_ARTICLES]),
+        "novels": cut(novels[HELD_OUT_NOVELS:]),
+        "wiki": cut(articles[HELD_OUT_ARTICLES:]),
+    }
 
 
 def train_tokenizer(documents, prefix, seed=0):
     import sentencepiece as spm
+
     rng = random.Random(seed)
     sample = rng.sample(documents["wiki"], 12000) + rng.sample(documents["novels"], 12000)
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(line for d in sample for line in d.split("\n")), model_prefix=str(prefix),
-        vocab_size=ARCHITECTURE["vocabulary_size"], model_type="bpe", byte_fallback=True, character_coverage=0.9995,
-        pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>",
-        unk_piece="<unk>", user_defined_symbols=CONTROL, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, add_dummy_prefix=False, split_digits=True, max_sentence_length=8192,
-        num_threads=2, minloglevel=1)
+        sentence_iterator=iter(line for d in sample for line in d.split("\n")),
+        model_prefix=str(prefix),
+        vocab_size=ARCHITECTURE["vocabulary_size"],
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=0.9995,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        unk_piece="<unk>",
+        user_defined_symbols=CONTROL,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        split_digits=True,
+        max_sentence_length=8192,
+        num_threads=2,
+        minloglevel=1,
+    )
 
 
 def encode(tokenizer, documents, path):
@@ -97,6 +150,7 @@ def encode(tokenizer, documents, path):
 
 def prepare(data, work):
     import sentencepiece as spm
+
     work.mkdir(parents=True, exist_ok=True)
     if (work / "prepared.json").exists():
         return
@@ -115,9 +169,11 @@ def prepare(data, work):
 def prepare_reviews(work, count):
     """Generated reviews of everything but films; made when the generator is there, mixed in from then on."""
     import sentencepiece as spm
+
     if (work / "reviews.npy").exists() or not count:
         return
     from dpsynth.demo import DOMAINS, reviews
+
     domains = [d for d in DOMAINS if d != "film"]
     rows = [r for k, d in enumerate(domains) for r in reviews(count // len(domains), seed=1000 + k, domain=d)]
     random.Random(0).shuffle(rows)
@@ -132,38 +188,72 @@ def prepare_reviews(work, count):
 # Training runs in PyTorch: compiled, it is more than twice as fast on CPUs as the same model under XLA. The forward pass
 # below is keras_hub's Gemma3Backbone, written out; `export` checks that both give the same logits.
 
+
 def build(dtype="float32"):
     import keras_hub
+
     return keras_hub.models.Gemma3Backbone(**ARCHITECTURE, dtype=dtype)
 
 
 def parameter_names():
     """In the order of the Keras model's trainable variables."""
-    block = ["pre_attention_norm", "post_attention_norm", "query", "key", "value", "query_norm", "key_norm", "output",
-             "pre_ffw_norm", "post_ffw_norm", "gate", "up", "down"]
-    return ["embedding", *(f"{i}.{n}" for i in range(ARCHITECTURE["num_layers"]) for n in block), "final_norm"]
+    block = [
+        "pre_attention_norm",
+        "post_attention_norm",
+        "query",
+        "key",
+        "value",
+        "query_norm",
+        "key_norm",
+        "output",
+        "pre_ffw_norm",
+        "post_ffw_norm",
+        "gate",
+        "up",
+        "down",
+    ]
+    return [
+        "embedding",
+        *(f"{i}.{n}" for i in range(ARCHITECTURE["num_layers"]) for n in block),
+        "final_norm",
+    ]
 
 
 def init_params(seed=0):
     """Matrices as [in, out]; norms hold `scale`, applied as 1 + scale."""
     import torch
+
     a = ARCHITECTURE
     torch.manual_seed(seed)
     width, head = a["hidden_dim"], a["head_dim"]
     q, kv, ff = a["num_query_heads"] * head, a["num_key_value_heads"] * head, a["intermediate_dim"]
-    shapes = {"query": (width, q), "key": (width, kv), "value": (width, kv), "output": (q, width), "gate": (width, ff),
-              "up": (width, ff), "down": (ff, width), "query_norm": (head,), "key_norm": (head,)}
+    shapes = {
+        "query": (width, q),
+        "key": (width, kv),
+        "value": (width, kv),
+        "output": (q, width),
+        "gate": (width, ff),
+        "up": (width, ff),
+        "down": (ff, width),
+        "query_norm": (head,),
+        "key_norm": (head,),
+    }
     params = {}
     for name in parameter_names():
         kind = name.split(".")[-1]
         shape = (a["vocabulary_size"], width) if kind == "embedding" else shapes.get(kind, (width,))
-        value = torch.zeros(shape) if len(shape) == 1 else torch.randn(shape) * (0.02 if kind == "embedding" else shape[0] ** -0.5)
+        value = (
+            torch.zeros(shape)
+            if len(shape) == 1
+            else torch.randn(shape) * (0.02 if kind == "embedding" else shape[0] ** -0.5)
+        )
         params[name] = value.requires_grad_()
     return params
 
 
 def rotate(x, cos, sin):
     import torch
+
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -172,6 +262,7 @@ def hidden_states(params, tokens):
     """tokens [batch, length] -> final normalised states [batch, length, width]."""
     import torch
     import torch.nn.functional as F
+
     a = ARCHITECTURE
     rms = lambda x, scale: F.rms_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale)
     batch, length = tokens.shape
@@ -180,23 +271,46 @@ def hidden_states(params, tokens):
     cos, sin = angle.cos(), angle.sin()
     x = params["embedding"][tokens] * a["hidden_dim"] ** 0.5
     for i in range(a["num_layers"]):
-        p = {n: params[f"{i}.{n}"] for n in ("pre_attention_norm", "post_attention_norm", "query", "key", "value", "query_norm",
-             "key_norm", "output", "pre_ffw_norm", "post_ffw_norm", "gate", "up", "down")}
+        p = {
+            n: params[f"{i}.{n}"]
+            for n in (
+                "pre_attention_norm",
+                "post_attention_norm",
+                "query",
+                "key",
+                "value",
+                "query_norm",
+                "key_norm",
+                "output",
+                "pre_ffw_norm",
+                "post_ffw_norm",
+                "gate",
+                "up",
+                "down",
+            )
+        }
         h = rms(x, p["pre_attention_norm"])
         split = lambda y, n: y.view(batch, length, n, head).transpose(1, 2)
         q = rotate(rms(split(h @ p["query"], heads), p["query_norm"]), cos, sin)
         k = rotate(rms(split(h @ p["key"], kv), p["key_norm"]), cos, sin).expand(batch, heads, length, head)
         v = split(h @ p["value"], kv).expand(batch, heads, length, head)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, length, heads * head)
+        attended = (
+            F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            .transpose(1, 2)
+            .reshape(batch, length, heads * head)
+        )
         x = x + rms(attended @ p["output"], p["post_attention_norm"])
         h = rms(x, p["pre_ffw_norm"])
-        x = x + rms((F.gelu(h @ p["gate"], approximate="tanh") * (h @ p["up"])) @ p["down"], p["post_ffw_norm"])
+        x = x + rms(
+            (F.gelu(h @ p["gate"], approximate="tanh") * (h @ p["up"])) @ p["down"], p["post_ffw_norm"]
+        )
     return rms(x, params["final_norm"])
 
 
 def loss_of(params, tokens):
     """Mean next-token cross-entropy over tokens [batch, length + 1], in nats."""
     import torch.nn.functional as F
+
     logits = hidden_states(params, tokens[:, :-1]) @ params["embedding"].T
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
@@ -204,10 +318,13 @@ def loss_of(params, tokens):
 def make_optimizers(params, peak):
     """Muon for the matrices inside the blocks, AdamW for the embedding and the norms."""
     import torch
+
     matrices = [p for n, p in params.items() if p.ndim == 2 and n != "embedding"]
     rest = [p for n, p in params.items() if p.ndim < 2 or n == "embedding"]
-    return [torch.optim.Muon(matrices, lr=peak, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.98), weight_decay=0.0)]
+    return [
+        torch.optim.Muon(matrices, lr=peak, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def schedule(step, done, warmup=200, final=0.03):
@@ -236,17 +353,20 @@ class Windows:
         for r, name in enumerate(rng.choice(names, rows, p=weights)):
             part = self.parts[name]
             start = rng.integers(0, len(part) - self.length - 1)
-            out[r] = part[start:start + self.length + 1]
+            out[r] = part[start : start + self.length + 1]
         return out
 
 
 def evaluate(measure, params, work, name, prepared, rows=32, length=256, batches=6):
     """(nats per token, bits per byte) on the first windows of a held-out token file."""
     import torch
+
     flat, values = np.load(work / f"{name}.npy"), []
     for b in range(min(batches, (len(flat) - 1) // (rows * length))):
         at = b * rows * length
-        window = np.stack([flat[at + r * length: at + (r + 1) * length + 1] for r in range(rows)]).astype(np.int64)
+        window = np.stack([flat[at + r * length : at + (r + 1) * length + 1] for r in range(rows)]).astype(
+            np.int64
+        )
         with torch.no_grad():
             values.append(float(measure(params, torch.from_numpy(window))))
     nats, figures = float(np.mean(values)), prepared[name]
@@ -255,12 +375,23 @@ def evaluate(measure, params, work, name, prepared, rows=32, length=256, batches
 
 def save_state(path, params, optimizers, step, seen, log):
     import torch
-    torch.save({"params": params, "optimizers": [o.state_dict() for o in optimizers], "step": step, "seen": seen, "log": log}, f"{path}.tmp")
+
+    torch.save(
+        {
+            "params": params,
+            "optimizers": [o.state_dict() for o in optimizers],
+            "step": step,
+            "seen": seen,
+            "log": log,
+        },
+        f"{path}.tmp",
+    )
     os.replace(f"{path}.tmp", path)
 
 
 def load_state(path, params, optimizers):
     import torch
+
     saved = torch.load(path, weights_only=True)
     for name, value in saved["params"].items():
         params[name].data.copy_(value)
@@ -271,6 +402,7 @@ def load_state(path, params, optimizers):
 
 def train(work, tokens, length, rows, peak, stop_after):
     import torch
+
     prepared = json.loads((work / "prepared.json").read_text())
     params = init_params()
     optimizers, step, seen, log = make_optimizers(params, peak), 0, 0, []
@@ -292,8 +424,12 @@ def train(work, tokens, length, rows, peak, stop_after):
         recent.append(value.detach())
         step, seen = step + 1, seen + rows * length
         if step % 100 == 0:
-            line = {"step": step, "tokens": seen, "loss": round(float(torch.stack(recent).mean()), 4),
-                    "tokens_per_second": round((seen - first) / (time.time() - began))}
+            line = {
+                "step": step,
+                "tokens": seen,
+                "loss": round(float(torch.stack(recent).mean()), 4),
+                "tokens_per_second": round((seen - first) / (time.time() - began)),
+            }
             recent = []
             if step % 1000 == 0:
                 for name in ("held_novels", "held_wiki"):
@@ -310,7 +446,9 @@ def phases(log, step, seen):
     """[{updates, tokens_per_update}]: where a log says that the batch was changed; exact, as a line of it holds at most one change."""
     found, last = [], {"step": 0, "tokens": 0}
     marks = [*log, {"step": step, "tokens": seen}]
-    sizes = [(b["tokens"] - a["tokens"]) / max(1, b["step"] - a["step"]) for a, b in zip([last, *marks], marks)]
+    sizes = [
+        (b["tokens"] - a["tokens"]) / max(1, b["step"] - a["step"]) for a, b in zip([last, *marks], marks)
+    ]
     for i, (size, mark) in enumerate(zip(sizes, marks)):
         count, following = mark["step"] - last["step"], sizes[i + 1] if i + 1 < len(sizes) else size
         if found and size != found[-1]["tokens_per_update"] and following != size:  # a line with both sizes
@@ -327,6 +465,7 @@ def phases(log, step, seen):
 
 # ---- export --------------------------------------------------------------------------------------------------------
 
+
 def to_keras(params, variables):
     """Assign the arrays to a backbone's trainable variables, which hold one matrix per head."""
     for (name, value), variable in zip(params.items(), variables):
@@ -339,6 +478,7 @@ def to_keras(params, variables):
 def export(work, out):
     import torch
     from keras_hub.models import Gemma3CausalLM, Gemma3CausalLMPreprocessor, Gemma3Tokenizer
+
     params = init_params()
     step, seen, log = load_state(work / "checkpoint.pt", params, [])
     with torch.no_grad():
@@ -349,14 +489,26 @@ def export(work, out):
     to_keras(params, half.trainable_variables)
     probe = np.load(work / "held_wiki.npy")[:64].astype(np.int64)[None]
     ours = hidden_states(params, torch.from_numpy(probe)).detach().numpy()
-    theirs = np.asarray(full({"token_ids": probe.astype("int32"), "padding_mask": np.ones_like(probe, "int32")}))
+    theirs = np.asarray(
+        full({"token_ids": probe.astype("int32"), "padding_mask": np.ones_like(probe, "int32")})
+    )
     np.testing.assert_allclose(ours, theirs, atol=2e-3)
-    preprocessor = Gemma3CausalLMPreprocessor(tokenizer=Gemma3Tokenizer(proto=str(work / "tokenizer.model")), sequence_length=512)
+    preprocessor = Gemma3CausalLMPreprocessor(
+        tokenizer=Gemma3Tokenizer(proto=str(work / "tokenizer.model")), sequence_length=512
+    )
     Gemma3CausalLM(backbone=half, preprocessor=preprocessor).save_to_preset(str(out))
     prepared = json.loads((work / "prepared.json").read_text())
-    figures = {"parameters": sum(p.numel() for p in params.values()), "updates": step, "tokens_seen": seen, "phases": phases(log, step, seen),
-               "corpora": dict(prepared), "held_out": {n: dict(zip(("nats_per_token", "bits_per_byte"), evaluate(loss_of, params, work, n, prepared)))
-                                                       for n in ("held_novels", "held_wiki")}}
+    figures = {
+        "parameters": sum(p.numel() for p in params.values()),
+        "updates": step,
+        "tokens_seen": seen,
+        "phases": phases(log, step, seen),
+        "corpora": dict(prepared),
+        "held_out": {
+            n: dict(zip(("nats_per_token", "bits_per_byte"), evaluate(loss_of, params, work, n, prepared)))
+            for n in ("held_novels", "held_wiki")
+        },
+    }
     if (work / "reviews.json").exists():
         figures["corpora"]["reviews"] = json.loads((work / "reviews.json").read_text())
     (pathlib.Path(out) / "pretraining.json").write_text(json.dumps(figures, indent=1) + "\n")
@@ -395,15 +547,33 @@ constant, linear decay): {phases}. The reviews were generated while the training
 
 def write_card(figures, out):
     """README.md of the preset, from the figures of the export."""
-    corpora = "\n".join(f"| {n} | {c['documents']:,} | {c['tokens']:,} |" for n, c in figures["corpora"].items())
-    held = "\n".join(f"| {n} | {f['nats_per_token']:.3f} | {f['bits_per_byte']:.3f} |" for n, f in figures["held_out"].items())
-    (pathlib.Path(out) / "README.md").write_text(CARD.format(**{
-        **figures, "corpora": corpora, "held_out": held, "tokens_per_update": figures["phases"][-1]["tokens_per_update"],
-        "phases": ", then ".join(f"{p['updates']:,} updates of {p['tokens_per_update']:,} tokens" for p in figures["phases"])}))
+    corpora = "\n".join(
+        f"| {n} | {c['documents']:,} | {c['tokens']:,} |" for n, c in figures["corpora"].items()
+    )
+    held = "\n".join(
+        f"| {n} | {f['nats_per_token']:.3f} | {f['bits_per_byte']:.3f} |"
+        for n, f in figures["held_out"].items()
+    )
+    (pathlib.Path(out) / "README.md").write_text(
+        CARD.format(
+            **{
+                **figures,
+                "corpora": corpora,
+                "held_out": held,
+                "tokens_per_update": figures["phases"][-1]["tokens_per_update"],
+                "phases": ", then ".join(
+                    f"{p['updates']:,} updates of {p['tokens_per_update']:,} tokens"
+                    for p in figures["phases"]
+                ),
+            }
+        )
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", choices=["prepare", "reviews", "train", "export", "all"])
     parser.add_argument("--data", type=pathlib.Path, help="folder of the corpora")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path(".cache/pretrain"))
@@ -413,7 +583,9 @@ def main():
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--peak", type=float, default=0.004, help="peak learning rate")
-    parser.add_argument("--stop-after", type=float, default=0, help="seconds after which to checkpoint and stop")
+    parser.add_argument(
+        "--stop-after", type=float, default=0, help="seconds after which to checkpoint and stop"
+    )
     args = parser.parse_args()
     if args.stage in ("prepare", "all"):
         prepare(args.data, args.work)

@@ -7,6 +7,7 @@ a temporary folder, and installs the wheel with pip, without extras, and the def
 `dpsynth demo` where no file of this repository is in reach, and checks that all six experiments are done, each with a score, and that the certificate of the private one
 verifies. `--full` runs the demo in full instead of with `profile=smoke`. Exit code 1, and what was said last, if something is amiss.
 """
+
 import argparse
 import json
 import os
@@ -25,10 +26,18 @@ CERTIFICATE = pathlib.Path("runs", "demo", "dp_ft", "release", "certificate.json
 def call(*command, cwd, show=False):
     """Standard output of a command; exits where it fails. The environment has nothing that leads back to this repository."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "DPSYNTH_"))}
-    done = subprocess.run([str(part) for part in command], cwd=cwd, env=env, stdout=None if show else subprocess.PIPE,
-                          stderr=None if show else subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=env,
+        stdout=None if show else subprocess.PIPE,
+        stderr=None if show else subprocess.STDOUT,
+        text=True,
+    )
     if done.returncode:
-        sys.exit(f"error: {' '.join(map(str, command))} ended with {done.returncode}\n{(done.stdout or '')[-4000:]}".rstrip())
+        sys.exit(
+            f"error: {' '.join(map(str, command))} ended with {done.returncode}\n{(done.stdout or '')[-4000:]}".rstrip()
+        )
     return done.stdout
 
 
@@ -63,22 +72,32 @@ def run_demo(programs, folder, full):
 
 def check_rows(rows):
     """Exit unless every experiment of the demo is among these rows of results, is done and has a score."""
-    complete = {row["experiment"] for row in rows if row["status"] == "done" and row["mauve_mean"] is not None}
+    complete = {
+        row["experiment"] for row in rows if row["status"] == "done" and row["mauve_mean"] is not None
+    }
     if complete != EXPERIMENTS or len(rows) != len(EXPERIMENTS):
-        sys.exit(f"error: {len(rows)} rows, expected {len(EXPERIMENTS)}; not done: {', '.join(sorted(EXPERIMENTS - complete)) or 'none'}")
+        sys.exit(
+            f"error: {len(rows)} rows, expected {len(EXPERIMENTS)}; not done: {', '.join(sorted(EXPERIMENTS - complete)) or 'none'}"
+        )
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--full", action="store_true", help="the demo in full, instead of with profile=smoke")
-    parser.add_argument("--wheel", type=pathlib.Path, help="a wheel to install, instead of one of this working tree")
+    parser.add_argument(
+        "--wheel", type=pathlib.Path, help="a wheel to install, instead of one of this working tree"
+    )
     return parser
 
 
 def main():
     args = make_parser().parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        parts = {name: pathlib.Path(temporary).resolve() / name for name in ("wheel", "environment", "elsewhere")}
+        parts = {
+            name: pathlib.Path(temporary).resolve() / name for name in ("wheel", "environment", "elsewhere")
+        }
         parts["wheel"].mkdir()
         parts["elsewhere"].mkdir()
         wheel = args.wheel.resolve() if args.wheel else build(parts["wheel"])

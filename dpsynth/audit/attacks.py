@@ -17,9 +17,20 @@ import pandas as pd
 
 from .pool import CATEGORIES, LARGEST, _gaps, _once
 from .tests import auc_test, copy_test, share_test, top_test, tpr_test
-from ..words import (
-    NATURAL, WORD, Words, folded, near_copies, own, own_identifiers, own_names, own_runs, shared_by_two,
-    shares_run, text_membership)
+from dpsynth.words import (
+    NATURAL,
+    WORD,
+    Words,
+    folded,
+    near_copies,
+    own,
+    own_identifiers,
+    own_names,
+    own_runs,
+    shared_by_two,
+    shares_run,
+    text_membership,
+)
 
 # %% ../../nbs/12_audit/04_attacks.ipynb #b6a99fb5
 RUN_LENGTHS = (13, 50)
@@ -32,24 +43,51 @@ def _copy_plan(name, keys, hits, member, **options):
 
 def _own_plan(found, member, name=None):
     """The copy test on an `Own`, among the units that are able to show something."""
-    return functools.partial(copy_test, name or f"{found.what} of their own", found.found[found.able], member[found.able],
-                             of=" that have some" if name is None else " that could show it", in_verdict=True)
+    return functools.partial(
+        copy_test,
+        name or f"{found.what} of their own",
+        found.found[found.able],
+        member[found.able],
+        of=" that have some" if name is None else " that could show it",
+        in_verdict=True,
+    )
 
 
 def own_plans(pool, ours, looked):
-    """Tests for what units have of their own, and for near copies; `ours`: `Words` of the synthetic rows, `looked`: `own_identifiers`."""
+    """Tests for what units have of their own, and for near copies; `ours`: `Words` of the synthetic rows,
+    `looked`: `own_identifiers`.
+    """
     words, units = Words.of(pool.texts), len(pool.member)
-    found = [looked, own_names(pool.texts, words, pool.owner, ours, units), own_runs(words, pool.owner, ours, units)]
-    return [*(_own_plan(o, pool.member) for o in found), _own_plan(near_copies(words, pool.owner, ours, units), pool.member, "near copies")]
+    found = [
+        looked,
+        own_names(pool.texts, words, pool.owner, ours, units),
+        own_runs(words, pool.owner, ours, units),
+    ]
+    return [
+        *(_own_plan(o, pool.member) for o in found),
+        _own_plan(near_copies(words, pool.owner, ours, units), pool.member, "near copies"),
+    ]
 
 
 def text_copies(pool, ours, real):
-    """Tests for copies and long runs; `ours` and `real` are the `Words` of the synthetic and of the pool's rows."""
+    """Tests for copies and long runs; `ours` and `real` are the `Words` of the synthetic and of the pool's
+    rows.
+    """
     texts, keys = pool.real[pool.text], folded(real)
-    exact, loose = texts.isin(set(pool.synthetic[pool.text])).to_numpy(), np.isin(keys, folded(ours)) & (real.lengths > 0)
-    plan = [_copy_plan("verbatim copies", pd.util.hash_array(texts.to_numpy(object)), exact, pool.member, in_verdict=True),
-            _copy_plan("copies up to case, space, punctuation", keys, loose, pool.member)]
-    return plan + [_copy_plan(f"shared runs of {n} words", keys, shares_run(real, ours, n), pool.member) for n in RUN_LENGTHS]
+    exact, loose = (
+        texts.isin(set(pool.synthetic[pool.text])).to_numpy(),
+        np.isin(keys, folded(ours)) & (real.lengths > 0),
+    )
+    plan = [
+        _copy_plan(
+            "verbatim copies", pd.util.hash_array(texts.to_numpy(object)), exact, pool.member, in_verdict=True
+        ),
+        _copy_plan("copies up to case, space, punctuation", keys, loose, pool.member),
+    ]
+    return plan + [
+        _copy_plan(f"shared runs of {n} words", keys, shares_run(real, ours, n), pool.member)
+        for n in RUN_LENGTHS
+    ]
 
 # %% ../../nbs/12_audit/04_attacks.ipynb #4110d1b0
 MIN_TAIL = 20
@@ -59,7 +97,9 @@ def _text_vectors(texts):
     """Sparse unit vectors [rows, features] of the hashed runs of 1 to 3 words."""
     from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
-    counts = HashingVectorizer(token_pattern=WORD, ngram_range=(1, 3), norm=None, alternate_sign=False, n_features=2**20).transform(texts)
+    counts = HashingVectorizer(
+        token_pattern=WORD, ngram_range=(1, 3), norm=None, alternate_sign=False, n_features=2**20
+    ).transform(texts)
     rows_with = np.bincount(counts.indices, minlength=counts.shape[1])
     kept = (rows_with > 1) & (rows_with <= max(2, len(texts) // 20))
     kept[0] |= not kept.any()  # nothing in common: all vectors are zero
@@ -71,9 +111,11 @@ class Near:
     """Distances between synthetic and pool rows.
 
     Attributes:
-        index, ratio: for each synthetic row near any pool row, the nearest one, and its distance over that of the second nearest.
+        index, ratio: for each synthetic row near any pool row, the nearest one, and its distance over that of
+            the second nearest.
         distance: for each pool row, the distance to the nearest synthetic row.
     """
+
     index: np.ndarray
     ratio: np.ndarray
     distance: np.ndarray
@@ -85,23 +127,31 @@ def _ratio(near, far):
 
 
 def nearest(ours, real, metric):
-    """`Near` of two matrices, dense or sparse, with the same columns; `metric` is a scikit-learn one whose far end is `cosine` 1."""
+    """`Near` of two matrices, dense or sparse, with the same columns; `metric` is a scikit-learn one whose
+    far end is `cosine` 1.
+    """
     from sklearn import config_context
     from sklearn.neighbors import NearestNeighbors
 
     with config_context(working_memory=128):
         to_real, index = NearestNeighbors(n_neighbors=2, metric=metric).fit(real).kneighbors(ours)
         distance = NearestNeighbors(n_neighbors=1, metric=metric).fit(ours).kneighbors(real)[0][:, 0]
-    to_real, distance = (np.where(d < 1e-6, 0.0, d) for d in (to_real, distance))  # rounding: the distance to a copy is 0
+    to_real, distance = (
+        np.where(d < 1e-6, 0.0, d) for d in (to_real, distance)
+    )  # rounding: the distance to a copy is 0
     close = to_real[:, 0] < (1 if metric == "cosine" else np.inf)
     return Near(index[close, 0], _ratio(*to_real[close].T), distance)
 
 
 def nearest_plan(near, member):
-    """Tests on the nearest rows: of all synthetic rows, and of the closest 1 % (at least `MIN_TAIL`), as measured by `Near.ratio`."""
-    tail = np.argsort(near.ratio, kind="stable")[:max(MIN_TAIL, len(near.ratio) // 100)]
-    return [functools.partial(share_test, "nearest rows", near.index, member),
-            functools.partial(share_test, f"nearest rows, the {len(tail)} closest", near.index[tail], member)]
+    """Tests on the nearest rows: of all synthetic rows, and of the closest 1 % (at least `MIN_TAIL`), as
+    measured by `Near.ratio`.
+    """
+    tail = np.argsort(near.ratio, kind="stable")[: max(MIN_TAIL, len(near.ratio) // 100)]
+    return [
+        functools.partial(share_test, "nearest rows", near.index, member),
+        functools.partial(share_test, f"nearest rows, the {len(tail)} closest", near.index[tail], member),
+    ]
 
 # %% ../../nbs/12_audit/04_attacks.ipynb #9ec39601
 def membership_plan(name, scores, member):
@@ -138,15 +188,21 @@ def table_copies(pool):
     """Tests for copies of rows."""
     (exact, exact_hit), (keys, hit) = (_copied_rows(pool, fold) for fold in (False, True))
     once = _once(keys)
-    return [_copy_plan("verbatim rows", exact, exact_hit, pool.member, in_verdict=True),
-            _copy_plan(f"rows up to case and {DIGITS} digits", keys, hit, pool.member),
-            _copy_plan("rows that occur once", keys[once], hit[once], pool.member[once]),
-            _own_plan(own_values(pool), pool.member)]
+    return [
+        _copy_plan("verbatim rows", exact, exact_hit, pool.member, in_verdict=True),
+        _copy_plan(f"rows up to case and {DIGITS} digits", keys, hit, pool.member),
+        _copy_plan("rows that occur once", keys[once], hit[once], pool.member[once]),
+        _own_plan(own_values(pool), pool.member),
+    ]
 
 
 def _numbered(column):
     """Whether a column numbers its rows, which leaks nothing."""
-    return pd.api.types.is_float_dtype(column) and column.is_unique and column.max() - column.min() + 1 == len(column)
+    return (
+        pd.api.types.is_float_dtype(column)
+        and column.is_unique
+        and column.max() - column.min() + 1 == len(column)
+    )
 
 
 def _cells(column, salt):
@@ -156,16 +212,24 @@ def _cells(column, salt):
 
 
 def _telling(pool, name, salt):
-    """`(hashes, rows, theirs)` of the values of the pool and of the synthetic rows in a column of which most values are one row's own, else None."""
+    """`(hashes, rows, theirs)` of the values of the pool and of the synthetic rows in a column of which most
+    values are one row's own, else None.
+    """
     (hashes, rows), (theirs, _) = _cells(pool.real[name], salt), _cells(pool.synthetic[name], salt)
     alone = own(hashes, rows, theirs, len(pool.member), "").able.mean()
     chance = NATURAL / max(1, len(pool.synthetic) / len(pool.member))
-    telling = alone >= 0.5 and shared_by_two(hashes, rows, len(pool.member)) <= chance and not _numbered(pool.synthetic[name])
+    telling = (
+        alone >= 0.5
+        and shared_by_two(hashes, rows, len(pool.member)) <= chance
+        and not _numbered(pool.synthetic[name])
+    )
     return (hashes, rows, theirs) if telling else None
 
 
 def own_values(pool):
-    """`Own` of values in columns where a value is mostly one row's own and hardly ever that of two rows: names, or numbers of accounts."""
+    """`Own` of values in columns where a value is mostly one row's own and hardly ever that of two rows:
+    names, or numbers of accounts.
+    """
     salts = pd.util.hash_array(np.array(pool.others, dtype=object))
     found = [telling for name, salt in zip(pool.others, salts) if (telling := _telling(pool, name, salt))]
     none = np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.uint64)
@@ -181,9 +245,15 @@ def _table_vectors(pool):
 
     finite = FunctionTransformer(lambda x: x.where(np.isfinite(x)))
     imputer = SimpleImputer(strategy="median", add_indicator=True, keep_empty_features=True)
-    numbers = make_pipeline(finite, imputer, QuantileTransformer(n_quantiles=min(1000, len(pool.real)), random_state=0))
-    kinds = OneHotEncoder(max_categories=CATEGORIES, handle_unknown="infrequent_if_exist", sparse_output=False)
-    weights = {"categories": math.sqrt(0.5)}  # another category is as far away as the lowest number from the highest
+    numbers = make_pipeline(
+        finite, imputer, QuantileTransformer(n_quantiles=min(1000, len(pool.real)), random_state=0)
+    )
+    kinds = OneHotEncoder(
+        max_categories=CATEGORIES, handle_unknown="infrequent_if_exist", sparse_output=False
+    )
+    weights = {
+        "categories": math.sqrt(0.5)
+    }  # another category is as far away as the lowest number from the highest
     columns = [("numbers", numbers, list(pool.numbers)), ("categories", kinds, list(pool.categories))]
     encoder = ColumnTransformer(columns, transformer_weights=weights)
     real = encoder.fit_transform(pool.real)
@@ -191,9 +261,11 @@ def _table_vectors(pool):
 
 
 def table_membership(real, distance):
-    """float64[pool]: distance to the nearest other pool row over that plus the distance to the nearest synthetic row; 1 for a copy.
+    """float64[pool]: distance to the nearest other pool row over that plus the distance to the nearest
+    synthetic row; 1 for a copy.
 
-    Comparing with the pool itself tells a row in a crowd, which is near everything, from a row that is near a synthetic one for a reason.
+    Comparing with the pool itself tells a row in a crowd, which is near everything, from a row that is near a
+    synthetic one for a reason.
     """
     from sklearn.neighbors import NearestNeighbors
 
@@ -206,7 +278,8 @@ CHECK_LEVEL = 0.001
 
 
 def exchangeability(vectors, member):
-    """Can training rows be told from held-out rows without any synthetic row? An `Attack`, of which nothing should be detected.
+    """Can training rows be told from held-out rows without any synthetic row? An `Attack`, of which nothing
+    should be detected.
 
     Args:
         vectors: [pool, features], dense or sparse, made without the synthetic rows. member: bool[pool].
@@ -217,10 +290,15 @@ def exchangeability(vectors, member):
 
     vectors, member = vectors[:CHECK_ROWS], member[:CHECK_ROWS]
     half = np.arange(len(member)) % 2 == 0
-    linear, trees = LogisticRegression(C=10.0, max_iter=200), HistGradientBoostingClassifier(max_iter=50, random_state=0)
+    linear, trees = (
+        LogisticRegression(C=10.0, max_iter=200),
+        HistGradientBoostingClassifier(max_iter=50, random_state=0),
+    )
     classifier = linear if issparse(vectors) else trees
     scores = classifier.fit(vectors[half], member[half]).predict_proba(vectors[~half])[:, 1]
-    return auc_test("training against held-out rows", scores, member[~half], level=CHECK_LEVEL, alternative="greater")
+    return auc_test(
+        "training against held-out rows", scores, member[~half], level=CHECK_LEVEL, alternative="greater"
+    )
 
 # %% ../../nbs/12_audit/04_attacks.ipynb #05f5f475
 LOOK_WORDS = 20
@@ -228,9 +306,10 @@ LOOK_WORDS = 20
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evidence:
-    """What one kind of columns yields: tests still to be run, arrays over the pool (or its first `len(distance)` rows), and rows to look at, by what
-    makes them so.
+    """What one kind of columns yields: tests still to be run, arrays over the pool (or its first
+    `len(distance)` rows), and rows to look at, by what makes them so.
     """
+
     kind: str
     plans: list
     scores: np.ndarray
@@ -240,26 +319,48 @@ class Evidence:
 
 
 def text_evidence(pool, max_rows):
-    """`Evidence` of the text column; nearest rows are sought among at most `max_rows` synthetic and twice as many real rows."""
+    """`Evidence` of the text column; nearest rows are sought among at most `max_rows` synthetic and twice as
+    many real rows.
+    """
     ours, real = (Words.of(frame[pool.text]) for frame in (pool.synthetic, pool.real))
-    few, some = pool.synthetic[pool.text][:max_rows], pool.real[pool.text][:2 * max_rows]
+    few, some = pool.synthetic[pool.text][:max_rows], pool.real[pool.text][: 2 * max_rows]
     vectors = _text_vectors([*few, *some])
-    near, member = nearest(vectors[:len(few)], vectors[len(few):], "cosine"), pool.member[:len(some)]
+    near, member = nearest(vectors[: len(few)], vectors[len(few) :], "cosine"), pool.member[: len(some)]
     scores = text_membership(ours, real)
     looked = own_identifiers(pool.texts, pool.owner, pool.synthetic[pool.text], len(pool.member))
-    plans = [*text_copies(pool, ours, real), *nearest_plan(near, member), *membership_plan("language model", scores, pool.member),
-             *own_plans(pool, ours, looked)]
+    plans = [
+        *text_copies(pool, ours, real),
+        *nearest_plan(near, member),
+        *membership_plan("language model", scores, pool.member),
+        *own_plans(pool, ours, looked),
+    ]
     copied = (real.lengths >= LOOK_WORDS) & np.isin(folded(real), folded(ours))
-    look = {f"texts of at least {LOOK_WORDS} words": copied, f"rows with {looked.what} that no other row has": looked.found}
-    return Evidence("text", plans, scores, near.distance, functools.partial(_text_vectors, some[:CHECK_ROWS]), look)
+    look = {
+        f"texts of at least {LOOK_WORDS} words": copied,
+        f"rows with {looked.what} that no other row has": looked.found,
+    }
+    return Evidence(
+        "text", plans, scores, near.distance, functools.partial(_text_vectors, some[:CHECK_ROWS]), look
+    )
 
 
 def table_evidence(pool, max_rows):
     """`Evidence` of the columns that are not the text, limited in the same way."""
-    few = dataclasses.replace(pool, synthetic=pool.synthetic[:max_rows], real=pool.real[:2 * max_rows], member=pool.member[:2 * max_rows])
+    few = dataclasses.replace(
+        pool,
+        synthetic=pool.synthetic[:max_rows],
+        real=pool.real[: 2 * max_rows],
+        member=pool.member[: 2 * max_rows],
+    )
     ours, real = _table_vectors(few)
     near = nearest(ours, real, "euclidean")
     scores = table_membership(real, near.distance)
-    plans = [*table_copies(pool), *nearest_plan(near, few.member), *membership_plan("nearest synthetic row", scores, few.member)]
+    plans = [
+        *table_copies(pool),
+        *nearest_plan(near, few.member),
+        *membership_plan("nearest synthetic row", scores, few.member),
+    ]
     keys, hit = _copied_rows(pool, True)
-    return Evidence("table", plans, scores, near.distance, lambda: real, {"rows that occur once": hit & _once(keys)})
+    return Evidence(
+        "table", plans, scores, near.distance, lambda: real, {"rows that occur once": hit & _once(keys)}
+    )

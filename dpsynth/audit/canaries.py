@@ -22,7 +22,9 @@ MIN_CANARIES = 40
 
 
 def canary_scores(base_losses, tuned_losses):
-    """float64[m]: loss under the untuned model minus loss under the tuned one, per canary, in nats per token."""
+    """float64[m]: loss under the untuned model minus loss under the tuned one, per canary, in nats per
+    token.
+    """
     return np.asarray(base_losses, float) - np.asarray(tuned_losses, float)
 
 
@@ -34,9 +36,14 @@ def _canary_auditor(scores, included):
     if scores.shape != included.shape or scores.ndim != 1:
         raise PrivacyError(f"canaries: scores of shape {scores.shape} for coins of shape {included.shape}")
     if not np.isfinite(scores).all():
-        raise PrivacyError(f"canary {int(np.argmin(np.isfinite(scores)))}: its score is not finite; no bound without it")
+        raise PrivacyError(
+            f"canary {int(np.argmin(np.isfinite(scores)))}: its score is not finite; no bound without it"
+        )
     if min(included.sum(), (~included).sum()) < MIN_CANARIES / 8 or len(scores) < MIN_CANARIES:
-        raise PrivacyError(f"canaries: {int(included.sum())} in and {int((~included).sum())} out are too few; use at least {MIN_CANARIES}")
+        raise PrivacyError(
+            f"canaries: {int(included.sum())} in and {int((~included).sum())} out are too few; use at least"
+            f" {MIN_CANARIES}"
+        )
     return CanaryScoreAuditor(scores[included], scores[~included])
 
 
@@ -45,27 +52,38 @@ def one_run_bound(scores, included, delta, *, confidence=0.95, seed=0):
 
     Args:
         scores: float[m], higher for canaries that look included. included: bool[m], the coins.
-        delta: δ of the claim. seed: of the split into the halves that choose the threshold and count the guesses; fix it beforehand.
+        delta: δ of the claim. seed: of the split into the halves that choose the threshold and count the
+            guesses; fix it beforehand.
 
-    Source: Steinke, Nasr, Jagielski 2023, "Privacy auditing with one (1) training run", theorem 5.2; implementation jax_privacy, which
-    halves the included and the other canaries separately.
+    Source: Steinke, Nasr, Jagielski 2023, "Privacy auditing with one (1) training run", theorem 5.2;
+    implementation jax_privacy, which halves the included and the other canaries separately.
 
     Raises:
-        PrivacyError: scores and coins do not fit together, a score is not finite, or there are too few canaries on a side.
+        PrivacyError: scores and coins do not fit together, a score is not finite, or there are too few
+            canaries on a side.
     """
     from jax_privacy.auditing import Split
 
-    return float(_canary_auditor(scores, included).epsilon_one_run(1 - confidence, delta, threshold_strategy=Split(seed=seed)))
+    return float(
+        _canary_auditor(scores, included).epsilon_one_run(
+            1 - confidence, delta, threshold_strategy=Split(seed=seed)
+        )
+    )
 
 
 def gaussian_bound(scores, included, delta, *, confidence=0.95, seed=0):
     """As `one_run_bound`, **under the assumption of a Gaussian mechanism**: no bound on the ε of any other.
 
-    Source: Mahloujifar, Melis, Chaudhuri 2024, "Auditing f-differential privacy in one run"; implementation jax_privacy.
+    Source: Mahloujifar, Melis, Chaudhuri 2024, "Auditing f-differential privacy in one run"; implementation
+    jax_privacy.
     """
     from jax_privacy.auditing import Split
 
-    return float(_canary_auditor(scores, included).epsilon_one_run_fdp(1 - confidence, delta, threshold_strategy=Split(seed=seed)))
+    return float(
+        _canary_auditor(scores, included).epsilon_one_run_fdp(
+            1 - confidence, delta, threshold_strategy=Split(seed=seed)
+        )
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -82,11 +100,14 @@ class CanaryAudit:
     Attributes:
         saw: what the auditor had: `the tuned model`, or `the synthetic rows only`.
         canaries, included: how many there were, and how many took part in training.
-        epsilon_bound, delta, confidence: every ε below the bound is refuted at `delta`, with this confidence; 0 refutes nothing.
+        epsilon_bound, delta, confidence: every ε below the bound is refuted at `delta`, with this confidence;
+            0 refutes nothing.
         largest: the bound if all of these coins had been guessed right.
         gaussian_bound: the bound under the assumption of a Gaussian mechanism; it refutes no other.
-        auc, auc_interval: probability that an included canary scores above one left out, and its 95 % interval.
+        auc, auc_interval: probability that an included canary scores above one left out, and its 95 %
+            interval.
     """
+
     saw: str
     canaries: int
     included: int
@@ -103,39 +124,56 @@ class CanaryAudit:
         return self.epsilon_bound > epsilon
 
     def __str__(self):
-        return (f"{self.canaries} canaries, looked for in {self.saw}: epsilon is at least {self.epsilon_bound:.2f} at delta "
-                f"{self.delta:.2g} with confidence {self.confidence:.3g}; so many canaries could have shown {self.largest:.2f}. "
-                f"Under the assumption of a Gaussian mechanism: at least {self.gaussian_bound:.2f}. {CAVEAT}")
+        return (
+            f"{self.canaries} canaries, looked for in {self.saw}: epsilon is at least"
+            f" {self.epsilon_bound:.2f} at delta {self.delta:.2g} with confidence {self.confidence:.3g}; so"
+            f" many canaries could have shown {self.largest:.2f}. Under the assumption of a Gaussian"
+            f" mechanism: at least {self.gaussian_bound:.2f}. {CAVEAT}"
+        )
 
 
 def audit_scores(scores, included, delta, saw, *, confidence=0.95, seed=0):
-    """`CanaryAudit` from any scores of the canaries, float[m], higher where they look included, and the coins, bool[m].
+    """`CanaryAudit` from any scores of the canaries, float[m], higher where they look included, and the
+    coins, bool[m].
 
     Raises:
         PrivacyError: as `one_run_bound`.
     """
     scores, included = np.asarray(scores, float), np.asarray(included, bool)
-    bound, largest, gaussian = (f(x, included, delta, confidence=confidence, seed=seed) for f, x in (
-        (one_run_bound, scores), (one_run_bound, included), (gaussian_bound, scores)))
+    bound, largest, gaussian = (
+        f(x, included, delta, confidence=confidence, seed=seed)
+        for f, x in ((one_run_bound, scores), (one_run_bound, included), (gaussian_bound, scores))
+    )
     both = scores[included], scores[~included]
     auc, interval = delong(*both)[0], auc_interval(*both)
-    return CanaryAudit(saw, len(scores), int(included.sum()), bound, delta, confidence, largest, gaussian, auc, interval)
+    return CanaryAudit(
+        saw, len(scores), int(included.sum()), bound, delta, confidence, largest, gaussian, auc, interval
+    )
 
 
 def audit_canaries(base_losses, tuned_losses, included, delta, *, confidence=0.95, seed=0):
-    """`CanaryAudit` from the losses of all canaries, float[m] each, under the untuned and the tuned model, and the coins, bool[m].
+    """`CanaryAudit` from the losses of all canaries, float[m] each, under the untuned and the tuned model,
+    and the coins, bool[m].
 
     Raises:
         PrivacyError: as `one_run_bound`.
     """
-    return audit_scores(canary_scores(base_losses, tuned_losses), included, delta, "the tuned model", confidence=confidence, seed=seed)
+    return audit_scores(
+        canary_scores(base_losses, tuned_losses),
+        included,
+        delta,
+        "the tuned model",
+        confidence=confidence,
+        seed=seed,
+    )
 
 
 def audit_canaries_in_rows(synthetic_texts, canary_texts, included, delta, *, confidence=0.95, seed=0):
-    """`CanaryAudit` of an auditor who has the synthetic rows and no model, from the texts of all canaries and the coins, bool[m].
+    """`CanaryAudit` of an auditor who has the synthetic rows and no model, from the texts of all canaries and
+    the coins, bool[m].
 
-    A model of runs of words is fitted on the synthetic rows, and each canary is scored against one of all other canaries
-    (`text_membership`).
+    A model of runs of words is fitted on the synthetic rows, and each canary is scored against one of all
+    other canaries (`text_membership`).
 
     Raises:
         PrivacyError: as `one_run_bound`.

@@ -19,13 +19,15 @@ CORPUS_TEXTS = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class Contamination:
-    """Overlap of private rows with a corpus, in runs of `n` words. Computed from private rows: keep it under private/.
+    """Overlap of private rows with a corpus, in runs of `n` words. Computed from private rows: keep it under
+    private/.
 
     Attributes:
         rows, long_enough: rows, and how many have at least `n` words; only those can overlap.
         overlapping, share, interval: how many do, as a share of `long_enough`, with its 95 % interval.
         corpus_texts: texts that were read.
     """
+
     n: int
     rows: int
     long_enough: int
@@ -38,8 +40,8 @@ class Contamination:
 def corpus_overlap(texts, corpus_texts, n=50):
     """Share of private rows that have a run of `n` words in common with a corpus.
 
-    The result is computed from private rows without noise: it belongs under private/. The certificate gets a noised count, which is
-    paid for.
+    The result is computed from private rows without noise: it belongs under private/. The certificate gets a
+    noised count, which is paid for.
 
     Args:
         texts: private texts. corpus_texts: any iterable of texts; it is read once, in parts.
@@ -51,18 +53,22 @@ def corpus_overlap(texts, corpus_texts, n=50):
         read += len(part)
         found[rows[np.isin(hashes, Words.of(part).whole_runs(n)[0])]] = True
     able, count = int((words.lengths >= n).sum()), int(found.sum())
-    return Contamination(n, len(found), able, count, count / able if able else 0.0, exact_interval(count, able), read)
+    return Contamination(
+        n, len(found), able, count, count / able if able else 0.0, exact_interval(count, able), read
+    )
 
 
 def loss_membership(losses_private, losses_reference, *, level=0.05):
-    """Does the untuned model find private rows likelier than reference rows? An `Attack`: AUC of the loss, one-sided.
+    """Does the untuned model find private rows likelier than reference rows? An `Attack`: AUC of the loss,
+    one-sided.
 
-    0.5 means no difference. Reference rows must be comparable and certainly unseen, such as rows written after the model was trained.
-    The result is computed from private rows without noise: it belongs under private/. The certificate gets a noised count, which is
-    paid for.
+    0.5 means no difference. Reference rows must be comparable and certainly unseen, such as rows written
+    after the model was trained. The result is computed from private rows without noise: it belongs under
+    private/. The certificate gets a noised count, which is paid for.
 
     Args:
-        losses_private, losses_reference: float[n] and float[m], mean loss per token of each row under the base model.
+        losses_private, losses_reference: float[n] and float[m], mean loss per token of each row under the
+            base model.
     """
     losses = np.concatenate([np.asarray(losses_private, float), np.asarray(losses_reference, float)])
     private = np.arange(len(losses)) < len(losses_private)

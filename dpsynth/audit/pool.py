@@ -28,11 +28,12 @@ def _records_frame(records):
 
 
 def read_rows(source, what="rows"):
-    """DataFrame of a DataFrame, `Records`, list of dicts or texts, or path of a file (as `all_columns` reads it).
+    """DataFrame of a DataFrame, `Records`, list of dicts or texts, or path of a file (as `all_columns` reads
+    it).
 
     Raises:
-        DataError: naming `what` or the file: it cannot be read, a row of a CSV or TSV file has another number of fields than the header,
-            a column occurs twice, or there are fewer than `MIN_ROWS` rows.
+        DataError: naming `what` or the file: it cannot be read, a row of a CSV or TSV file has another number
+            of fields than the header, a column occurs twice, or there are fewer than `MIN_ROWS` rows.
     """
     if isinstance(source, Records):
         source = _records_frame(source)
@@ -60,11 +61,14 @@ class Pool:
         synthetic, real: frames with the same columns; `real` holds training and held-out rows, shuffled.
         member: bool[real], True on training rows.
         position: int64[real], the row's number in its own file, from 0.
-        text: name of the text column, or None. numbers, categories: names of the other columns; a time is a number of seconds.
+        text: name of the text column, or None. numbers, categories: names of the other columns; a time is a
+            number of seconds.
         warnings: what to keep in mind, lines of text.
         alone: bool[real], False where a row stands for copies that are units of their own.
-        texts, owner: all texts of all units, and int64[texts], the row of `real` that stands for the unit of each; empty without a text.
+        texts, owner: all texts of all units, and int64[texts], the row of `real` that stands for the unit of
+            each; empty without a text.
     """
+
     synthetic: pd.DataFrame
     real: pd.DataFrame
     member: np.ndarray
@@ -94,7 +98,10 @@ def _text_name(train, text_column):
     """Name of the text column: as given, found among the training rows, or None (also for an empty name)."""
     if text_column:
         if text_column not in train:
-            raise DataError(f"no column {text_column!r} in all three sets of rows; they share {', '.join(train)}; set {TEXT_OPTION}")
+            raise DataError(
+                f"no column {text_column!r} in all three sets of rows; they share {', '.join(train)}; set"
+                f" {TEXT_OPTION}"
+            )
         return text_column
     found = [name for name in train if text_column is None and _is_text(train[name])]
     if len(found) > 1:
@@ -122,7 +129,9 @@ def _as_numbers(column):
 def _as_times(column):
     """float64 seconds since 1970, in UTC where there is no time zone; missing where a value is no time."""
     texts = column.astype(str)
-    times = pd.to_datetime(texts.where(texts.str.match(DATE, na=False)), format="ISO8601", errors="coerce", utc=True)
+    times = pd.to_datetime(
+        texts.where(texts.str.match(DATE, na=False)), format="ISO8601", errors="coerce", utc=True
+    )
     return pd.Series(times.to_numpy("datetime64[us]").astype(float) / 1e6, column.index).where(times.notna())
 
 
@@ -140,7 +149,9 @@ def _unread(column, kind):
 
 
 def _kind(column):
-    """`number` or `time` if all values that are there can be read as such, else `category`, as are long whole numbers."""
+    """`number` or `time` if all values that are there can be read as such, else `category`, as are long whole
+    numbers.
+    """
     there = not _gaps(column).all() and not _long(column).any()
     return next((kind for kind in READ_AS if there and not len(_unread(column, kind))), "category")
 
@@ -151,21 +162,29 @@ def _as_texts(column):
 
 
 def _as_categories(column):
-    """A column as texts in which numbers are written in one way: 5, 5.0 and 05 are the same category; long ones stay as they are."""
+    """A column as texts in which numbers are written in one way: 5, 5.0 and 05 are the same category; long
+    ones stay as they are.
+    """
     numbers = _as_numbers(column).where(~_long(column))
     return _as_texts(column).where(numbers.isna(), numbers.map("{:.17g}".format))
 
 
 def _refuse(name, what, column, kind, like):
-    """Raise DataError about the values of `column` that are not of a kind which all those of the set `like` are."""
+    """Raise DataError about the values of `column` that are not of a kind which all those of the set `like`
+    are.
+    """
     bad, there = _unread(column, kind), int((~_gaps(column)).sum())
     say = "dates such as 2024-01-31" if kind == "time" else "numbers"
-    raise DataError(f"column {name}: {len(bad):,} of {there:,} values in {what} are no {say}, as all in {like} are, the first in row "
-                    f"{bad[0]} (from 0); write them alike, or leave the column out with columns (--columns)")
+    raise DataError(
+        f"column {name}: {len(bad):,} of {there:,} values in {what} are no {say}, as all in {like} are, the"
+        f" first in row {bad[0]} (from 0); write them alike, or leave the column out with columns (--columns)"
+    )
 
 
 def _check_alike(name, columns, kind):
-    """Raise DataError unless the columns of three sets of rows, a dict, are written alike; `kind` is that of the training rows."""
+    """Raise DataError unless the columns of three sets of rows, a dict, are written alike; `kind` is that of
+    the training rows.
+    """
     train = columns["train"]
     for what in ("synthetic", "holdout"):
         of = _kind(columns[what]) if kind == "category" else kind
@@ -176,7 +195,8 @@ def _check_alike(name, columns, kind):
 
 
 def _alike(name, columns, is_text):
-    """`(columns, kind)` of the columns of three sets of rows, a dict: floats if the training rows have numbers or times, else texts.
+    """`(columns, kind)` of the columns of three sets of rows, a dict: floats if the training rows have
+    numbers or times, else texts.
 
     Raises:
         DataError: a value cannot be read as what the training rows have.
@@ -189,21 +209,29 @@ def _alike(name, columns, is_text):
 
 
 def _in_one_form(frames, names, text):
-    """`(frames, kinds)`: three sets of rows with these columns as `_alike` returns them, and the kind of each column."""
+    """`(frames, kinds)`: three sets of rows with these columns as `_alike` returns them, and the kind of each
+    column.
+    """
     made = {c: _alike(c, {what: frame[c] for what, frame in frames.items()}, c == text) for c in names}
-    return ({what: pd.DataFrame({c: columns[what] for c, (columns, _) in made.items()}) for what in frames},
-            {c: kind for c, (_, kind) in made.items()})
+    return (
+        {what: pd.DataFrame({c: columns[what] for c, (columns, _) in made.items()}) for what in frames},
+        {c: kind for c, (_, kind) in made.items()},
+    )
 
 
 def _check_sizes(frames, kinds, places):
-    """Raise DataError about numbers with which nothing can be computed; `places` says where each set of rows, by its name, comes from."""
+    """Raise DataError about numbers with which nothing can be computed; `places` says where each set of rows,
+    by its name, comes from.
+    """
     for name in (name for name, kind in kinds.items() if kind == "number"):
         for what, frame in frames.items():
             bad = np.flatnonzero(frame[name].abs() > LARGEST)
             if len(bad):
-                raise DataError(f"column {name}: {len(bad):,} of {len(frame):,} values in {places[what]} are infinite or beyond "
-                                f"±{LARGEST:g}, the first in row {bad[0]} (from 0); leave such cells empty, or leave the column out with "
-                                "columns (--columns)")
+                raise DataError(
+                    f"column {name}: {len(bad):,} of {len(frame):,} values in {places[what]} are infinite or"
+                    f" beyond ±{LARGEST:g}, the first in row {bad[0]} (from 0); leave such cells empty, or"
+                    " leave the column out with columns (--columns)"
+                )
 
 
 def _place(name, source):
@@ -216,36 +244,56 @@ def _common(frames, columns):
     shared = [c for c in frames["train"] if all(c in frame for frame in frames.values())]
     missing = [c for c in columns or () if c not in shared]
     if missing:
-        raise DataError(f"no column {missing[0]!r} in all three sets of rows; they share {', '.join(shared) or 'none'}")
+        raise DataError(
+            f"no column {missing[0]!r} in all three sets of rows; they share {', '.join(shared) or 'none'}"
+        )
     if not shared:
         raise DataError("synthetic, training and held-out rows have no column in common")
     return list(columns or shared)
 
 
 def _left_out(frames, names):
-    """Warning about columns that are not compared; what is not a name in all three sets may be a row, and has a position."""
+    """Warning about columns that are not compared; what is not a name in all three sets may be a row, and has
+    a position.
+    """
     known = [c for c in frames["train"] if c not in names and all(c in frame for frame in frames.values())]
-    own = {what: [str(i) for i, c in enumerate(frame) if c not in names and c not in known] for what, frame in frames.items()}
-    extra = known + [f"column {', '.join(places)} (from 0) of {what}" for what, places in own.items() if places]
-    return (f"not compared, because not asked for or not in all three sets: {'; '.join(extra)}",) if extra else ()
+    own = {
+        what: [str(i) for i, c in enumerate(frame) if c not in names and c not in known]
+        for what, frame in frames.items()
+    }
+    extra = known + [
+        f"column {', '.join(places)} (from 0) of {what}" for what, places in own.items() if places
+    ]
+    return (
+        (f"not compared, because not asked for or not in all three sets: {'; '.join(extra)}",)
+        if extra
+        else ()
+    )
 
 
 def _identifiers(real, names):
     """Warnings about those columns of numbers that number the rows."""
     whole = lambda column: column.is_unique and (column % 1 == 0).all()
-    remark = "has another whole number in every row: if it is an identifier, leave it out with columns (--columns)"
+    remark = (
+        "has another whole number in every row: if it is an identifier, leave it out with columns (--columns)"
+    )
     return tuple(f"column {c} {remark}" for c in names if whole(real[c]))
 
 
 def _without_label(frames, names, text):
-    """`(names, warnings)`: the columns to attack; where a label is the only column beside the text, without it."""
+    """`(names, warnings)`: the columns to attack; where a label is the only column beside the text, without
+    it.
+    """
     others = [c for c in names if c != text]
     if text is None or len(others) != 1:
         return names, ()
     values = pd.concat([frames[side][others[0]].astype(str) for side in ("train", "holdout")])
     if values.nunique() > min(CATEGORIES, len(values) // 2):
         return names, ()
-    remark = "was not attacked: alone beside a text, a column of few values is a label, and all rows share those; to attack it, "
+    remark = (
+        "was not attacked: alone beside a text, a column of few values is a label, and all rows share those;"
+        " to attack it, "
+    )
     return [text], (f"column {others[0]} {remark}name it alone in columns (--columns)",)
 
 
@@ -253,8 +301,10 @@ def _check_units(frames, units):
     """Raise DataError unless each row has a unit, and no unit has both training and held-out rows."""
     for name, ids in units.items():
         if ids is None or len(ids) != len(frames[name]):
-            raise DataError(f"{name}_units: {0 if ids is None else len(ids)} units for {len(frames[name])} rows; give one for each row, "
-                            "for training and held-out rows")
+            raise DataError(
+                f"{name}_units: {0 if ids is None else len(ids)} units for {len(frames[name])} rows; give one"
+                " for each row, for training and held-out rows"
+            )
     both = len(set(units["train"]) & set(units["holdout"]))
     if both:
         raise DataError(f"holdout_units: {both} of them are also in train_units; hold out whole units")
@@ -272,26 +322,46 @@ def _keys(frame):
 
 
 def _chosen(frames, units, seed, what):
-    """`(train, holdout, warnings)`: the positions of the rows that take part, and what to say about it; `what` was held out as a whole."""
+    """`(train, holdout, warnings)`: the positions of the rows that take part, and what to say about it;
+    `what` was held out as a whole.
+    """
     if all(ids is None for ids in units.values()):
         return np.arange(len(frames["train"])), np.arange(len(frames["holdout"])), ()
     _check_units(frames, units)
     train, holdout = (_one_row_each(list(units[name]), seed) for name in ("train", "holdout"))
     if min(len(train), len(holdout)) < MIN_ROWS:
-        raise DataError(f"{len(train)} training and {len(holdout)} held-out units; an audit needs at least {MIN_ROWS} of each")
-    remark = (f"{what} were held out: one random row of each of {len(train):,} training and {len(holdout):,} held-out units stands "
-              "for it; only what a unit has for itself, and near copies, are looked for in all of its rows")
+        raise DataError(
+            f"{len(train)} training and {len(holdout)} held-out units; an audit needs at least {MIN_ROWS} of"
+            " each"
+        )
+    remark = (
+        f"{what} were held out: one random row of each of {len(train):,} training and {len(holdout):,}"
+        " held-out units stands for it; only what a unit has for itself, and near copies, are looked for in"
+        " all of its rows"
+    )
     return train, holdout, (remark,)
 
 
-def make_pool(synthetic, train, holdout, *, text_column=None, columns=None, train_units=None, holdout_units=None, copies_together=False,
-              seed=0):
-    """`Pool` of three sets of rows (anything `read_rows` takes); where units are given, of one random row of each unit.
+def make_pool(
+    synthetic,
+    train,
+    holdout,
+    *,
+    text_column=None,
+    columns=None,
+    train_units=None,
+    holdout_units=None,
+    copies_together=False,
+    seed=0,
+):
+    """`Pool` of three sets of rows (anything `read_rows` takes); where units are given, of one random row of
+    each unit.
 
     `copies_together`: the units are the copies of a row; the others are as for `audit_files`.
 
     Raises:
-        DataError: rows cannot be read, are not written alike, do not have a column in common, or do not fit the units.
+        DataError: rows cannot be read, are not written alike, do not have a column in common, or do not fit
+            the units.
     """
     sources = {"synthetic": synthetic, "train": train, "holdout": holdout}
     frames = {name: read_rows(rows, name) for name, rows in sources.items()}
@@ -306,7 +376,11 @@ def make_pool(synthetic, train, holdout, *, text_column=None, columns=None, trai
     _check_sizes(frames, kinds, {name: _place(name, source) for name, source in sources.items()})
     order = rng.permutation(len(ours) + len(others))
     synthetic = frames["synthetic"].iloc[rng.permutation(len(frames["synthetic"]))].reset_index(drop=True)
-    real = pd.concat([frames["train"].iloc[ours], frames["holdout"].iloc[others]], ignore_index=True).iloc[order].reset_index(drop=True)
+    real = (
+        pd.concat([frames["train"].iloc[ours], frames["holdout"].iloc[others]], ignore_index=True)
+        .iloc[order]
+        .reset_index(drop=True)
+    )
     of_kind = lambda *wanted: tuple(c for c in names if kinds[c] in wanted)
     warnings += not_attacked + _identifiers(real, of_kind("number"))
     position, member = np.concatenate([ours, others])[order], order < len(ours)
@@ -314,12 +388,28 @@ def make_pool(synthetic, train, holdout, *, text_column=None, columns=None, trai
     if copies_together:
         alone = np.concatenate([_once(units["train"])[ours], _once(units["holdout"])[others]])[order]
     whole = {} if copies_together else units
-    texts, owner = _all_texts(frames, text, whole, (ours, others), order) if text else ([], np.zeros(0, np.int64))
-    return Pool(synthetic, real, member, position, text, of_kind("number", "time"), of_kind("category"), warnings, alone, texts, owner)
+    texts, owner = (
+        _all_texts(frames, text, whole, (ours, others), order) if text else ([], np.zeros(0, np.int64))
+    )
+    return Pool(
+        synthetic,
+        real,
+        member,
+        position,
+        text,
+        of_kind("number", "time"),
+        of_kind("category"),
+        warnings,
+        alone,
+        texts,
+        owner,
+    )
 
 
 def _all_texts(frames, text, units, chosen, order):
-    """`(texts, owner)` of a `Pool`: `chosen` has the positions of the rows of both sides that take part, dealt in this `order`."""
+    """`(texts, owner)` of a `Pool`: `chosen` has the positions of the rows of both sides that take part,
+    dealt in this `order`.
+    """
     stands, texts, owner, before = np.argsort(order), [], [], 0
     for side, ours in zip(("train", "holdout"), chosen):
         ids = units.get(side)

@@ -26,6 +26,7 @@ CHECK_P = 1e-4
 @dataclasses.dataclass(frozen=True)
 class Check:
     """One promise about sampling or noise, tested on a realised history."""
+
     name: str
     statistic: float
     expected: float
@@ -39,8 +40,8 @@ class Check:
 def check_noise(samples, std):
     """Are these draws normal with mean 0 and standard deviation `std`? Returns `Check`s.
 
-    Mean (exact z), standard deviation (exact χ²), shape (D'Agostino and Pearson; Kolmogorov and Smirnov), and the number beyond
-    3 σ (exact binomial), where noise of too few bits ends.
+    Mean (exact z), standard deviation (exact χ²), shape (D'Agostino and Pearson; Kolmogorov and Smirnov), and
+    the number beyond 3 σ (exact binomial), where noise of too few bits ends.
 
     Args:
         samples: float[n], n at least 20; the noise of one coordinate or of many.
@@ -48,12 +49,28 @@ def check_noise(samples, std):
     z = np.asarray(samples, float).ravel() / std
     size, squares, far, tail = len(z), float(z @ z), int((np.abs(z) > 3).sum()), 2 * stats.norm.sf(3)
     both = lambda low, high: float(min(1.0, 2 * min(low, high)))
-    return (Check("mean over the standard deviation", float(z.mean()), 0.0, float(2 * stats.norm.sf(abs(z.mean()) * math.sqrt(size)))),
-            Check("standard deviation over the promised one", math.sqrt(squares / size), 1.0,
-                  both(stats.chi2.cdf(squares, size), stats.chi2.sf(squares, size))),
-            Check("normality (D'Agostino and Pearson)", *_flat(stats.normaltest(z), 2.0)),
-            Check("normality (Kolmogorov and Smirnov)", *_flat(stats.kstest(z, "norm"), 0.0)),
-            Check("draws beyond 3 standard deviations", far, size * tail, float(stats.binomtest(far, size, tail).pvalue)))
+    return (
+        Check(
+            "mean over the standard deviation",
+            float(z.mean()),
+            0.0,
+            float(2 * stats.norm.sf(abs(z.mean()) * math.sqrt(size))),
+        ),
+        Check(
+            "standard deviation over the promised one",
+            math.sqrt(squares / size),
+            1.0,
+            both(stats.chi2.cdf(squares, size), stats.chi2.sf(squares, size)),
+        ),
+        Check("normality (D'Agostino and Pearson)", *_flat(stats.normaltest(z), 2.0)),
+        Check("normality (Kolmogorov and Smirnov)", *_flat(stats.kstest(z, "norm"), 0.0)),
+        Check(
+            "draws beyond 3 standard deviations",
+            far,
+            size * tail,
+            float(stats.binomtest(far, size, tail).pvalue),
+        ),
+    )
 
 
 def _flat(result, expected):
@@ -64,8 +81,8 @@ def _flat(result, expected):
 def check_inclusion(counts, steps, probability):
     """Are inclusion counts Binomial(`steps`, `probability`)? Returns `Check`s.
 
-    The total is tested exactly (binomial), the distribution over units by χ² goodness of fit, in cells with at least 5 units to be expected
-    above the highest edge.
+    The total is tested exactly (binomial), the distribution over units by χ² goodness of fit, in cells with
+    at least 5 units to be expected above the highest edge.
 
     Args:
         counts: int[N], in how many updates each unit took part.
@@ -78,43 +95,57 @@ def check_inclusion(counts, steps, probability):
     observed = np.bincount(np.searchsorted(edges, counts), minlength=len(expected))
     impossible = counts.max() > steps or observed[expected == 0].any()
     kept = expected > 0
-    fit = 1.0 if impossible or not len(edges) else float(stats.chisquare(observed[kept], expected[kept] * (units / expected.sum())).pvalue)
+    fit = (
+        1.0
+        if impossible or not len(edges)
+        else float(stats.chisquare(observed[kept], expected[kept] * (units / expected.sum())).pvalue)
+    )
     spread = float(counts.var() / law.var()) if law.var() else 1.0 + float(counts.var())
     in_all = float(stats.binomtest(total, units * steps, probability).pvalue)
-    return (Check("inclusions in all", total, units * steps * probability, in_all),
-            Check("variance of inclusions over the binomial one", spread, 1.0, 0.0 if impossible else fit))
+    return (
+        Check("inclusions in all", total, units * steps * probability, in_all),
+        Check("variance of inclusions over the binomial one", spread, 1.0, 0.0 if impossible else fit),
+    )
 
 
 def check_batches(batches):
-    """Does every update contain each unit at most once? A `Check`; no chance involved, so its p-value is 0 or 1.
+    """Does every update contain each unit at most once? A `Check`; no chance involved, so its p-value is 0 or
+    1.
 
     Args:
         batches: for each update, the indices of its units; padding left out.
     """
-    most = max((int(np.unique(batch, return_counts=True)[1].max()) for batch in batches if len(batch)), default=0)
+    most = max(
+        (int(np.unique(batch, return_counts=True)[1].max()) for batch in batches if len(batch)), default=0
+    )
     return Check("most times a unit occurs in one update", most, 1.0, float(most <= 1))
 
 # %% ../../nbs/12_audit/08_replay.ipynb #a803ec28
 def check_independence(a, b):
-    """Are two histories of noise independent? Returns `Check`s: the correlations of the values and of their squares.
+    """Are two histories of noise independent? Returns `Check`s: the correlations of the values and of their
+    squares.
 
     Args:
         a, b: float[n] each: noise of two steps, runs or seeds.
     """
     a, b = np.asarray(a, float).ravel(), np.asarray(b, float).ravel()
-    return tuple(Check(f"correlation of {what}", float(r.statistic), 0.0, float(r.pvalue))
-                 for what, r in (("values", stats.pearsonr(a, b)), ("squares", stats.pearsonr(a**2, b**2))))
+    return tuple(
+        Check(f"correlation of {what}", float(r.statistic), 0.0, float(r.pvalue))
+        for what, r in (("values", stats.pearsonr(a, b)), ("squares", stats.pearsonr(a**2, b**2)))
+    )
 
 # %% ../../nbs/12_audit/08_replay.ipynb #bdaf38a8
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """Batches and noise of a run, drawn again from its secret and tested. Computed from the secret: keep it under private/.
+    """Batches and noise of a run, drawn again from its secret and tested. Computed from the secret: keep it
+    under private/.
 
     Attributes:
         checks: every `Check` made, for a run also `training_checks` and `sensitivity_check`.
         steps, noise_steps: updates whose batches, and whose noise, were drawn again.
         notes: what could not be checked, texts.
     """
+
     checks: tuple[Check, ...]
     steps: int
     noise_steps: int
@@ -130,16 +161,28 @@ class Replay:
         return [check.name for check in self.checks if not check.passed]
 
     def __str__(self):
-        broken = [f"{check.name} is {check.statistic:.6g} instead of {check.expected:.6g} (p {_p_text(check.p_value)})"
-                  for check in self.checks if not check.passed]
-        return (f"sampling and noise, replayed from the run's secret ({self.steps} updates, noise of {self.noise_steps}): "
-                + ("BROKEN: " + "; ".join(broken) if broken else f"all {len(self.checks)} checks hold")
-                + "".join(f"; NOT CHECKED: {note}" for note in self.notes))
+        broken = [
+            f"{check.name} is {check.statistic:.6g} instead of {check.expected:.6g} (p"
+            f" {_p_text(check.p_value)})"
+            for check in self.checks
+            if not check.passed
+        ]
+        return (
+            f"sampling and noise, replayed from the run's secret ({self.steps} updates, noise of"
+            f" {self.noise_steps}): "
+            + ("BROKEN: " + "; ".join(broken) if broken else f"all {len(self.checks)} checks hold")
+            + "".join(f"; NOT CHECKED: {note}" for note in self.notes)
+        )
 
 
 def _replayed_noise(mechanism, randomness, steps, size):
-    """float64[steps, size]: the noise of the first updates over its promised scale, made independent again (`C` times the noise)."""
-    session, scale = Session(mechanism, randomness, 0), mechanism.expected_batch_size / (mechanism.noise_multiplier * mechanism.sensitivity)
+    """float64[steps, size]: the noise of the first updates over its promised scale, made independent again
+    (`C` times the noise).
+    """
+    session, scale = (
+        Session(mechanism, randomness, 0),
+        mechanism.expected_batch_size / (mechanism.noise_multiplier * mechanism.sensitivity),
+    )
     rows = []
     for _ in range(steps):
         session.batch()
@@ -148,49 +191,67 @@ def _replayed_noise(mechanism, randomness, steps, size):
     return sum(weight * np.pad(noise, ((back, 0), (0, 0)))[:steps] for back, weight in enumerate(c))
 
 
-
-
 def training_checks(mechanism, recorded, numbers):
     """`Check`s of what a training left behind about itself; no chance involved, so their p-values are 0 or 1.
 
     Args:
         mechanism: the promised `Mechanism`.
-        recorded: dict of `updates`, `noised_updates` and `realised_std`, in units of the sensitivity; what is missing
-            counts as 0.
+        recorded: dict of `updates`, `noised_updates` and `realised_std`, in units of the sensitivity; what is
+            missing counts as 0.
         numbers: trained parameters, each of which got noise in every update.
     """
     updates, noised, std = (recorded.get(name) or 0 for name in ("updates", "noised_updates", "realised_std"))
     noise, limit = std / promised_std(mechanism), NOISE_ERRORS * realised_noise_error(mechanism, numbers)
     steps = mechanism.steps
-    return (Check("updates recorded by the training", updates, steps, float(updates == steps)),
-            Check("updates with noise recorded by the training", noised, steps, float(noised == steps)),
-            Check("noise recorded by the training, over the promised one", noise, 1.0, float(abs(noise - 1) <= limit)))
+    return (
+        Check("updates recorded by the training", updates, steps, float(updates == steps)),
+        Check("updates with noise recorded by the training", noised, steps, float(noised == steps)),
+        Check(
+            "noise recorded by the training, over the promised one",
+            noise,
+            1.0,
+            float(abs(noise - 1) <= limit),
+        ),
+    )
 
 
 def replay_checks(mechanism, randomness, num_units=None, *, steps=1000, noise_steps=16, noise_size=4096):
-    """Draw the batches and some noise of a run again from its secret, and compare with what was promised; a `Replay`.
+    """Draw the batches and some noise of a run again from its secret, and compare with what was promised; a
+    `Replay`.
 
-    Tested are: each unit at most once in an update, inclusion counts binomial, noise normal with the promised standard deviation, and
-    independent from one update to the next. Batches are drawn as `Mechanism.batch` draws them, noise as `Session.release` adds it.
+    Tested are: each unit at most once in an update, inclusion counts binomial, noise normal with the promised
+    standard deviation, and independent from one update to the next. Batches are drawn as `Mechanism.batch`
+    draws them, noise as `Session.release` adds it.
 
     Args:
         mechanism: the `Mechanism` of the run. randomness: its `Randomness`.
         num_units: units there really were; None: those of the mechanism.
-        steps: most updates whose batches are drawn. noise_steps, noise_size: updates whose noise is drawn, and coordinates of each.
+        steps: most updates whose batches are drawn. noise_steps, noise_size: updates whose noise is drawn,
+            and coordinates of each.
     """
-    units, rounds = mechanism.num_units if num_units is None else num_units, max(1, min(steps, mechanism.steps) // mechanism.bands)
+    units, rounds = (
+        mechanism.num_units if num_units is None else num_units,
+        max(1, min(steps, mechanism.steps) // mechanism.bands),
+    )
     batches = [mechanism.batch(randomness, step, units) for step in range(rounds * mechanism.bands)]
     counts = np.bincount(np.concatenate(batches), minlength=units)
-    checks = [check_batches(batches), *check_inclusion(counts, rounds, min(1.0, mechanism.sampling_probability * mechanism.bands))]
+    checks = [
+        check_batches(batches),
+        *check_inclusion(counts, rounds, min(1.0, mechanism.sampling_probability * mechanism.bands)),
+    ]
     noise_steps = min(noise_steps, mechanism.steps) if mechanism.noise_multiplier else 0
     if noise_steps:
         noise = _replayed_noise(mechanism, randomness, noise_steps, noise_size)
-        checks += [*check_noise(noise, 1.0), *(check_independence(noise[:-1], noise[1:]) if noise_steps > 1 else ())]
+        checks += [
+            *check_noise(noise, 1.0),
+            *(check_independence(noise[:-1], noise[1:]) if noise_steps > 1 else ()),
+        ]
     return Replay(tuple(checks), len(batches), noise_steps)
 
 # %% ../../nbs/12_audit/08_replay.ipynb #dee30050
 def differing(told, expected, tolerance, where=""):
-    """Paths, such as `mechanism.steps`, of what is not told as expected; what is told beyond that is not looked at.
+    """Paths, such as `mechanism.steps`, of what is not told as expected; what is told beyond that is not
+    looked at.
 
     Numbers that are expected with a point may differ by a relative `tolerance`.
     """
@@ -206,7 +267,8 @@ def differing(told, expected, tolerance, where=""):
 
 
 def agreement(what, told, expected, tolerance=1e-6):
-    """Is everything told as expected? A `Check` that names what is not; no chance involved: its p-value is 0 or 1.
+    """Is everything told as expected? A `Check` that names what is not; no chance involved: its p-value is 0
+    or 1.
 
     Args:
         told, expected: dicts, as `differing` compares them.
@@ -220,7 +282,9 @@ EXTREME = 50.0  # how many times as large the trained weights are made
 
 
 def _invented_units(vocabulary, lengths, rows):
-    """Pairs of prompt and response ids: of each length three units of so many rows, two of random tokens and one that repeats a token."""
+    """Pairs of prompt and response ids: of each length three units of so many rows, two of random tokens and
+    one that repeats a token.
+    """
     rng = np.random.default_rng(0)
     for length in lengths:
         for tokens in (length, length, 1):
@@ -232,27 +296,48 @@ def _invented_units(vocabulary, lengths, rows):
 def _move(trainer, units):
     """How far the last of the units, int[k], moves the sum of the others, over the sensitivity."""
     without, with_it = (trainer.gradient_sum(chosen) for chosen in (units[:-1], units))
-    squares = (np.sum((np.asarray(b, np.float64) - np.asarray(a, np.float64)) ** 2) for a, b in zip(without, with_it))
+    squares = (
+        np.sum((np.asarray(b, np.float64) - np.asarray(a, np.float64)) ** 2) for a, b in zip(without, with_it)
+    )
     return math.sqrt(sum(squares)) / (trainer.session.grid * trainer.session.mechanism.sensitivity)
 
 
 def sensitivity_check(model, settings, mechanism):
-    """Does one unit move the clipped sum by at most the sensitivity? A `Check`; no chance involved, so its p-value is 0 or 1.
+    """Does one unit move the clipped sum by at most the sensitivity? A `Check`; no chance involved, so its
+    p-value is 0 or 1.
 
     Computed from invented rows with the program that trains: it tells nothing about private rows.
 
     Args:
-        model: the `LanguageModel` of a run with its trained weights. settings: those of the run. mechanism: the promised `Mechanism`.
+        model: the `LanguageModel` of a run with its trained weights. settings: those of the run. mechanism:
+            the promised `Mechanism`.
     """
     from dpsynth.finetune import Trainer, bucket_lengths
 
-    rows, buckets = 1 if settings.unit == "row" else settings.max_records_per_unit, bucket_lengths(settings.sequence_length)
+    rows, buckets = (
+        1 if settings.unit == "row" else settings.max_records_per_unit,
+        bucket_lengths(settings.sequence_length),
+    )
     lengths = sorted({buckets[0], buckets[-1]})
     units, moves = np.arange(3 * len(lengths)), []
     with tempfile.TemporaryDirectory() as folder:
-        store = TokenStore.write(pathlib.Path(folder) / "tokens", _invented_units(model.vocabulary_size, lengths, rows))
-        trainer = Trainer(model, store, settings, mechanism, Randomness(bytes(32), "invented"), np.arange(len(store)).reshape(-1, rows))
+        store = TokenStore.write(
+            pathlib.Path(folder) / "tokens", _invented_units(model.vocabulary_size, lengths, rows)
+        )
+        trainer = Trainer(
+            model,
+            store,
+            settings,
+            mechanism,
+            Randomness(bytes(32), "invented"),
+            np.arange(len(store)).reshape(-1, rows),
+        )
         for scale in (1.0, EXTREME):
             trainer.trainable = [scale * array for array in trainer.trainable]
             moves += [_move(trainer, three) for three in units.reshape(-1, 3)]
-    return Check("largest move of the sum by one unit, over the sensitivity", max(moves), 1.0, float(0 < max(moves) <= 1))
+    return Check(
+        "largest move of the sum by one unit, over the sensitivity",
+        max(moves),
+        1.0,
+        float(0 < max(moves) <= 1),
+    )

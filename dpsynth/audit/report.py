@@ -23,8 +23,18 @@ from ..privacy import default_delta, write_private
 from ..settings import DataError
 
 # %% ../../nbs/12_audit/05_report.ipynb #684de5b9
-CAVEAT = "An audit refutes an epsilon, it never confirms one: these are the attacks that were tried, not all there are."
-HEADER = ("attack", "training against held-out", "measured (95 %)", "without leakage", "p (corrected)", "finds with 80 % probability")
+CAVEAT = (
+    "An audit refutes an epsilon, it never confirms one: these are the attacks that were tried, not all there"
+    " are."
+)
+HEADER = (
+    "attack",
+    "training against held-out",
+    "measured (95 %)",
+    "without leakage",
+    "p (corrected)",
+    "finds with 80 % probability",
+)
 
 
 def _p_text(p):
@@ -37,12 +47,14 @@ class AuditReport:
 
     Attributes:
         attacks: every `Attack` made; level: the family-wise level of the verdict.
-        rows: numbers of synthetic, training and held-out rows. columns: which columns were attacked, and read as what.
-        epsilon_bound, delta, confidence: the released rows refute every ε below this, under replace-one, with this confidence; 0 refutes
-            nothing.
+        rows: numbers of synthetic, training and held-out rows. columns: which columns were attacked, and read
+            as what.
+        epsilon_bound, delta, confidence: the released rows refute every ε below this, under replace-one, with
+            this confidence; 0 refutes nothing.
         division: the check whether training and held-out rows are alike. warnings, notices: lines of text.
         details: arrays for the plots, by kind; in no file.
     """
+
     attacks: tuple[Attack, ...]
     level: float
     rows: dict
@@ -68,7 +80,9 @@ class AuditReport:
 
     @property
     def verdict(self):
-        """`fails`, `passes`, or `cannot tell` where not even a copy of all training rows could have been detected."""
+        """`fails`, `passes`, or `cannot tell` where not even a copy of all training rows could have been
+        detected.
+        """
         if self.failed:
             return "fails"
         return "passes" if self.attacks[0].detectable is not None else "cannot tell"
@@ -84,64 +98,116 @@ class AuditReport:
             found = f"{self.worst.detail}; corrected p {_p_text(self.worst.adjusted_p)}, level {self.level:g}"
             return f"Fails: {self.worst.name} ({found}).{self._refuted}"
         if not self.passed:
-            return ("Cannot tell: with these rows not even a copy of every training row would show. "
-                    "Use more held-out rows, drawn at random from the same source.")
+            return (
+                "Cannot tell: with these rows not even a copy of every training row would show. "
+                "Use more held-out rows, drawn at random from the same source."
+            )
         return f"Passes: no attack told training from held-out rows at level {self.level:g}. {self.unseen}"
 
     @property
     def unseen(self):
-        """What these rows, so many of them, could not have shown, in a sentence: less than what is found with probability `POWER`."""
+        """What these rows, so many of them, could not have shown, in a sentence: less than what is found with
+        probability `POWER`.
+        """
         told = [attack for attack in self.attacks if attack.in_verdict]
         less = [f"{attack.name} below {attack.sees}" for attack in told if attack.detectable is not None]
         none = [attack.name for attack in told if attack.detectable is None]
-        return ("With so many rows the audit would mostly not have found: " + "; ".join(less)
-                + (f"{'; ' if less else ''}any at all of: {', '.join(none)}" if none else "") + ".")
+        return (
+            "With so many rows the audit would mostly not have found: "
+            + "; ".join(less)
+            + (f"{'; ' if less else ''}any at all of: {', '.join(none)}" if none else "")
+            + "."
+        )
 
     @property
     def _refuted(self):
-        bound = f" The rows refute every epsilon below {self.epsilon_bound:.2f} (replace-one, delta {self.delta:.2g}, confidence "
+        bound = (
+            f" The rows refute every epsilon below {self.epsilon_bound:.2f} (replace-one, delta"
+            f" {self.delta:.2g}, confidence "
+        )
         return f"{bound}{self.confidence:.3g})." if self.epsilon_bound > 0 else ""
 
     @property
     def footing(self):
         """The last line of a report: sizes, and where it may lie."""
-        return (f"{self.rows['synthetic']:,} synthetic, {self.rows['train']:,} training and {self.rows['holdout']:,} held-out rows; "
-                f"family-wise level {self.level:g} (Holm). Computed from training rows without noise: keep this report private.")
+        return (
+            f"{self.rows['synthetic']:,} synthetic, {self.rows['train']:,} training and"
+            f" {self.rows['holdout']:,} held-out rows; family-wise level {self.level:g} (Holm). Computed from"
+            " training rows without noise: keep this report private."
+        )
 
     def cells(self):
         """The table as texts, one tuple per attack, under `HEADER`."""
         measured = lambda a: f"{a.statistic:.4g} ({a.interval[0]:.3g} to {a.interval[1]:.3g})"
-        return [(a.name, a.detail, measured(a), f"{a.expected:.4g}", _p_text(a.adjusted_p), a.sees) for a in self.attacks]
+        return [
+            (a.name, a.detail, measured(a), f"{a.expected:.4g}", _p_text(a.adjusted_p), a.sees)
+            for a in self.attacks
+        ]
 
     def to_dict(self):
         """JSON-able; without the arrays."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "details"}
-        plain = {**fields, "attacks": [dataclasses.asdict(a) for a in self.attacks], "division": dataclasses.asdict(self.division)}
-        return {"verdict": self.verdict, "summary": self.summary, "unseen": self.unseen, **plain, "caveat": CAVEAT, "footing": self.footing}
+        plain = {
+            **fields,
+            "attacks": [dataclasses.asdict(a) for a in self.attacks],
+            "division": dataclasses.asdict(self.division),
+        }
+        return {
+            "verdict": self.verdict,
+            "summary": self.summary,
+            "unseen": self.unseen,
+            **plain,
+            "caveat": CAVEAT,
+            "footing": self.footing,
+        }
 
     def markdown(self):
         """The report as Markdown."""
         table = [f"| {' | '.join(cells)} |" for cells in (HEADER, ("---",) * len(HEADER), *self.cells())]
-        lines = ["# Audit of synthetic rows", "", f"**{self.summary}** {CAVEAT}", "", *table, "", self.unseen, "",
-                 *(f"* warning: {w}" for w in self.warnings), *(f"* notice: {n}" for n in self.notices), "", self.footing, ""]
+        lines = [
+            "# Audit of synthetic rows",
+            "",
+            f"**{self.summary}** {CAVEAT}",
+            "",
+            *table,
+            "",
+            self.unseen,
+            "",
+            *(f"* warning: {w}" for w in self.warnings),
+            *(f"* notice: {n}" for n in self.notices),
+            "",
+            self.footing,
+            "",
+        ]
         return "\n".join(lines)
 
     def _repr_html_(self):
         color = {"fails": "#b3261e", "passes": "#2e7d32", "cannot tell": "#8a6d00"}[self.verdict]
-        row = lambda cells, tag: "<tr>" + "".join(f"<{tag} style='text-align:left'>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+        row = lambda cells, tag: (
+            "<tr>"
+            + "".join(f"<{tag} style='text-align:left'>{html.escape(c)}</{tag}>" for c in cells)
+            + "</tr>"
+        )
         body = row(HEADER, "th") + "".join(row(cells, "td") for cells in self.cells())
         remarks = "".join(f"<li>{html.escape(line)}</li>" for line in self.warnings + self.notices)
         head = f"<b style='color:{color}'>{html.escape(self.summary)}</b>"
-        return (f"<div style='border:1px solid {color};border-left-width:6px;padding:.5em 1em'>{head}<p>{CAVEAT}</p>"
-                f"<table>{body}</table><p>{html.escape(self.unseen)}</p><ul>{remarks}</ul><small>{html.escape(self.footing)}</small></div>")
+        return (
+            f"<div style='border:1px solid {color};border-left-width:6px;padding:.5em"
+            f" 1em'>{head}<p>{CAVEAT}</p>"
+            f"<table>{body}</table><p>{html.escape(self.unseen)}</p><ul>{remarks}</ul>"
+            f"<small>{html.escape(self.footing)}</small></div>"
+        )
 
 # %% ../../nbs/12_audit/05_report.ipynb #510216f9
 def _remarks(pool, division, twins):
     """Warnings of a report."""
     lines = list(pool.warnings)
     if division.p_value <= CHECK_LEVEL:
-        lines.append(f"training and held-out rows differ even without the synthetic rows ({division.detail}: {division.statistic:.2f}): "
-                     "the comparison is not valid; hold out a random share of the rows instead")
+        lines.append(
+            f"training and held-out rows differ even without the synthetic rows ({division.detail}:"
+            f" {division.statistic:.2f}): the comparison is not valid; hold out a random share of the rows"
+            " instead"
+        )
     if twins:
         lines.append(f"{twins:,} held-out rows are also training rows; they can show nothing")
     return tuple(lines)
@@ -153,8 +219,10 @@ def _notices(pool, parts):
     for what, copied in (item for part in parts for item in part.look.items()):
         found, held = np.sort(pool.position[copied & pool.member]), int((copied & ~pool.member).sum())
         if len(found) > held:
-            lines.append(f"{len(found):,} training and {held:,} held-out {what} occur among the synthetic rows; look at training rows "
-                         f"{', '.join(map(str, found[:5]))}{', …' if len(found) > 5 else ''}")
+            lines.append(
+                f"{len(found):,} training and {held:,} held-out {what} occur among the synthetic rows; look"
+                f" at training rows {', '.join(map(str, found[:5]))}{', …' if len(found) > 5 else ''}"
+            )
     return tuple(lines)
 
 
@@ -164,20 +232,35 @@ def _twins(pool):
     return int(np.isin(rows[~pool.member], rows[pool.member]).sum())
 
 
-def audit_files(synthetic, train, holdout, *, text_column=None, columns=None, train_units=None, holdout_units=None, copies_together=False,
-                level=LEVEL, confidence=0.95, delta=None, max_rows=5000, seed=0):
+def audit_files(
+    synthetic,
+    train,
+    holdout,
+    *,
+    text_column=None,
+    columns=None,
+    train_units=None,
+    holdout_units=None,
+    copies_together=False,
+    level=LEVEL,
+    confidence=0.95,
+    delta=None,
+    max_rows=5000,
+    seed=0,
+):
     """Attack synthetic rows with everything an outsider has, and compare training rows with held-out rows.
 
     Args:
-        synthetic, train, holdout: DataFrames, `Records`, lists, or paths of CSV, TSV, JSON, JSONL or Parquet files. `holdout` must be a
-            random share of the rows from which `train` was taken, and must not have been used in making `synthetic`.
+        synthetic, train, holdout: DataFrames, `Records`, lists, or paths of CSV, TSV, JSON, JSONL or Parquet
+            files. `holdout` must be a random share of the rows from which `train` was taken, and must not
+            have been used in making `synthetic`.
         text_column: the column with running text; None: found, if there is one; empty: none.
-        columns: the columns to compare; None: all that the three have in common. A label alone beside a text is not attacked; a warning
-            says so.
-        train_units, holdout_units: where whole units were held out, the unit of each row; one random row of each unit takes part then,
-            and the bound on ε is one for units. None: each row is a unit.
-        copies_together: rows were dealt by a hash of their content, so that all copies of a row are on one side: one of them takes part
-            for all, and the bound on ε is from rows without copies.
+        columns: the columns to compare; None: all that the three have in common. A label alone beside a text
+            is not attacked; a warning says so.
+        train_units, holdout_units: where whole units were held out, the unit of each row; one random row of
+            each unit takes part then, and the bound on ε is one for units. None: each row is a unit.
+        copies_together: rows were dealt by a hash of their content, so that all copies of a row are on one
+            side: one of them takes part for all, and the bound on ε is from rows without copies.
         level: chance of a false alarm, over all attacks together. confidence: of the bound on ε.
         delta: δ of the bound on ε; None: the default of a certificate.
         max_rows: most synthetic rows, and half of the most real rows, among which nearest rows are sought.
@@ -187,39 +270,69 @@ def audit_files(synthetic, train, holdout, *, text_column=None, columns=None, tr
         `AuditReport`. It is computed from private rows without noise: keep it under private/.
 
     Raises:
-        DataError: naming the file or column: rows cannot be read, the three are not written alike, or they do not fit the options.
+        DataError: naming the file or column: rows cannot be read, the three are not written alike, or they do
+            not fit the options.
     """
     began = time.perf_counter()
-    pool = make_pool(synthetic, train, holdout, text_column=text_column, columns=columns, train_units=train_units,
-                     holdout_units=holdout_units, copies_together=copies_together, seed=seed)
+    pool = make_pool(
+        synthetic,
+        train,
+        holdout,
+        text_column=text_column,
+        columns=columns,
+        train_units=train_units,
+        holdout_units=holdout_units,
+        copies_together=copies_together,
+        seed=seed,
+    )
     parts = [text_evidence(pool, max_rows)] if pool.text else []
     parts += [table_evidence(pool, max_rows)] if pool.others else []
     plans = [plan for part in parts for plan in part.plans]
     attacks = holm([plan(level=level / len(plans)) for plan in plans])
     delta = delta or default_delta(int(pool.member.sum()))
     bound = max(_bound(part, pool, delta, 1 - (1 - confidence) / len(parts)) for part in parts)
-    division = min((exchangeability(part.vectors(), pool.member[:len(part.distance)]) for part in parts), key=lambda attack: attack.p_value)
-    sizes = {"synthetic": len(pool.synthetic), "train": int(pool.member.sum()), "holdout": int((~pool.member).sum())}
+    division = min(
+        (exchangeability(part.vectors(), pool.member[: len(part.distance)]) for part in parts),
+        key=lambda attack: attack.p_value,
+    )
+    sizes = {
+        "synthetic": len(pool.synthetic),
+        "train": int(pool.member.sum()),
+        "holdout": int((~pool.member).sum()),
+    }
     read_as = {"text": pool.text, "numbers": pool.numbers, "categories": pool.categories}
-    return AuditReport(attacks=attacks, level=level, rows=sizes, columns=read_as, epsilon_bound=bound, delta=delta,
-                       confidence=confidence, division=division,
-                       warnings=_remarks(pool, division, _twins(pool)), notices=_notices(pool, parts),
-                       seconds=time.perf_counter() - began, details=_details(pool, parts))
+    return AuditReport(
+        attacks=attacks,
+        level=level,
+        rows=sizes,
+        columns=read_as,
+        epsilon_bound=bound,
+        delta=delta,
+        confidence=confidence,
+        division=division,
+        warnings=_remarks(pool, division, _twins(pool)),
+        notices=_notices(pool, parts),
+        seconds=time.perf_counter() - began,
+        details=_details(pool, parts),
+    )
 
 
 def _bound(part, pool, delta, confidence):
-    member, alone = pool.member[:len(part.scores)], pool.alone[:len(part.scores)]
-    return pairs_bound(part.scores[member & alone], part.scores[~member & alone], delta, confidence=confidence)
+    member, alone = pool.member[: len(part.scores)], pool.alone[: len(part.scores)]
+    return pairs_bound(
+        part.scores[member & alone], part.scores[~member & alone], delta, confidence=confidence
+    )
 
 
 def _details(pool, parts):
     """Arrays for the plots: by kind, scores and distances of training and of held-out rows."""
-    split = lambda values: (values[pool.member[:len(values)]], values[~pool.member[:len(values)]])
+    split = lambda values: (values[pool.member[: len(values)]], values[~pool.member[: len(values)]])
     return {part.kind: {"scores": split(part.scores), "distance": split(part.distance)} for part in parts}
 
 # %% ../../nbs/12_audit/05_report.ipynb #24181fc1
 def _by_unit(train, holdout, column):
-    """Training and held-out rows without the column that names their unit, and the units as the options of `audit_files`: a dict of all.
+    """Training and held-out rows without the column that names their unit, and the units as the options of
+    `audit_files`: a dict of all.
 
     Raises:
         DataError: rows cannot be read or have no such column.
@@ -228,22 +341,29 @@ def _by_unit(train, holdout, column):
     for name, frame in frames.items():
         if column not in frame:
             raise DataError(f"{name}: no column {column!r}; it has {', '.join(frame)}; set --unit-column")
-    return {**{name: frame.drop(columns=column) for name, frame in frames.items()},
-            **{f"{name}_units": frame[column].astype(str).tolist() for name, frame in frames.items()}}
+    return {
+        **{name: frame.drop(columns=column) for name, frame in frames.items()},
+        **{f"{name}_units": frame[column].astype(str).tolist() for name, frame in frames.items()},
+    }
 
 
 def _check_place(path):
     """Raise DataError where a file cannot be written: before the attacks and not after them."""
     path = pathlib.Path(path)
     if path.is_dir() or not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise DataError(f"{path}: cannot be written ({'is a folder' if path.is_dir() else 'no folder there that can be written to'})")
+        raise DataError(
+            f"{path}: cannot be written"
+            f" ({'is a folder' if path.is_dir() else 'no folder there that can be written to'})"
+        )
 
 
 def audit_command(synthetic, train, holdout, *, json_path=None, unit_column=None, **options):
-    """Audit, print the table and the verdict, and write the report as JSON (mode 0600: it is private) where a path is given.
+    """Audit, print the table and the verdict, and write the report as JSON (mode 0600: it is private) where a
+    path is given.
 
     Args:
-        unit_column: the column of training and held-out rows that names the unit of each, where whole units were held out.
+        unit_column: the column of training and held-out rows that names the unit of each, where whole units
+            were held out.
         options: the other ones of `audit_files`.
 
     Returns:
@@ -260,7 +380,11 @@ def audit_command(synthetic, train, holdout, *, json_path=None, unit_column=None
         mark = "FAIL" if attack in report.failed else "ok"
         print(f"{mark:4} {attack.name}: {attack.detail}; p {_p_text(attack.adjusted_p)}; finds {attack.sees}")
     remarks = [*(f"warning: {w}" for w in report.warnings), *(f"notice: {n}" for n in report.notices)]
-    print("\n".join([*remarks, report.summary, *([] if report.passed else [report.unseen]), CAVEAT, report.footing]))
+    print(
+        "\n".join(
+            [*remarks, report.summary, *([] if report.passed else [report.unseen]), CAVEAT, report.footing]
+        )
+    )
     if json_path:
         write_private(json_path, json.dumps(report.to_dict(), indent=1) + "\n")
     return report.passed

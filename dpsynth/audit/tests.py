@@ -28,11 +28,13 @@ class Attack:
         expected: the success to be expected where nothing leaks.
         p_value: chance of a success at least this large where nothing leaks.
         detail: the counts behind the statistic.
-        detectable: smallest effect found with probability 80 % at the corrected level; None if there is no such effect.
+        detectable: smallest effect found with probability 80 % at the corrected level; None if there is no
+            such effect.
         sees: `detectable` in words.
         adjusted_p: the p-value after Holm's correction for the number of attacks.
         in_verdict: whether the verdict says how little of this could not have been found.
     """
+
     name: str
     statistic: float
     interval: tuple[float, float]
@@ -45,7 +47,9 @@ class Attack:
     in_verdict: bool = False
 
 # %% ../../nbs/12_audit/01_tests.ipynb #530935c8
-LEVEL = 0.01  # chance that the attacks on honest rows raise an alarm: twenty audits pass with a probability of 0.99^20 = .82
+# chance that the attacks on honest rows raise an alarm: twenty audits pass with a probability of 0.99^20 =
+# .82
+LEVEL = 0.01
 POWER = 0.8
 Z_POWER = float(stats.norm.ppf(POWER))
 
@@ -54,14 +58,17 @@ def exact_interval(successes, trials, confidence=0.95):
     """Clopper-Pearson interval of a share; (0, 1) where there are no trials."""
     if not trials:
         return (0.0, 1.0)
-    return tuple(map(float, stats.binomtest(int(successes), int(trials)).proportion_ci(confidence, method="exact")))
+    return tuple(
+        map(float, stats.binomtest(int(successes), int(trials)).proportion_ci(confidence, method="exact"))
+    )
 
 
 def share_interval(share, error, trials, confidence=0.95):
-    """Interval of a share with a standard error: normal on the scale of the logit, which keeps it within 0 and 1 and lopsided near them.
+    """Interval of a share with a standard error: normal on the scale of the logit, which keeps it within 0
+    and 1 and lopsided near them.
 
-    Where all observations agree, as at 0 and 1, the error is 0 and says nothing; the interval is then Clopper and Pearson's of so many
-    independent `trials`.
+    Where all observations agree, as at 0 and 1, the error is 0 and says nothing; the interval is then Clopper
+    and Pearson's of so many independent `trials`.
     """
     if error < 1e-9:
         return exact_interval(round(share * trials), trials, confidence)
@@ -70,7 +77,9 @@ def share_interval(share, error, trials, confidence=0.95):
 
 
 def _rate_seen(needed, base, train):
-    """Share of the training rows that must leak so that, with probability `POWER`, `needed` more than the natural `base` are found."""
+    """Share of the training rows that must leak so that, with probability `POWER`, `needed` more than the
+    natural `base` are found.
+    """
     needed = math.ceil(needed + Z_POWER * math.sqrt(base))
     return float(stats.beta.ppf(POWER, needed, train - needed + 1)) if needed <= train else None
 
@@ -83,7 +92,9 @@ def _first(low, high, true):
 
 
 def _in_words(share, of=""):
-    """`detectable` of an attack that looks for leaked training rows; `of`: which of them, as the end of a sentence."""
+    """`detectable` of an attack that looks for leaked training rows; `of`: which of them, as the end of a
+    sentence.
+    """
     return "nothing: too few rows" if share is None else f"{100 * share:.2g} % of the training rows{of}"
 
 # %% ../../nbs/12_audit/01_tests.ipynb #ef23b660
@@ -93,8 +104,9 @@ def copy_test(name, hits, member, *, level, in_train=None, of="", in_verdict=Fal
     Args:
         hits, member: bool[pool]; `member` is True on training rows.
         level: corrected level, for the power only.
-        in_train: bool[pool], whether the content of a row occurs among the training rows; held-out rows of which this is true are
-            copied whenever their twin is, and lower the power. None: no held-out row is.
+        in_train: bool[pool], whether the content of a row occurs among the training rows; held-out rows of
+            which this is true are copied whenever their twin is, and lower the power. None: no held-out row
+            is.
         of: which rows the pool has, if not all, as the end of a phrase. in_verdict: as in `Attack`.
     """
     train, held = int(member.sum()), int((~member).sum())
@@ -108,15 +120,28 @@ def copy_test(name, hits, member, *, level, in_train=None, of="", in_verdict=Fal
     needed = _first(1, train - base, lambda new: p_value(base + new, y + round(twins * new / train)) <= level)
     seen = None if needed is None else _rate_seen(needed, base, train)
     detail = f"{x:,} of {train:,} training, {y:,} of {held:,} held-out rows"
-    return Attack(name, x / train, exact_interval(x, train), y / held, p_value(x, y), detail, seen, _in_words(seen, of), in_verdict=in_verdict)
+    return Attack(
+        name,
+        x / train,
+        exact_interval(x, train),
+        y / held,
+        p_value(x, y),
+        detail,
+        seen,
+        _in_words(seen, of),
+        in_verdict=in_verdict,
+    )
 
 # %% ../../nbs/12_audit/01_tests.ipynb #52618155
 def delong(members, others):
     """AUC and its standard error from the scores of training rows, float[n], and of held-out rows, float[m].
 
-    Source: DeLong et al. 1988, "Comparing the areas under two or more correlated receiver operating characteristic curves".
+    Source: DeLong et al. 1988, "Comparing the areas under two or more correlated receiver operating
+    characteristic curves".
     """
-    above = lambda a, b: (np.searchsorted(np.sort(b), a, "left") + np.searchsorted(np.sort(b), a, "right")) / (2 * len(b))
+    above = lambda a, b: (
+        (np.searchsorted(np.sort(b), a, "left") + np.searchsorted(np.sort(b), a, "right")) / (2 * len(b))
+    )
     of_members, of_others = above(members, others), above(others, members)
     variance = of_members.var(ddof=1) / len(members) + of_others.var(ddof=1) / len(others)
     return float(of_members.mean()), math.sqrt(variance)
@@ -125,7 +150,8 @@ def delong(members, others):
 def auc_interval(members, others):
     """95 % interval of the AUC of the scores of training rows, float[n], and of held-out rows, float[m].
 
-    Source: Qin and Hotilovac 2008, "Comparison of non-parametric confidence intervals for the area under the ROC curve", for the logit.
+    Source: Qin and Hotilovac 2008, "Comparison of non-parametric confidence intervals for the area under the
+    ROC curve", for the logit.
     """
     return share_interval(*delong(members, others), min(len(members), len(others)))
 
@@ -138,12 +164,24 @@ def _share_seen(share, what):
 def auc_test(name, scores, member, *, level, alternative="two-sided"):
     """Do training rows score higher (or, two-sided, differently)? Mann-Whitney test."""
     members, others = scores[member], scores[~member]
-    p_value = float(stats.mannwhitneyu(members, others, alternative=alternative, method="asymptotic").pvalue) if np.ptp(scores) else 1.0
+    p_value = (
+        float(stats.mannwhitneyu(members, others, alternative=alternative, method="asymptotic").pvalue)
+        if np.ptp(scores)
+        else 1.0
+    )
     sides = 2 if alternative == "two-sided" else 1
     spread = math.sqrt((len(scores) + 1) / (12 * len(members) * len(others)))
     seen = 0.5 + (stats.norm.isf(level / sides) + Z_POWER) * spread
     detail = f"AUC over {len(members):,} training and {len(others):,} held-out rows"
-    return Attack(name, delong(members, others)[0], auc_interval(members, others), 0.5, p_value, detail, *_share_seen(seen, "an AUC"))
+    return Attack(
+        name,
+        delong(members, others)[0],
+        auc_interval(members, others),
+        0.5,
+        p_value,
+        detail,
+        *_share_seen(seen, "an AUC"),
+    )
 
 # %% ../../nbs/12_audit/01_tests.ipynb #58133ac3
 def ranked(scores, member, seed=0):
@@ -152,17 +190,21 @@ def ranked(scores, member, seed=0):
 
 
 def _above(order, passed):
-    """How many training rows rank above the held-out row that `passed` others rank above; none if `passed` is negative."""
+    """How many training rows rank above the held-out row that `passed` others rank above; none if `passed` is
+    negative.
+    """
     ranks = np.append(np.flatnonzero(~order), len(order))
-    return int(order[:ranks[min(passed, len(ranks) - 1)]].sum()) if passed >= 0 else 0
+    return int(order[: ranks[min(passed, len(ranks) - 1)]].sum()) if passed >= 0 else 0
 
 
 def tpr_interval(order, fpr=0.01, confidence=0.95):
-    """Conservative interval of the TPR at the threshold which a share `fpr` of the population of held-out rows exceeds.
+    """Conservative interval of the TPR at the threshold which a share `fpr` of the population of held-out
+    rows exceeds.
 
-    The number of held-out rows above that threshold is binomial, which puts it between two of them (order statistics); Clopper-Pearson
-    bounds the share of training rows above the higher from below, and above the lower from above. Four errors share 1 - `confidence`
-    (Bonferroni). Source: David and Nagaraja 2003, "Order statistics", section 7.1, for the interval of a quantile.
+    The number of held-out rows above that threshold is binomial, which puts it between two of them (order
+    statistics); Clopper-Pearson bounds the share of training rows above the higher from below, and above the
+    lower from above. Four errors share 1 - `confidence` (Bonferroni). Source: David and Nagaraja 2003, "Order
+    statistics", section 7.1, for the interval of a quantile.
 
     Args:
         order: bool[pool], True on training rows, from the highest score to the lowest.
@@ -176,7 +218,10 @@ def tpr_interval(order, fpr=0.01, confidence=0.95):
 
 
 def tpr_test(name, scores, member, *, level, fpr=0.01):
-    """How many training rows score above all but a share `fpr` of the held-out rows? Exact, one-sided; interval: `tpr_interval`."""
+    """How many training rows score above all but a share `fpr` of the held-out rows?
+
+    Exact, one-sided; interval: `tpr_interval`.
+    """
     train, held = int(member.sum()), int((~member).sum())
     allowed, order = int(fpr * held), ranked(scores, member)
     x = _above(order, allowed)
@@ -185,7 +230,9 @@ def tpr_test(name, scores, member, *, level, fpr=0.01):
     critical = _first(1, train, lambda a: p_value(a) <= level)
     seen = None if critical is None else _rate_seen(max(1.0, critical - base), base, train)
     detail = f"{x:,} of {train:,} training rows above all but {allowed:,} of {held:,} held-out rows"
-    return Attack(name, x / train, tpr_interval(order, fpr), base / train, p_value(x), detail, seen, _in_words(seen))
+    return Attack(
+        name, x / train, tpr_interval(order, fpr), base / train, p_value(x), detail, seen, _in_words(seen)
+    )
 
 
 def top_sizes(rows):
@@ -194,9 +241,11 @@ def top_sizes(rows):
 
 
 def top_test(name, scores, member, *, level):
-    """Are there too many training rows among the k highest scores, for some k of `top_sizes`? Exact, Bonferroni over k.
+    """Are there too many training rows among the k highest scores, for some k of `top_sizes`? Exact,
+    Bonferroni over k.
 
-    The interval is Bonferroni's as well: that of each k has so much confidence that all of them hold together, the chosen one among them.
+    The interval is Bonferroni's as well: that of each k has so much confidence that all of them hold
+    together, the chosen one among them.
     """
     train, sizes, order = int(member.sum()), top_sizes(len(member)), ranked(scores, member)
     p_value = lambda x, k: min(1.0, len(sizes) * float(stats.hypergeom.sf(x - 1, len(member), train, k)))
@@ -212,7 +261,8 @@ DRAWS = 10_000
 
 
 def share_test(name, nearest, member, *, level, seed=0):
-    """Is the nearest pool row too often (or too seldom) a training row? Permutation test over deals of the pool, two-sided.
+    """Is the nearest pool row too often (or too seldom) a training row? Permutation test over deals of the
+    pool, two-sided.
 
     Args:
         nearest: int[k], for each of k synthetic rows the pool row nearest to it.
@@ -223,23 +273,46 @@ def share_test(name, nearest, member, *, level, seed=0):
         return Attack(name, 0.0, (0.0, 1.0), float(member.mean()), 1.0, nothing, *_share_seen(1.0, "a share"))
     weights = np.bincount(nearest, minlength=len(member))
     values, sizes = np.unique(weights, return_counts=True)
-    deals = np.random.default_rng(seed).multivariate_hypergeometric(sizes, int(member.sum()), size=DRAWS, method="marginals") @ values
-    observed, expected, spread = int(weights[member].sum()), float(member.mean()), float(deals.std()) / len(nearest)
+    deals = (
+        np.random.default_rng(seed).multivariate_hypergeometric(
+            sizes, int(member.sum()), size=DRAWS, method="marginals"
+        )
+        @ values
+    )
+    observed, expected, spread = (
+        int(weights[member].sum()),
+        float(member.mean()),
+        float(deals.std()) / len(nearest),
+    )
     p = min(1.0, 2 * (1 + min((deals >= observed).sum(), (deals <= observed).sum())) / (DRAWS + 1))
     seen = expected + (stats.norm.isf(level / 2) + Z_POWER) * spread
-    detail, share = f"{observed:,} of {len(nearest):,} synthetic rows are nearest to a training row", observed / len(nearest)
-    return Attack(name, share, _weighted_interval(weights, member), expected, float(p), detail, *_share_seen(seen, "a share"))
+    detail, share = (
+        f"{observed:,} of {len(nearest):,} synthetic rows are nearest to a training row",
+        observed / len(nearest),
+    )
+    return Attack(
+        name,
+        share,
+        _weighted_interval(weights, member),
+        expected,
+        float(p),
+        detail,
+        *_share_seen(seen, "a share"),
+    )
 
 
 def _weighted_interval(weights, member):
-    """95 % interval of the share of `weights`, float[n], that lies on `member`, bool[n], where the n rows are what was sampled.
+    """95 % interval of the share of `weights`, float[n], that lies on `member`, bool[n], where the n rows are
+    what was sampled.
 
-    The standard error is that of a ratio of sums; at 0 and 1 as many rows count as, equally heavy, would be as exact. Source: Kish 1965,
-    "Survey sampling", ratio means of clusters and effective sample size.
+    The standard error is that of a ratio of sums; at 0 and 1 as many rows count as, equally heavy, would be
+    as exact. Source: Kish 1965, "Survey sampling", ratio means of clusters and effective sample size.
     """
     total, squares = weights.sum(), (weights**2).sum()
     share = float(weights[member].sum() / total)
-    return share_interval(share, math.sqrt((weights**2 * (member - share) ** 2).sum()) / total, int(total**2 // squares))
+    return share_interval(
+        share, math.sqrt((weights**2 * (member - share) ** 2).sum()) / total, int(total**2 // squares)
+    )
 
 # %% ../../nbs/12_audit/01_tests.ipynb #24168260
 def holm(attacks):
@@ -252,30 +325,40 @@ def holm(attacks):
     """
     p = np.array([attack.p_value for attack in attacks])
     if not np.isfinite(p).all():
-        raise PrivacyError(f"attack {attacks[int(np.argmin(np.isfinite(p)))].name!r}: its p-value is not a number; no verdict without it")
+        raise PrivacyError(
+            f"attack {attacks[int(np.argmin(np.isfinite(p)))].name!r}: its p-value is not a number; no"
+            " verdict without it"
+        )
     order = np.argsort(p, kind="stable")
     adjusted = np.empty(len(p))
     adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
-    return tuple(dataclasses.replace(attack, adjusted_p=float(value)) for attack, value in zip(attacks, adjusted))
+    return tuple(
+        dataclasses.replace(attack, adjusted_p=float(value)) for attack, value in zip(attacks, adjusted)
+    )
 
 # %% ../../nbs/12_audit/01_tests.ipynb #c8c3e6de
 def _one_run(right, wrong, threshold, delta, significance):
-    """ε bound of guesses with these margins, of which those of at least `threshold` are made (Steinke et al. 2023)."""
+    """ε bound of guesses with these margins, of which those of at least `threshold` are made (Steinke et al.
+    2023).
+    """
     from jax_privacy.auditing import CanaryScoreAuditor, Explicit
 
-    auditor = CanaryScoreAuditor(np.append(right, -1.0), np.append(wrong, -1.0))  # two pairs without a guess: the arrays may not be empty
+    auditor = CanaryScoreAuditor(
+        np.append(right, -1.0), np.append(wrong, -1.0)
+    )  # two pairs without a guess: the arrays may not be empty
     return float(auditor.epsilon_one_run(significance, delta, threshold_strategy=Explicit(threshold)))
 
 
 def pairs_bound(train_scores, holdout_scores, delta, *, confidence=0.95, seed=0):
-    """Lower bound on ε under replace-one at `delta`, from the membership scores of randomly paired training and held-out rows.
+    """Lower bound on ε under replace-one at `delta`, from the membership scores of randomly paired training
+    and held-out rows.
 
-    Valid for a random division into training and held-out rows of equal distribution; rows left over are not used. Source: Steinke,
-    Nasr, Jagielski 2023, "Privacy auditing with one (1) training run", theorem 5.2.
+    Valid for a random division into training and held-out rows of equal distribution; rows left over are not
+    used. Source: Steinke, Nasr, Jagielski 2023, "Privacy auditing with one (1) training run", theorem 5.2.
     """
     rng, pairs = np.random.default_rng(seed), min(len(train_scores), len(holdout_scores))
     margin = rng.permutation(train_scores)[:pairs] - rng.permutation(holdout_scores)[:pairs]
-    choose, count = margin[:pairs // 2], margin[pairs // 2:]
+    choose, count = margin[: pairs // 2], margin[pairs // 2 :]
     bound = lambda m, t: _one_run(m[m > 0], -m[m <= 0], t, delta, 1 - confidence)
     candidates = np.unique(np.quantile(np.abs(choose), [0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995]))
     best = max(candidates[candidates > 0], key=lambda t: bound(choose, t), default=None)

@@ -1,4 +1,4 @@
-"""Private rows come in from a file, a data set library or a table in memory, are checked, and split into units."""
+"""Private rows come in, are checked, and are split into units."""
 
 from .checks import *
 from .grids import *

@@ -53,14 +53,22 @@ def _whole(value):
 
 
 def _as_unit(value):
-    """The name of a unit: a whole number as the text that a CSV file has for it, unless it is a float too large to be exact."""
+    """The name of a unit: a whole number as the text that a CSV file has for it, unless it is a float too
+    large to be exact.
+    """
     exact = _whole(value) and not (isinstance(value, float) and abs(value) >= 2.0**53)
     return str(int(value)) if exact else _as_text(value)
 
 # %% ../../nbs/01_data/02_checks.ipynb #bacdf79a
 def _positions(names):
-    """The positions of the labels as texts; none if a name is a number itself, which a position could be mistaken for."""
-    return () if any(re.fullmatch(r"[-+]?\d+(\.\d+)?", name) for name in names) else tuple(map(str, range(len(names))))
+    """The positions of the labels as texts; none if a name is a number itself, which a position could be
+    mistaken for.
+    """
+    return (
+        ()
+        if any(re.fullmatch(r"[-+]?\d+(\.\d+)?", name) for name in names)
+        else tuple(map(str, range(len(names))))
+    )
 
 
 def _truth(value):
@@ -71,12 +79,18 @@ def _truth(value):
 
 
 def _spellings(value, names):
-    """The texts that a label may be named by: of a whole number with and without `.0`, of a truth value in any letters, or its number."""
+    """The texts that a label may be named by: of a whole number with and without `.0`, of a truth value in
+    any letters, or its number.
+    """
     truth = _truth(value)
     if truth is not None:
         counts = len(names) == 2 and (_positions(names) or {*names} <= {"0", "1", "0.0", "1.0"})
         words = [str(truth).lower(), str(truth), str(truth).upper()]
-        return ([value] if isinstance(value, str) else []) + words + (["01"[truth], f"{int(truth)}.0"] if counts else [])
+        return (
+            ([value] if isinstance(value, str) else [])
+            + words
+            + (["01"[truth], f"{int(truth)}.0"] if counts else [])
+        )
     if isinstance(value, str):
         number = re.fullmatch(r"([-+]?\d+)(\.0*)?", value)
         return [value, number[1], f"{number[1]}.0"] if number else [value]
@@ -86,7 +100,10 @@ def _spellings(value, names):
 
 
 def _label_index(value, names):
-    """Position of a label among `names`; -1 if the value is not a label. A whole number may be named with or without `.0`."""
+    """Position of a label among `names`; -1 if the value is not a label.
+
+    A whole number may be named with or without `.0`.
+    """
     texts = _spellings(value, names)
     for choices in (names, _positions(names)):
         for text in texts:
@@ -100,7 +117,9 @@ def _label_problem(value, names):
     if _missing(value) or isinstance(value, str) and not value:
         return "missing"
     plain = all(re.fullmatch(r"[\w.+-]+", name) for name in names)
-    listed = ", ".join(names if plain else map(repr, names)) + ("" if plain else "; write names with commas as a list")
+    listed = ", ".join(names if plain else map(repr, names)) + (
+        "" if plain else "; write names with commas as a list"
+    )
     numeric = isinstance(value, (int, float)) and _positions(names)
     return "not one of " + (f"0 to {len(names) - 1} ({listed})" if numeric else listed)
 
@@ -113,16 +132,28 @@ def _columns(settings):
 def _roles(settings):
     """Setting -> column, for every setting that names a column; an empty text where there is none."""
     unit = "" if settings.unit == "row" else settings.unit
-    return {"text_column": settings.text_column, "label_column": settings.label_column, "unit": unit, "id_column": settings.id_column}
+    return {
+        "text_column": settings.text_column,
+        "label_column": settings.label_column,
+        "unit": unit,
+        "id_column": settings.id_column,
+    }
 
 
 def _require(where, available, settings, cure=""):
-    """Raise if a column that is read is not there, or there twice. No name is shown that the settings do not have."""
+    """Raise if a column that is read is not there, or there twice.
+
+    No name is shown that the settings do not have.
+    """
     available = [str(name) for name in available]
     for role, name in _roles(settings).items():
         if name and name not in available:
             alike = [i for i, other in enumerate(available) if other.strip().lower() == name.strip().lower()]
-            near = f", though column {alike[0]} (from 0) is called so in other letters or with blanks" if alike else ""
+            near = (
+                f", though column {alike[0]} (from 0) is called so in other letters or with blanks"
+                if alike
+                else ""
+            )
             raise DataError(f"{where}: no column {name!r} among its {len(available)}{near}; set {role}{cure}")
         if available.count(name) > 1:
             raise DataError(f"{where}: column {name!r} occurs {available.count(name)} times; rename one")
@@ -131,7 +162,10 @@ def _require(where, available, settings, cure=""):
 def _noted(frame, available, settings):
     """A raw frame that knows the positions of the columns that are left out of it, and how many there are."""
     read = _columns(settings)
-    frame.attrs = {"left_out": [i for i, name in enumerate(map(str, available)) if name not in read], "columns": len(available)}
+    frame.attrs = {
+        "left_out": [i for i, name in enumerate(map(str, available)) if name not in read],
+        "columns": len(available),
+    }
     return frame
 
 
@@ -151,12 +185,17 @@ GAPS = ("missing", "empty")
 def _without_gaps(problems, settings):
     """bool[n]: the rows that `missing: drop` leaves out; their problems are none any more."""
     drop = settings.missing == "drop"
-    gone = np.array([drop and any(problem in GAPS for problem in row) for row in zip(*problems.values())], bool)
-    return gone, {column: [None if g else p for p, g in zip(found, gone)] for column, found in problems.items()}
+    gone = np.array(
+        [drop and any(problem in GAPS for problem in row) for row in zip(*problems.values())], bool
+    )
+    return gone, {
+        column: [None if g else p for p, g in zip(found, gone)] for column, found in problems.items()
+    }
 
 
 def _checked(raw, where, settings):
-    """Frame with `text` and, where there are such, `label` and `unit` from a raw frame, with its index. A row to be left out has no text.
+    """Frame with `text` and, where there are such, `label` and `unit` from a raw frame, with its index. A row
+    to be left out has no text.
 
     Raises:
         DataError: naming `where`, row and column; the value is not shown.

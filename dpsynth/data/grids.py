@@ -28,15 +28,31 @@ from ..settings import DataError
 def _only_member(data):
     """The one file in a zip archive."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")]
+        names = [
+            name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX/")
+        ]
         if len(names) != 1:
             raise ValueError(f"it holds {len(names)} files, one is expected")
         return archive.read(names[0])
 
 
-UNPACK = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress, ".zip": _only_member,
-          ".zst": lambda data: pa.CompressedInputStream(pa.BufferReader(data), "zstd").read()}
-DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError, NotImplementedError, ValueError)
+UNPACK = {
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+    ".zip": _only_member,
+    ".zst": lambda data: pa.CompressedInputStream(pa.BufferReader(data), "zstd").read(),
+}
+DAMAGED = (
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    RuntimeError,
+    NotImplementedError,
+    ValueError,
+)
 
 
 def _kind(path):
@@ -52,7 +68,9 @@ def _content(path):
         return unpack(data) if unpack else data
     except DAMAGED as error:
         told = f" ({error})" if type(error) is ValueError else ""
-        raise DataError(f"{path}: cannot be unpacked{told}; it is damaged, or not what its ending says") from None
+        raise DataError(
+            f"{path}: cannot be unpacked{told}; it is damaged, or not what its ending says"
+        ) from None
 
 
 def _read_text(path):
@@ -87,9 +105,13 @@ def _fields(text, separator, settings, strict=True):
 
 
 def _fit(text, separator, settings):
-    """How well a separator fits the first rows: are all columns there, and how many fields do the rows have if they are several in each."""
+    """How well a separator fits the first rows: are all columns there, and how many fields do the rows have
+    if they are several in each.
+    """
     try:
-        rows = list(itertools.islice(filter(None, _fields(text, separator, settings, strict=False)), FIRST_ROWS))
+        rows = list(
+            itertools.islice(filter(None, _fields(text, separator, settings, strict=False)), FIRST_ROWS)
+        )
     except csv.Error:
         return False, 0
     whole = rows[:-1] if len(text) == FIRST and len(rows) < FIRST_ROWS else rows
@@ -99,15 +121,22 @@ def _fit(text, separator, settings):
 
 
 def _separator(path, text, settings):
-    """The sign between the fields of a file; where several fit, the comma, or the tab of a TSV file, comes first."""
+    """The sign between the fields of a file; where several fit, the comma, or the tab of a TSV file, comes
+    first.
+    """
     if settings.sep != "auto":
         return SEPARATORS[settings.sep]
     usual = "\t" if _kind(path) == ".tsv" else ","
-    return max(sorted(SEPARATORS.values(), key=lambda sign: sign != usual), key=lambda sign: _fit(text[:FIRST], sign, settings))
+    return max(
+        sorted(SEPARATORS.values(), key=lambda sign: sign != usual),
+        key=lambda sign: _fit(text[:FIRST], sign, settings),
+    )
 
 
 def _csv_rows(path, text, separator, settings):
-    """List of `(line, fields)` of each row that is not blank; a row over several lines counts where it begins."""
+    """List of `(line, fields)` of each row that is not blank; a row over several lines counts where it
+    begins.
+    """
     reader, rows, line = _fields(text, separator, settings), [], 1
     try:
         for fields in reader:
@@ -115,7 +144,9 @@ def _csv_rows(path, text, separator, settings):
                 rows.append((line, fields))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}, line {line}: broken row ({error}); if quotes are part of the texts, set quoting: none") from None
+        raise DataError(
+            f"{path}, line {line}: broken row ({error}); if quotes are part of the texts, set quoting: none"
+        ) from None
     return rows
 
 
@@ -128,17 +159,22 @@ def _check_width(path, header, rows, separator):
 
 
 def _as_rows(fields, i, separator):
-    """The rows that the lines of field `i` would be if the quotes around it were not quotes but text; blank lines are none."""
+    """The rows that the lines of field `i` would be if the quotes around it were not quotes but text; blank
+    lines are none.
+    """
     rows = [line.split(separator) for line in re.split(r"[\r\n]+", fields[i])]
     rows[0] = fields[:i] + rows[0]
-    rows[-1] = rows[-1] + fields[i + 1:]
+    rows[-1] = rows[-1] + fields[i + 1 :]
     return rows
 
 
 def _like_rows(pieces, header, settings):
     """Whether fields have the form of rows: as many as the header has, and a label where one belongs."""
     at = header.index(settings.label_column) if settings.label_column else None
-    return all(len(piece) == len(header) and (at is None or _label_index(piece[at], settings.labels) >= 0) for piece in pieces)
+    return all(
+        len(piece) == len(header) and (at is None or _label_index(piece[at], settings.labels) >= 0)
+        for piece in pieces
+    )
 
 
 def _refuse_merged(path, header, rows, separator, settings):
@@ -147,17 +183,28 @@ def _refuse_merged(path, header, rows, separator, settings):
     Raises:
         DataError: naming the field's first and last line.
     """
-    several = [(line, fields, i) for line, fields in rows for i, field in enumerate(fields) if "\n" in field or "\r" in field]
+    several = [
+        (line, fields, i)
+        for line, fields in rows
+        for i, field in enumerate(fields)
+        if "\n" in field or "\r" in field
+    ]
     for line, fields, i in several if len(header) > 1 else ():
         pieces = _as_rows(fields, i, separator)
         if _like_rows(pieces, header, settings):
-            first, last = (line + len(re.findall(r"\r\n?|\n", separator.join(fields[:n]))) for n in (i, i + 1))
-            raise DataError(f"{path}, line {first}: a quoted field goes on to line {last} and has the form of {len(pieces)} rows; set quoting: none "
-                            "if quotes are part of the texts, quoting: standard if all these lines are one text")
+            first, last = (
+                line + len(re.findall(r"\r\n?|\n", separator.join(fields[:n]))) for n in (i, i + 1)
+            )
+            raise DataError(
+                f"{path}, line {first}: a quoted field goes on to line {last} and has the form of"
+                f" {len(pieces)} rows; set quoting: none if quotes are part of the texts, quoting: standard"
+                " if all these lines are one text"
+            )
 
 # %% ../../nbs/01_data/03_grids.ipynb #32a9703b
 def _sheet_rows(path):
-    """List of `(row number, cells)` of the rows that are not empty, in the one sheet that has any; cells keep their types, an empty one is None.
+    """List of `(row number, cells)` of the rows that are not empty, in the one sheet that has any; cells keep
+    their types, an empty one is None.
 
     Raises:
         DataError: openpyxl is missing, the file is none of Excel, or several sheets have rows.
@@ -165,16 +212,27 @@ def _sheet_rows(path):
     try:
         import openpyxl
     except ModuleNotFoundError:
-        raise DataError(f'{path}: needs the extra `excel`: pip install "dpsynth[excel]"; or save the sheet as CSV') from None
+        raise DataError(
+            f'{path}: needs the extra `excel`: pip install "dpsynth[excel]"; or save the sheet as CSV'
+        ) from None
     content = io.BytesIO(_content(path))
     try:
         book = openpyxl.load_workbook(content, read_only=True, data_only=True)
-        sheets = [[(i, list(cells)) for i, cells in enumerate(sheet.iter_rows(values_only=True), 1)] for sheet in book.worksheets]
+        sheets = [
+            [(i, list(cells)) for i, cells in enumerate(sheet.iter_rows(values_only=True), 1)]
+            for sheet in book.worksheets
+        ]
     except Exception:  # openpyxl lets every kind of zip and XML error through
         raise DataError(f"{path}: not an Excel file (.xlsx), or damaged") from None
-    filled = [rows for sheet in sheets if (rows := [(i, cells) for i, cells in sheet if any(cell is not None for cell in cells)])]
+    filled = [
+        rows
+        for sheet in sheets
+        if (rows := [(i, cells) for i, cells in sheet if any(cell is not None for cell in cells)])
+    ]
     if len(filled) > 1:
-        raise DataError(f"{path}: {len(filled)} sheets have rows; save the one that is meant in a file of its own")
+        raise DataError(
+            f"{path}: {len(filled)} sheets have rows; save the one that is meant in a file of its own"
+        )
     return _even(filled[0]) if filled else []
 
 
@@ -199,7 +257,11 @@ def _grid(path, settings):
             rows = _csv_rows(path, text, separator, settings)
     if not rows:
         raise DataError(f"{path}: empty file")
-    header = range(len(rows[0][1])) if settings.header == "none" else ["" if cell is None else cell for cell in rows.pop(0)[1]]
+    header = (
+        range(len(rows[0][1]))
+        if settings.header == "none"
+        else ["" if cell is None else cell for cell in rows.pop(0)[1]]
+    )
     return list(map(str, header)), rows, separator
 
 
@@ -207,13 +269,21 @@ def _read_grid(path, settings):
     """Raw frame of a CSV, TSV or Excel file, indexed by line.
 
     Raises:
-        DataError: naming the line, if the file is empty, a column that is read is missing or there twice, a row has more or fewer fields
-            than the header, or a quoted field may be several rows.
+        DataError: naming the line, if the file is empty, a column that is read is missing or there twice, a
+            row has more or fewer fields than the header, or a quoted field may be several rows.
     """
     header, rows, separator = _grid(path, settings)
     positions = f"by position, 0 to {len(header) - 1}"
-    _require(path, header, settings, f": without a header, columns are named {positions}" if settings.header == "none" else
-             f"; if its first line is a row, set header: none and name columns {positions}")
+    _require(
+        path,
+        header,
+        settings,
+        (
+            f": without a header, columns are named {positions}"
+            if settings.header == "none"
+            else f"; if its first line is a row, set header: none and name columns {positions}"
+        ),
+    )
     if separator:
         _check_width(path, header, rows, separator)
         if settings.quoting == "auto":

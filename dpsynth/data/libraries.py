@@ -16,24 +16,36 @@ from ..settings import DataError, quiet_libraries
 
 # %% ../../nbs/01_data/05_libraries.ipynb #7ed8c2a9
 def _named_splits(where, names, read, settings):
-    """Checked `train` and `test` (None where there is none, or a file replaces it); `read(split)` gives a raw frame."""
+    """Checked `train` and `test` (None where there is none, or a file replaces it); `read(split)` gives a raw
+    frame.
+    """
     if "train" not in names:
         raise DataError(f"{where}: no split `train`; it has {', '.join(names)}")
     wanted = ("train",) if settings.test_data else ("train", "test")
-    frames = {name: _checked(read(name), f"{where}, split {name}", settings) for name in wanted if name in names}
+    frames = {
+        name: _checked(read(name), f"{where}, split {name}", settings) for name in wanted if name in names
+    }
     return frames["train"], frames.get("test")
 
 
 def _unavailable(where, settings, error):
-    """The DataError for a library's own error. At most 160 characters are kept, of errors about files and networks only: others may quote a row."""
+    """The DataError for a library's own error.
+
+    At most 160 characters are kept, of errors about files and networks only: others may quote a row.
+    """
     told = f": {(str(error).splitlines() or [''])[0]}" if isinstance(error, OSError) else ""
     reason = f"{type(error).__name__}{told}"[:160]
-    return DataError(f"{where}: not found in {settings.data_dir or 'the default folder'} and cannot be downloaded ({reason}); "
-                     "set data_dir to a folder that has it, or download it once where there is a network")
+    return DataError(
+        f"{where}: not found in {settings.data_dir or 'the default folder'} and cannot be downloaded"
+        f" ({reason}); set data_dir to a folder that has it, or download it once where there is a network"
+    )
 
 
 def _read_tfds(name, settings):
-    """Checked `(train, test)` of a TensorFlow data set. A download shows its progress; TensorFlow's own messages are held back."""
+    """Checked `(train, test)` of a TensorFlow data set.
+
+    A download shows its progress; TensorFlow's own messages are held back.
+    """
     with quiet_libraries():
         import tensorflow_datasets as tfds
 
@@ -49,8 +61,14 @@ def _read_tfds(name, settings):
     def read(split):
         _require(where, splits[split].element_spec, settings)
         rows = splits[split].map(lambda row: {column: row[column] for column in columns})
-        batches = [pd.DataFrame({k: list(v) for k, v in batch.items()}) for batch in tfds.as_numpy(rows.batch(1024))]
-        return _noted(pd.concat(batches, ignore_index=True) if batches else pd.DataFrame(), splits[split].element_spec, settings)
+        batches = [
+            pd.DataFrame({k: list(v) for k, v in batch.items()}) for batch in tfds.as_numpy(rows.batch(1024))
+        ]
+        return _noted(
+            pd.concat(batches, ignore_index=True) if batches else pd.DataFrame(),
+            splits[split].element_spec,
+            settings,
+        )
 
     with quiet_libraries():
         return _named_splits(where, list(splits), read, settings)
@@ -62,7 +80,7 @@ def _read_hf(name, settings):
     try:
         import datasets
     except ModuleNotFoundError:
-        raise DataError(f"{where}: needs the extra `hf`: pip install \"dpsynth[hf]\"") from None
+        raise DataError(f'{where}: needs the extra `hf`: pip install "dpsynth[hf]"') from None
     path, _, configuration = name.partition(":")
     try:
         splits = datasets.load_dataset(path, configuration or None, cache_dir=settings.data_dir or None)
@@ -71,7 +89,9 @@ def _read_hf(name, settings):
 
     def read(split):
         _require(where, splits[split].column_names, settings)
-        return _noted(splits[split].select_columns(_columns(settings)).to_pandas(), splits[split].column_names, settings)
+        return _noted(
+            splits[split].select_columns(_columns(settings)).to_pandas(), splits[split].column_names, settings
+        )
 
     return _named_splits(where, list(splits), read, settings)
 
@@ -80,7 +100,9 @@ DEMO_ROWS = (4000, 2000)
 
 
 def _read_demo(settings):
-    """Checked `(train, test)` of the built-in reviews: 4,000 and 2,000 rows, or as many more as the settings ask for."""
+    """Checked `(train, test)` of the built-in reviews: 4,000 and 2,000 rows, or as many more as the settings
+    ask for.
+    """
     sizes = map(max, DEMO_ROWS, (settings.train_size, settings.test_size))
     frames = [pd.DataFrame(rows) for rows in demo_frame(*sizes, seed=0)]
     for frame in frames:

@@ -20,10 +20,16 @@ from ..settings import DataError
 
 # %% ../../nbs/01_data/08_loading.ipynb #e8e6aebe
 def _with_test_file(train, test, source, settings):
-    """`(train, test, source)` with the rows of `test_data`, where it is set, in place of any other test rows."""
+    """`(train, test, source)` with the rows of `test_data`, where it is set, in place of any other test
+    rows.
+    """
     if not settings.test_data:
         return train, test, source
-    return train, _read_file(settings.test_data, _for_test_rows(settings)), {**source, "test_path": settings.test_data}
+    return (
+        train,
+        _read_file(settings.test_data, _for_test_rows(settings)),
+        {**source, "test_path": settings.test_data},
+    )
 
 
 def _for_test_rows(settings):
@@ -37,9 +43,15 @@ def _splits(train, test, source, name, settings):
     if held_out:
         train, test = _hold_out(train, name, "test_fraction", settings, 0)
     if settings.train_size and settings.unit_count == "private":
-        raise DataError("train_size: to choose that many units takes their exact number, which `unit_count: private` hides; cut the file instead")
+        raise DataError(
+            "train_size: to choose that many units takes their exact number, which `unit_count: private`"
+            " hides; cut the file instead"
+        )
     rows = len(train), len(test)
-    train, test = (_thin(f, size, settings.seed, i) for f, size, i in ((train, settings.train_size, 1), (test, settings.test_size, 2)))
+    train, test = (
+        _thin(f, size, settings.seed, i)
+        for f, size, i in ((train, settings.train_size, 1), (test, settings.test_size, 2))
+    )
     repeated, kept_out = _duplicated(train, keep=False), train[:0]
     if settings.audit_fraction:
         train, kept_out = _hold_out(train, name, "audit_fraction", settings, 3)
@@ -47,23 +59,33 @@ def _splits(train, test, source, name, settings):
     kept_out, test = (_filled(side, name)[0] if len(side) else side for side in (kept_out, test))
     train, counts = _without_copies(train, settings)
     if settings.duplicates == "drop":
-        kept_out, counts["repeated"] = kept_out[~repeated[kept_out.index]], np.flatnonzero(repeated[train.index]).tolist()
+        kept_out, counts["repeated"] = (
+            kept_out[~repeated[kept_out.index]],
+            np.flatnonzero(repeated[train.index]).tolist(),
+        )
     counts["train_rows_in_test"] = int(train["text"].isin(test["text"]).sum())
     source, name = {**source, "held_out": held_out}, settings.data_name or name
     counts |= gaps | {key: columns[key] for key in ("left_out", "columns") if key in columns}
     test_name = pathlib.Path(settings.test_data).name if settings.test_data else name
-    return Splits(_records(train, name, {**source, "split": "train", "rows": rows[0], **counts}, settings),
-                  _records(test, test_name, {**source, "split": "test", "rows": rows[1]}, settings),
-                  _records(kept_out, name, {**source, "split": "kept out"}, settings))
+    return Splits(
+        _records(train, name, {**source, "split": "train", "rows": rows[0], **counts}, settings),
+        _records(test, test_name, {**source, "split": "test", "rows": rows[1]}, settings),
+        _records(kept_out, name, {**source, "split": "kept out"}, settings),
+    )
 
 
 def _duplicated(frame, keep="first"):
-    """bool[n]: whether a row is an exact copy of another one of its unit; what a unit is called and which row it is plays no part."""
+    """bool[n]: whether a row is an exact copy of another one of its unit; what a unit is called and which row
+    it is plays no part.
+    """
     return frame.drop(columns=["unit_name", "id"], errors="ignore").duplicated(keep=keep)
 
 
 def _filled(frame, where):
-    """The frame without the rows that have no text, and how many rows and units went with them. Raises DataError if none is left."""
+    """The frame without the rows that have no text, and how many rows and units went with them.
+
+    Raises DataError if none is left.
+    """
     left = frame[frame["text"].notna()]
     if not len(left):
         raise DataError(f"{where}: no rows are left without those that `missing: drop` leaves out")
@@ -72,35 +94,52 @@ def _filled(frame, where):
 
 
 def _without_copies(frame, settings):
-    """The frame, without copies of its rows if the settings say so, and how many there were and were dropped."""
+    """The frame, without copies of its rows if the settings say so, and how many there were and were
+    dropped.
+    """
     copies, drop = _duplicated(frame), settings.duplicates == "drop"
-    return frame[~copies] if drop else frame, {"duplicates": int(copies.sum()), "duplicates_dropped": int(copies.sum()) * drop}
+    return frame[~copies] if drop else frame, {
+        "duplicates": int(copies.sum()),
+        "duplicates_dropped": int(copies.sum()) * drop,
+    }
 
 
 def _records(frame, name, source, settings):
     """`Records` of a checked frame; `used` is the number of rows left."""
-    return Records(frame.reset_index(drop=True), name, settings.labels, {**source, "used": len(frame)}, frame.index)
+    return Records(
+        frame.reset_index(drop=True), name, settings.labels, {**source, "used": len(frame)}, frame.index
+    )
 
 
 def left_out(records):
-    """The columns of `Records` that no setting names, by position, in a line; an empty text where there are none."""
+    """The columns of `Records` that no setting names, by position, in a line; an empty text where there are
+    none.
+    """
     positions, count = records.source.get("left_out", []), records.source.get("columns")
     if not positions:
         return ""
     more = f" and {len(positions) - 10} more" if len(positions) > 10 else ""
     columns = f"column{'s' * (len(positions) > 1)} {', '.join(map(str, positions[:10]))}{more}"
-    return f"{records.name}: {columns} of {count} (from 0) {'is' if len(positions) == 1 else 'are'} named by no setting and left out"
+    return (
+        f"{records.name}: {columns} of {count} (from 0) {'is' if len(positions) == 1 else 'are'} named by no"
+        " setting and left out"
+    )
 
 
 def refuse_left_out(records, settings):
-    """Raise DataError if the training rows have columns that no setting names, unless the settings say that this is known."""
+    """Raise DataError if the training rows have columns that no setting names, unless the settings say that
+    this is known.
+    """
     line = left_out(records)
     if line and settings.columns == "refuse":
-        raise DataError(f"{line}: the rows that are made would not have them; set columns: ignore if that is meant")
+        raise DataError(
+            f"{line}: the rows that are made would not have them; set columns: ignore if that is meant"
+        )
 
 
 def from_frame(frame, settings, *, test=None, name="frame"):
-    """`Splits` of a table, as `as_frame` takes it; test rows are those of `test_data`, else `test`, else `test_fraction` of the frame.
+    """`Splits` of a table, as `as_frame` takes it; test rows are those of `test_data`, else `test`, else
+    `test_fraction` of the frame.
 
     Raises:
         DataError: naming row and column; the value is not shown.
@@ -111,7 +150,9 @@ def from_frame(frame, settings, *, test=None, name="frame"):
 
 
 def _checked_frame(frame, where, settings):
-    """Checked rows of a table of the caller, whatever its index is; a column named 0 is meant by the setting `0`."""
+    """Checked rows of a table of the caller, whatever its index is; a column named 0 is meant by the setting
+    `0`.
+    """
     frame = as_frame(frame, where).reset_index(drop=True)
     _require(where, frame.columns, settings)
     return _checked(_noted(frame, frame.columns, settings), where, settings)
@@ -125,17 +166,29 @@ def _read(settings):
     if found and kind in ("tfds", "hf"):
         if not name:
             raise DataError(f"data: {settings.data} names no data set; write {kind}:NAME")
-        return *(_read_tfds if kind == "tfds" else _read_hf)(name, settings), name, {"kind": kind, "name": name}
-    return _read_file(settings.data, settings), None, pathlib.Path(settings.data).name, {"kind": "file", "path": settings.data}
+        return (
+            *(_read_tfds if kind == "tfds" else _read_hf)(name, settings),
+            name,
+            {"kind": kind, "name": name},
+        )
+    return (
+        _read_file(settings.data, settings),
+        None,
+        pathlib.Path(settings.data).name,
+        {"kind": "file", "path": settings.data},
+    )
 
 
 def load(settings, frame=None):
-    """Training and test rows of an experiment, of `settings.data` or of a table in memory (`from_frame` takes one of test rows too).
+    """Training and test rows of an experiment, of `settings.data` or of a table in memory (`from_frame` takes
+    one of test rows too).
 
-    Test rows are those of `test_data`; else the official test split; else `test_fraction` of the training rows, held out.
+    Test rows are those of `test_data`; else the official test split; else `test_fraction` of the training
+    rows, held out.
 
     Raises:
-        DataError: one line, naming the file, and where it applies the row and the column; values are not shown.
+        DataError: one line, naming the file, and where it applies the row and the column; values are not
+            shown.
     """
     if frame is not None:
         splits = from_frame(frame, settings)
@@ -147,7 +200,16 @@ def load(settings, frame=None):
 
 
 def other_texts(settings, name):
-    """The texts of the file that the setting `name` names, training and test rows alike; its text column is called as in `data`."""
-    splits = load(settings.__class__(data=getattr(settings, name), text_column=settings.text_column, label_column="", columns="ignore",
-                                   **{name: getattr(settings, name) for name in ("header", "sep", "quoting", "missing")}))
+    """The texts of the file that the setting `name` names, training and test rows alike; its text column is
+    called as in `data`.
+    """
+    splits = load(
+        settings.__class__(
+            data=getattr(settings, name),
+            text_column=settings.text_column,
+            label_column="",
+            columns="ignore",
+            **{name: getattr(settings, name) for name in ("header", "sep", "quoting", "missing")},
+        )
+    )
     return splits.train.texts + splits.test.texts

@@ -26,12 +26,15 @@ def _object_frame(objects, path, settings, index=None):
     names = dict.fromkeys(name for item in objects for name in item)
     if objects:
         _require(path, names, settings)
-    frame = pd.DataFrame({name: [item.get(name) for item in objects] for name in _columns(settings)}, index, dtype=object)
+    frame = pd.DataFrame(
+        {name: [item.get(name) for item in objects] for name in _columns(settings)}, index, dtype=object
+    )
     return _noted(frame, names, settings)
 
 
 def _parsed(path, text, line=None):
-    """`(value, twice)` of a JSON text: what it says, and `{id: (object, key)}` of the objects in it that have a key more than once.
+    """`(value, twice)` of a JSON text: what it says, and `{id: (object, key)}` of the objects in it that have
+    a key more than once.
 
     Raises:
         DataError: naming the line, if it is not JSON, is nested too deep, or holds a number that is too long.
@@ -48,24 +51,32 @@ def _parsed(path, text, line=None):
     try:
         return json.loads(text, object_pairs_hook=collect), twice
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {line or error.lineno}: not JSON ({error.msg} at column {error.colno})") from None
+        raise DataError(
+            f"{path}, line {line or error.lineno}: not JSON ({error.msg} at column {error.colno})"
+        ) from None
     except RecursionError:
-        raise DataError(f"{where}: lists or objects nested too deep; a row needs a text and a label, each plain") from None
+        raise DataError(
+            f"{where}: lists or objects nested too deep; a row needs a text and a label, each plain"
+        ) from None
     except ValueError:  # of a whole number that Python refuses to read for its length
         raise DataError(f"{where}: a number with too many digits; write it as a text") from None
 
 
 def _row_object(where, item, twice, named=()):
-    """The item, an object that has each key once; `twice` as from `_parsed`, `named` the keys that a message may show.
+    """The item, an object that has each key once; `twice` as from `_parsed`, `named` the keys that a message
+    may show.
 
     Raises:
         DataError: naming `where`, and the key that occurs again where it may be shown.
     """
     if not isinstance(item, dict):
-        raise DataError(f"{where}: expected an object such as {{\"text\": …}}, got {type(item).__name__}")
+        raise DataError(f'{where}: expected an object such as {{"text": …}}, got {type(item).__name__}')
     if id(item) in twice:
         key = twice[id(item)][1]
-        raise DataError(f"{where}: {f'key {key!r}' if key in named else 'a key'} occurs more than once; rename or remove one")
+        raise DataError(
+            f"{where}: {f'key {key!r}' if key in named else 'a key'} occurs more than once; rename or"
+            " remove one"
+        )
     return item
 
 
@@ -76,13 +87,22 @@ def _json_line(path, line, text, named):
 
 def _json_lines(path, named=()):
     """List of `(line, object)` of each line that is not blank."""
-    return [(i, _json_line(path, i, text, named)) for i, text in enumerate(_read_text(path).split("\n"), 1) if text.strip()]
+    return [
+        (i, _json_line(path, i, text, named))
+        for i, text in enumerate(_read_text(path).split("\n"), 1)
+        if text.strip()
+    ]
 
 
 def _read_jsonl(path, settings):
     """Raw frame of a JSON Lines file, indexed by line."""
     rows = _json_lines(path, _columns(settings))
-    return _object_frame([item for _, item in rows], path, settings, pd.Index([line for line, _ in rows], name="line", dtype=np.int64))
+    return _object_frame(
+        [item for _, item in rows],
+        path,
+        settings,
+        pd.Index([line for line, _ in rows], name="line", dtype=np.int64),
+    )
 
 
 def _json_rows(path, named=()):
@@ -104,7 +124,9 @@ def _read_parquet(path, settings):
         file = pq.ParquetFile(pa.BufferReader(_content(path)) if path.suffix.lower() in UNPACK else path)
         names = file.schema_arrow.names
         _require(path, names, settings)
-        return _noted(pd.DataFrame(file.read(columns=_columns(settings)).to_pydict(), dtype=object), names, settings)
+        return _noted(
+            pd.DataFrame(file.read(columns=_columns(settings)).to_pydict(), dtype=object), names, settings
+        )
     except UnicodeDecodeError:
         raise DataError(f"{path}: a text in it is not valid UTF-8; write the file again") from None
     except DataError:
@@ -113,17 +135,31 @@ def _read_parquet(path, settings):
         raise DataError(f"{path}: not a Parquet file, or damaged") from None
 
 # %% ../../nbs/01_data/04_readers.ipynb #0c3c7b7d
-READERS = {".csv": _read_grid, ".tsv": _read_grid, ".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet, ".xlsx": _read_grid}
+READERS = {
+    ".csv": _read_grid,
+    ".tsv": _read_grid,
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".xlsx": _read_grid,
+}
 
 
 def _known_file(path, instead=""):
-    """The path, of a file that is there and of a known kind. Raises DataError, with what could be given `instead` of a file."""
+    """The path, of a file that is there and of a known kind.
+
+    Raises DataError, with what could be given `instead` of a file.
+    """
     try:
         there = pathlib.Path(path).expanduser().exists()
         if "\n" in str(path):
             raise ValueError
         path = pathlib.Path(path).expanduser()
-    except (OSError, RuntimeError, ValueError):  # several lines, too long, a zero, a user who is not there: it may be a text
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ):  # several lines, too long, a zero, a user who is not there: it may be a text
         raise DataError("data: no name of a file") from None
     if not there:
         raise DataError(f"{path}: no such file{instead}")
@@ -147,11 +183,17 @@ def _read_file(path, settings):
 
 
 def refuse_twice(names, where):
-    """Raise DataError if a column is there twice. It is named by position: without a header, the first line of a file is a row."""
+    """Raise DataError if a column is there twice.
+
+    It is named by position: without a header, the first line of a file is a row.
+    """
     names = list(map(str, names))
     twice = next((i for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
-        raise DataError(f"{where}: columns {names.index(names[twice])} and {twice} (from 0) have the same name; rename one")
+        raise DataError(
+            f"{where}: columns {names.index(names[twice])} and {twice} (from 0) have the same name;"
+            " rename one"
+        )
 
 
 def all_columns(path):
@@ -163,7 +205,9 @@ def all_columns(path):
     path, defaults = _known_file(path), Settings()
     try:
         if _kind(path) in (".json", ".jsonl"):
-            return pd.DataFrame(_json_rows(path) if _kind(path) == ".json" else [item for _, item in _json_lines(path)])
+            return pd.DataFrame(
+                _json_rows(path) if _kind(path) == ".json" else [item for _, item in _json_lines(path)]
+            )
         if _kind(path) == ".parquet":
             content = io.BytesIO(_content(path))
             refuse_twice(pq.read_schema(content).names, path)
@@ -172,7 +216,11 @@ def all_columns(path):
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from None
     except (pa.ArrowException, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise error if isinstance(error, DataError) else DataError(f"{path}: cannot be read; it is damaged, or not what its ending says") from None
+        raise (
+            error
+            if isinstance(error, DataError)
+            else DataError(f"{path}: cannot be read; it is damaged, or not what its ending says")
+        ) from None
     refuse_twice(header, path)
     if separator:
         _check_width(path, header, rows, separator)

@@ -20,39 +20,58 @@ def _permutation(n, seed, purpose):
 
 
 def _among(frame, size, seed, purpose):
-    """bool[n]: whether a row is in one of `size` random units; a larger size adds to a smaller one. Number and order alone decide."""
+    """bool[n]: whether a row is in one of `size` random units; a larger size adds to a smaller one.
+
+    Number and order alone decide.
+    """
     units = _unit_numbers(frame)
     return np.isin(units, _permutation(len(np.unique(units)), seed, purpose)[:size])
 
 
 def _by_name(frame, share, seed, purpose):
-    """bool[n]: whether each row is one of about this share of the units; the seed and the unit's name, or the row's text, alone decide."""
-    number = lambda name: int.from_bytes(hashlib.blake2b(f"{seed}|{purpose}|{name}".encode(), digest_size=8).digest(), "big") / 2.0**64
+    """bool[n]: whether each row is one of about this share of the units; the seed and the unit's name, or the
+    row's text, alone decide.
+    """
+    number = lambda name: (
+        int.from_bytes(hashlib.blake2b(f"{seed}|{purpose}|{name}".encode(), digest_size=8).digest(), "big")
+        / 2.0**64
+    )
     return frame["unit" if "unit" in frame else "text"].map(number).to_numpy(np.float64) < share
 
 
 def _hold_out(frame, where, name, settings, purpose):
-    """`(kept, held)`: the share of the units that the setting `name` says is held out; both keep their order."""
+    """`(kept, held)`: the share of the units that the setting `name` says is held out; both keep their
+    order.
+    """
     fraction = getattr(settings, name)
     if settings.unit_count == "private":
         return _hold_out_by_name(frame, where, name, fraction, settings.seed, purpose)
     units = len(np.unique(_unit_numbers(frame)))
     if units < 2:
         what = "unit" if "unit" in frame else "row"
-        raise DataError(f"{where}: 1 {what} cannot be divided by {name}; give it more {what}s, or set test_data")
+        raise DataError(
+            f"{where}: 1 {what} cannot be divided by {name}; give it more {what}s, or set test_data"
+        )
     held = _among(frame, min(max(1, round(units * fraction)), units - 1), settings.seed, purpose)
     return frame[~held], frame[held]
 
 
 def _hold_out_by_name(frame, where, name, share, seed, purpose):
-    """The same where the number of units is private: none is asked for but that a row is left on both sides."""
+    """The same where the number of units is private: none is asked for but that a row is left on both
+    sides.
+    """
     held = _by_name(frame, share, seed, purpose)
     if held.all() or not held.any():
         missing = "held out" if not held.any() else "left to train on"
-        raise DataError(f"{where}: no unit is {missing} by {name}; give it more rows" + ("" if name == "audit_fraction" else ", or set test_data"))
+        raise DataError(
+            f"{where}: no unit is {missing} by {name}; give it more rows"
+            + ("" if name == "audit_fraction" else ", or set test_data")
+        )
     return frame[~held], frame[held]
 
 
 def _thin(frame, size, seed, purpose):
-    """At most `size` random units (0: all), in their order; a smaller size gives a subset of a larger one's rows."""
+    """At most `size` random units (0: all), in their order; a smaller size gives a subset of a larger one's
+    rows.
+    """
     return frame[_among(frame, size, seed, purpose)] if size else frame

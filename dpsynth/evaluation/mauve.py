@@ -16,8 +16,9 @@ from ..settings import DataError, quiet_libraries
 # %% ../../nbs/10_evaluation/05_mauve.ipynb #b7aaead1
 @dataclasses.dataclass(frozen=True)
 class MauveResult:
-    """MAUVE on several subsamples: `std` is the sample standard deviation of `scores` (0 for one trial), `size` the number of
-    texts really drawn from each side, `seeds` the k-means seed of each trial."""
+    """MAUVE on several subsamples: `std` is the sample standard deviation of `scores` (0 for one trial),
+    `size` the number of texts really drawn from each side, `seeds` the k-means seed of each trial."""
+
     mean: float
     std: float
     scores: tuple[float, ...]
@@ -31,11 +32,20 @@ class MauveResult:
 
 # %% ../../nbs/10_evaluation/05_mauve.ipynb #9cfae2e6
 def mauve_score(p_features, q_features, seed):
-    """MAUVE of two sets of vectors float[n, d], with n/10 clusters; `seed` starts k-means. The same for any number of cores."""
+    """MAUVE of two sets of vectors float[n, d], with n/10 clusters; `seed` starts k-means.
+
+    The same for any number of cores.
+    """
     import mauve
     import threadpoolctl
-    with threadpoolctl.threadpool_limits(1), quiet_libraries(lambda line: b"please provide at least" not in line):
-        result = mauve.compute_mauve(p_features=p_features, q_features=q_features, num_buckets="auto", seed=seed, verbose=False)
+
+    with (
+        threadpoolctl.threadpool_limits(1),
+        quiet_libraries(lambda line: b"please provide at least" not in line),
+    ):
+        result = mauve.compute_mauve(
+            p_features=p_features, q_features=q_features, num_buckets="auto", seed=seed, verbose=False
+        )
     return float(result.mauve)
 
 # %% ../../nbs/10_evaluation/05_mauve.ipynb #3dec5e72
@@ -45,7 +55,9 @@ def _checked(features, side):
     if features.ndim != 2 or len(features) < 2:
         raise DataError(f"MAUVE needs at least 2 {side} texts, got vectors of shape {features.shape}")
     if not np.isfinite(features).all():
-        raise DataError(f"row {int(np.argmin(np.isfinite(features).all(1)))} of the {side} vectors is not finite")
+        raise DataError(
+            f"row {int(np.argmin(np.isfinite(features).all(1)))} of the {side} vectors is not finite"
+        )
     return features
 
 
@@ -58,7 +70,8 @@ def _trial(synthetic, reference, size, seed, trial):
 
 
 def mauve_repeated(synthetic, reference, *, size, trials, seed):
-    """MAUVE of `trials` subsamples of `size` rows from two sets of vectors, float[n, d] and float[m, d] -> MauveResult.
+    """MAUVE of `trials` subsamples of `size` rows from two sets of vectors, float[n, d] and float[m, d] ->
+    MauveResult.
 
     Raises:
         DataError: fewer than 2 rows on a side, different widths, or a vector that is not finite.
@@ -66,20 +79,32 @@ def mauve_repeated(synthetic, reference, *, size, trials, seed):
     start = time.perf_counter()
     synthetic, reference = _checked(synthetic, "synthetic"), _checked(reference, "reference")
     if synthetic.shape[1] != reference.shape[1]:
-        raise DataError(f"the vectors have {synthetic.shape[1]} and {reference.shape[1]} numbers: they come from different embedders")
+        raise DataError(
+            f"the vectors have {synthetic.shape[1]} and {reference.shape[1]} numbers: they come from"
+            " different embedders"
+        )
     size = min(size, len(synthetic), len(reference))
     scores, seeds = zip(*(_trial(synthetic, reference, size, seed, t) for t in range(trials)))
-    return MauveResult(mean=float(np.mean(scores)), std=float(np.std(scores, ddof=1)) if trials > 1 else 0.0, scores=scores, size=size,
-                       trials=trials, seeds=seeds, seconds=time.perf_counter() - start)
+    return MauveResult(
+        mean=float(np.mean(scores)),
+        std=float(np.std(scores, ddof=1)) if trials > 1 else 0.0,
+        scores=scores,
+        size=size,
+        trials=trials,
+        seeds=seeds,
+        seconds=time.perf_counter() - start,
+    )
 
 # %% ../../nbs/10_evaluation/05_mauve.ipynb #57329d8c
 def split_reference(n, size=None, *, seed):
-    """Two disjoint sorted arrays of row numbers below `n`, `size` each; by default, and at most, half of the rows."""
+    """Two disjoint sorted arrays of row numbers below `n`, `size` each; by default, and at most, half of the
+    rows.
+    """
     if n < 2:
         raise DataError(f"{n} rows cannot be split into two samples")
     size = n // 2 if size is None else min(size, n // 2)
     order = np.random.default_rng([seed, 0]).permutation(n)
-    return np.sort(order[:size]), np.sort(order[size:2 * size])
+    return np.sort(order[:size]), np.sort(order[size : 2 * size])
 
 
 def disjoint_halves(records, seed):

@@ -28,15 +28,23 @@ def _distinct(texts, n):
 
 
 def text_statistics(texts):
-    """dict of `words_mean`, `words_median` (words of a text, by blanks), `distinct_1`, `distinct_2` (distinct n-grams over all n-grams) and
-    `duplicate_texts` (share of texts that are an exact copy of an earlier one)."""
+    """dict of `words_mean`, `words_median` (words of a text, by blanks), `distinct_1`, `distinct_2` (distinct
+    n-grams over all n-grams) and `duplicate_texts` (share of texts that are an exact copy of an earlier
+    one)."""
     lengths = [len(text.split()) for text in texts]
-    return {"words_mean": float(np.mean(lengths)), "words_median": float(np.median(lengths)), "distinct_1": _distinct(texts, 1),
-            "distinct_2": _distinct(texts, 2), "duplicate_texts": 1 - len(set(texts)) / len(texts)}
+    return {
+        "words_mean": float(np.mean(lengths)),
+        "words_median": float(np.median(lengths)),
+        "distinct_1": _distinct(texts, 1),
+        "distinct_2": _distinct(texts, 2),
+        "duplicate_texts": 1 - len(set(texts)) / len(texts),
+    }
 
 # %% ../../nbs/10_evaluation/06_texts.ipynb #554f5644
 def ngram_distance(p_texts, q_texts, n):
-    """Total variation, 0 to 1, between the n-gram frequencies of two sets of texts; 1 if only one of them has any."""
+    """Total variation, 0 to 1, between the n-gram frequencies of two sets of texts; 1 if only one of them has
+    any.
+    """
     p, q = _ngrams(p_texts, n), _ngrams(q_texts, n)
     if not p or not q:
         return float(bool(p) != bool(q))
@@ -47,6 +55,7 @@ def ngram_distance(p_texts, q_texts, n):
 def plot_lengths(synthetic, reference):
     """Histograms of the number of words in both sets of texts, as a matplotlib Figure."""
     import matplotlib.pyplot as plt
+
     lengths = [[len(text.split()) for text in texts] for texts in (synthetic, reference)]
     figure, axes = plt.subplots(figsize=(6, 2.5), layout="constrained")
     bins = np.linspace(0, np.percentile(lengths[0] + lengths[1], 99) + 1, 40)

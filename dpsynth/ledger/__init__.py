@@ -1,4 +1,4 @@
-"""One file on this machine that knows every release made from a data set, and what is left for the next one."""
+"""One file on this machine that knows every release made from a data set."""
 
 from .composition import *
 from .datasets import *

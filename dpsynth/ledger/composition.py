@@ -19,7 +19,9 @@ from ..settings import SettingsError
 
 # %% ../../nbs/05_ledger/02_composition.ipynb #b4dfd2f7
 def _canonical(event):
-    """Canonical text of an event, or of each event of a list: two events are equal if and only if their texts are."""
+    """Canonical text of an event, or of each event of a list: two events are equal if and only if their texts
+    are.
+    """
     events = event if isinstance(event, (list, tuple)) else [event]
     if not events:
         raise SettingsError("event: an empty list releases nothing")
@@ -29,6 +31,7 @@ def _canonical(event):
 @dataclasses.dataclass(frozen=True)
 class Question:
     """What is ε at `delta` of these events, each with its count?"""
+
     events: frozenset
     delta: float
     neighbours: Neighbours = Neighbours()
@@ -40,21 +43,32 @@ class Question:
         return json.dumps([versions, sorted(self.events), self.delta, dataclasses.astuple(self.neighbours)])
 
     def grid(self, events):
-        """Width of the grid of losses: wider for little noise and for groups, whose losses are large. A wider grid overstates ε."""
+        """Width of the grid of losses: wider for little noise and for groups, whose losses are large.
+
+        A wider grid overstates ε.
+        """
         from dpsynth.privacy import Access, discretization_interval
-        noises = [event.noise_multiplier for event in events if isinstance(event, (DpSgd, Gaussian)) and event.noise_multiplier]
+
+        noises = [
+            event.noise_multiplier
+            for event in events
+            if isinstance(event, (DpSgd, Gaussian)) and event.noise_multiplier
+        ]
         interval = discretization_interval([Access("", "dp_sgd", noise) for noise in noises])
         return interval if self.neighbours.group == 1 else max(interval, 0.02)
 
     def answer(self):
         """ε by privacy loss distributions.
 
-        Source: Koskela, Jälkö and Honkela 2020, "Computing tight differential privacy guarantees using FFT"; dp_accounting.
+        Source: Koskela, Jälkö and Honkela 2020, "Computing tight differential privacy guarantees using FFT";
+        dp_accounting.
         """
         counts = [(read_event(json.loads(text)), count) for text, count in sorted(self.events)]
         grid = self.grid([event for event, _ in counts])
         total = _losses().identity(value_discretization_interval=grid)
-        added = self.neighbours.changes * sum(event.epsilon * count for event, count in counts if isinstance(event, Added))
+        added = self.neighbours.changes * sum(
+            event.epsilon * count for event, count in counts if isinstance(event, Added)
+        )
         for event, count in counts:
             if isinstance(event, Added):
                 continue

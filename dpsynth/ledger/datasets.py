@@ -18,11 +18,14 @@ from ..settings import DataError, SettingsError
 # %% ../../nbs/05_ledger/04_datasets.ipynb #c69c5eda
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Rows that the ledger knows: so many privacy `units`, with `hashes` different contents, the commonest of them `copies` times.
+    """Rows that the ledger knows: so many privacy `units`, with `hashes` different contents, the commonest of
+    them `copies` times.
 
-    `units` is `HIDDEN` where their number is private. `declared` is the name that was given for them, which other rows may have too; `name` is theirs alone. `unit` says what one unit is: `row`, or
-    the column that groups the rows.
+    `units` is `HIDDEN` where their number is private. `declared` is the name that was given for them, which
+    other rows may have too; `name` is theirs alone. `unit` says what one unit is: `row`, or the column that
+    groups the rows.
     """
+
     id: int
     name: str
     declared: str = dataclasses.field(compare=False)
@@ -41,7 +44,11 @@ FIELDS = ", ".join(field.name for field in dataclasses.fields(Dataset))
 
 @dataclasses.dataclass(frozen=True)
 class Newcomer:
-    """Rows as `Ledger.register` takes them, which need not be in the ledger yet. Raises SettingsError: δ is not below 1/n."""
+    """Rows as `Ledger.register` takes them, which need not be in the ledger yet.
+
+    Raises SettingsError: δ is not below 1/n.
+    """
+
     name: str
     units: list
     delta: float | None = None
@@ -55,53 +62,86 @@ class Newcomer:
 
 @dataclasses.dataclass(frozen=True)
 class Hashes:
-    """16-byte keyed hashes of what is charged: how often each occurs (`counts`), the same for the names that ledgers of version 3 had
-    (`then`), and which hash of now a hash of then has become (`now`).
+    """16-byte keyed hashes of what is charged: how often each occurs (`counts`), the same for the names that
+    ledgers of version 3 had (`then`), and which hash of now a hash of then has become (`now`).
     """
+
     counts: collections.Counter
     then: collections.Counter
     now: dict
 
 
 def _names_of(number, unit):
-    """(bytes by which version 3 knew a unit, bytes by which it is known now): a text is known by its canonical form."""
+    """(bytes by which version 3 knew a unit, bytes by which it is known now): a text is known by its
+    canonical form.
+    """
     if not isinstance(unit, (bytes, str)):
         raise DataError(f"unit {number} (from 0): expected bytes or str, got {type(unit).__name__}")
-    return (unit, unit) if isinstance(unit, bytes) else (unit.encode("utf-8", "surrogatepass"), canonical(unit).encode("utf-8"))
+    return (
+        (unit, unit)
+        if isinstance(unit, bytes)
+        else (unit.encode("utf-8", "surrogatepass"), canonical(unit).encode("utf-8"))
+    )
 
 
 def _hash_units(key, units, earlier=None):
-    """The `Hashes` of an iterable of bytes or str; `earlier` as `Ledger.register` takes it. Raises DataError."""
+    """The `Hashes` of an iterable of bytes or str; `earlier` as `Ledger.register` takes it.
+
+    Raises DataError.
+    """
     hashed = functools.cache(lambda name: _digest(key, b"dpsynth unit", name, 16))
     names = [_names_of(number, unit) for number, unit in enumerate(units)]
     if not names:
         raise DataError("a data set without units cannot be registered")
     pairs = [(hashed(then), hashed(now)) for then, now in (names if earlier is None else earlier)]
-    return Hashes(collections.Counter(hashed(now) for _, now in names), collections.Counter(then for then, _ in pairs), dict(pairs))
+    return Hashes(
+        collections.Counter(hashed(now) for _, now in names),
+        collections.Counter(then for then, _ in pairs),
+        dict(pairs),
+    )
 
 
 def _insert_dataset(db, name, unit, digest, counts, num_units, delta):
     """Store a data set that is not there yet; its units are in the table `incoming`."""
     taken = {row["name"] for row in db.execute("SELECT name FROM datasets")}
     names = (f"{name}~{n}" if n > 1 else name for n in range(1, len(taken) + 2))
-    values = [next(n for n in names if n not in taken), name, unit, digest, num_units, len(counts), max(counts.values()), delta]
+    values = [
+        next(n for n in names if n not in taken),
+        name,
+        unit,
+        digest,
+        num_units,
+        len(counts),
+        max(counts.values()),
+        delta,
+    ]
     columns = "name, declared, unit, digest, units, hashes, copies, delta"
-    _split_cells(db, db.execute(f"INSERT INTO datasets ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values).lastrowid)
+    _split_cells(
+        db, db.execute(f"INSERT INTO datasets ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values).lastrowid
+    )
 
 
 def _split_cells(db, dataset):
     """Move every incoming unit into the cell of those that were where it was and are now in `dataset` too."""
     db.execute("CREATE TEMP TABLE pieces (old INTEGER, copies INTEGER, new INTEGER)")
-    parts = db.execute("SELECT units.cell, incoming.copies, COUNT(*) FROM incoming LEFT JOIN units USING (hash) GROUP BY 1, 2").fetchall()
+    parts = db.execute(
+        "SELECT units.cell, incoming.copies, COUNT(*) FROM incoming LEFT JOIN units USING (hash) GROUP BY"
+        " 1, 2"
+    ).fetchall()
     for old, copies, count in parts:
         new = db.execute("INSERT INTO cells (hashes) VALUES (?)", [count]).lastrowid
-        db.execute("INSERT INTO memberships SELECT ?, dataset, copies FROM memberships WHERE cell = ?", [new, old])
+        db.execute(
+            "INSERT INTO memberships SELECT ?, dataset, copies FROM memberships WHERE cell = ?", [new, old]
+        )
         db.execute("INSERT INTO memberships VALUES (?, ?, ?)", [new, dataset, copies])
         db.execute("UPDATE cells SET hashes = hashes - ? WHERE id = ?", [count, old])
         db.execute("INSERT INTO pieces VALUES (?, ?, ?)", [old, copies, new])
-    db.execute("""INSERT INTO units SELECT incoming.hash, pieces.new FROM incoming LEFT JOIN units USING (hash)
-      JOIN pieces ON pieces.old IS units.cell AND pieces.copies = incoming.copies WHERE true ORDER BY incoming.hash
-      ON CONFLICT (hash) DO UPDATE SET cell = excluded.cell""")
+    db.execute(
+        """INSERT INTO units SELECT incoming.hash, pieces.new FROM incoming LEFT JOIN units USING (hash)
+      JOIN pieces ON pieces.old IS units.cell AND pieces.copies = incoming.copies
+      WHERE true ORDER BY incoming.hash
+      ON CONFLICT (hash) DO UPDATE SET cell = excluded.cell"""
+    )
     db.execute("DROP TABLE pieces")
     _drop_empty_cells(db)
 
@@ -113,14 +153,26 @@ def _drop_empty_cells(db):
 
 def _digest_of(key, counts):
     """32 bytes that name a data set with these contents."""
-    return _digest(key, b"dpsynth dataset", b"".join(unit + count.to_bytes(8, "big") for unit, count in sorted(counts.items())), 32)
+    return _digest(
+        key,
+        b"dpsynth dataset",
+        b"".join(unit + count.to_bytes(8, "big") for unit, count in sorted(counts.items())),
+        32,
+    )
 
 
 def _rename_units(db, hashes):
-    """Give the units that came from version 3 the hashes of now: one that is now of several is in all data sets that any of them was in."""
+    """Give the units that came from version 3 the hashes of now: one that is now of several is in all data
+    sets that any of them was in.
+    """
     db.execute("CREATE TEMP TABLE earlier (old BLOB PRIMARY KEY, new BLOB NOT NULL) WITHOUT ROWID")
-    db.executemany("INSERT INTO earlier VALUES (?, ?)", [pair for pair in hashes.now.items() if pair[0] != pair[1]])
-    db.execute("CREATE TEMP TABLE moves AS SELECT new AS hash, cell, old AS source FROM earlier JOIN units ON hash = old")
+    db.executemany(
+        "INSERT INTO earlier VALUES (?, ?)", [pair for pair in hashes.now.items() if pair[0] != pair[1]]
+    )
+    db.execute(
+        "CREATE TEMP TABLE moves AS SELECT new AS hash, cell, old AS source FROM earlier JOIN units ON hash"
+        " = old"
+    )
     db.execute("INSERT INTO moves SELECT hash, cell, hash FROM units WHERE hash IN (SELECT hash FROM moves)")
     db.execute("""CREATE TEMP TABLE merged AS SELECT hash, json_group_array(cell) AS cells
       FROM (SELECT hash, cell FROM moves ORDER BY hash, cell) GROUP BY hash""")
@@ -133,20 +185,32 @@ def _rename_units(db, hashes):
 
 
 def _merge_cells(db, cells, count):
-    """A new cell for the `count` units of `merged` that come from these cells (a JSON list, a cell once for each hash that is merged)."""
+    """A new cell for the `count` units of `merged` that come from these cells (a JSON list, a cell once for
+    each hash that is merged).
+    """
     new = db.execute("INSERT INTO cells (hashes) VALUES (?)", [count]).lastrowid
-    db.execute("""INSERT INTO memberships SELECT ?, dataset, SUM(copies) FROM json_each(?) JOIN memberships ON cell = value
-      GROUP BY dataset""", [new, cells])
+    db.execute(
+        """INSERT INTO memberships SELECT ?, dataset, SUM(copies) FROM json_each(?)
+           JOIN memberships ON cell = value
+      GROUP BY dataset""",
+        [new, cells],
+    )
     db.execute("INSERT INTO units SELECT hash, ? FROM merged WHERE cells = ?", [new, cells])
-    db.executemany("UPDATE cells SET hashes = hashes - ? WHERE id = ?", [(count, cell) for cell in json.loads(cells)])
+    db.executemany(
+        "UPDATE cells SET hashes = hashes - ? WHERE id = ?", [(count, cell) for cell in json.loads(cells)]
+    )
 
 
 def _known_digest(db, key, hashes, num_units):
-    """The digest of these contents; a data set that version 3 knew by the bytes of the same rows has it from now on."""
+    """The digest of these contents; a data set that version 3 knew by the bytes of the same rows has it from
+    now on.
+    """
     digest, then = _digest_of(key, hashes.counts), _digest_of(key, hashes.then)
     if then != digest and not db.execute("SELECT 1 FROM datasets WHERE digest = ?", [digest]).fetchone():
-        db.execute("UPDATE datasets SET digest = ?, units = ?, hashes = ?, copies = ? WHERE digest = ?",
-                   [digest, num_units, len(hashes.counts), max(hashes.counts.values()), then])
+        db.execute(
+            "UPDATE datasets SET digest = ?, units = ?, hashes = ?, copies = ? WHERE digest = ?",
+            [digest, num_units, len(hashes.counts), max(hashes.counts.values()), then],
+        )
     return digest
 
 
@@ -165,9 +229,13 @@ def _register(db, key, name, unit, hashes, num_units, delta):
 
 
 def _stated_delta(delta, units):
-    """δ at which the spend of so many units is stated: `default_delta` where none is given. Raises SettingsError."""
+    """δ at which the spend of so many units is stated: `default_delta` where none is given.
+
+    Raises SettingsError.
+    """
     if delta is None:
         from dpsynth.privacy import default_delta
+
         delta = default_delta(units)
     _check_delta(delta, units)
     return delta
@@ -176,4 +244,6 @@ def _stated_delta(delta, units):
 def _check_delta(delta, units):
     largest = 1 if units == HIDDEN else 1 / units
     if not 0 < delta < largest:
-        raise SettingsError(f"delta: {delta:g} is not between 0 and 1/n" + ("" if units == HIDDEN else f" = {largest:.3g}"))
+        raise SettingsError(
+            f"delta: {delta:g} is not between 0 and 1/n" + ("" if units == HIDDEN else f" = {largest:.3g}")
+        )

@@ -21,11 +21,13 @@ from ..settings import PrivacyError, SettingsError
 # %% ../../nbs/05_ledger/01_events.ipynb #e28939b3
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
-    """Whose presence is to stay hidden: one unit that is added, removed or replaced, or a `group` of them added or removed together.
+    """Whose presence is to stay hidden: one unit that is added, removed or replaced, or a `group` of them
+    added or removed together.
 
     Raises:
         PrivacyError: an unknown relation, or a group under another one than add/remove.
     """
+
     relation: str = "add_or_remove_one"
     group: int = 1
 
@@ -33,7 +35,10 @@ class Neighbours:
         if self.relation not in ("add_or_remove_one", "replace_one"):
             raise PrivacyError(f"relation {self.relation!r}: expected 'add_or_remove_one' or 'replace_one'")
         if self.group > 1 and self.relation != "add_or_remove_one":
-            raise PrivacyError(f"a group of {self.group} units is only accounted under add_or_remove_one, not {self.relation}")
+            raise PrivacyError(
+                f"a group of {self.group} units is only accounted under add_or_remove_one, not"
+                f" {self.relation}"
+            )
 
     @property
     def changes(self):
@@ -41,42 +46,61 @@ class Neighbours:
         return 2 if self.relation == "replace_one" else self.group
 
 # %% ../../nbs/05_ledger/01_events.ipynb #c067dc5a
-LARGEST_GROUP, LARGEST_EPSILON = 32, 100.0  # of a group; of one event as stated. Beyond these a bound is given as infinite
+LARGEST_GROUP, LARGEST_EPSILON = (
+    32,
+    100.0,
+)  # of a group; of one event as stated. Beyond these a bound is given as infinite
 
 
 def _events():
     from dp_accounting import dp_event
+
     return dp_event
 
 
 def _losses():
     from dp_accounting.pld import privacy_loss_distribution
+
     return privacy_loss_distribution
 
 
 def _gaussian_loss(noise_multiplier, probability, neighbours, grid):
-    """Loss of one Gaussian mechanism on a Poisson sample, on a grid of this width; None where there is no bound."""
+    """Loss of one Gaussian mechanism on a Poisson sample, on a grid of this width; None where there is no
+    bound.
+    """
     from dp_accounting import NeighboringRelation
+
     if noise_multiplier == 0 or neighbours.group > LARGEST_GROUP:
         return None
     if neighbours.group > 1:
         return _mixture_loss(noise_multiplier, probability, neighbours.group, grid)
-    return _losses().from_gaussian_mechanism(noise_multiplier, value_discretization_interval=grid, sampling_prob=probability,
-                                             neighboring_relation=NeighboringRelation[neighbours.relation.upper()])
+    return _losses().from_gaussian_mechanism(
+        noise_multiplier,
+        value_discretization_interval=grid,
+        sampling_prob=probability,
+        neighboring_relation=NeighboringRelation[neighbours.relation.upper()],
+    )
 
 
 def _mixture_loss(noise_multiplier, probability, group, grid):
     """The same for a group: sensitivity j with the probability that j of its members are sampled."""
     from scipy.stats import binom
+
     members = list(range(group + 1))
-    return _losses().from_mixture_gaussian_mechanism(noise_multiplier, members, binom.pmf(members, group, probability).tolist(),
-                                                     value_discretization_interval=grid)
+    return _losses().from_mixture_gaussian_mechanism(
+        noise_multiplier,
+        members,
+        binom.pmf(members, group, probability).tolist(),
+        value_discretization_interval=grid,
+    )
 
 
 def group_privacy(epsilon, delta, size):
-    """`(ε, δ)` for `size` changes of something that is (ε, δ)-DP for one: kε and δ·(e^kε − 1)/(e^ε − 1), at most 1.
+    """`(ε, δ)` for `size` changes of something that is (ε, δ)-DP for one: kε and δ·(e^kε − 1)/(e^ε − 1), at
+    most 1.
 
-    Source: Vadhan 2017, "The complexity of differential privacy", lemma 2.2 (group privacy), its geometric sum left as it is.
+    Source: Vadhan 2017, "The complexity of differential privacy", lemma 2.2 (group privacy), its geometric
+    sum left as it is.
     """
     total = size * epsilon
     if total > 700:  # e^kε is no float any more
@@ -88,6 +112,7 @@ def group_privacy(epsilon, delta, size):
 def _stated_loss(epsilon, delta, neighbours, grid):
     """Loss of the worst mechanism that is (ε, δ)-DP under add/remove; None where there is no bound."""
     from dp_accounting.pld.common import DifferentialPrivacyParameters
+
     epsilon, delta = group_privacy(epsilon, delta, neighbours.changes)
     if epsilon > LARGEST_EPSILON:
         return None
@@ -95,25 +120,32 @@ def _stated_loss(epsilon, delta, neighbours, grid):
 
 
 def _laplace_loss(construct, parameter, epsilon, neighbours, grid):
-    """Loss of a Laplace mechanism of `epsilon`, made by `construct(parameter)`; for groups and replacements from its ε alone."""
+    """Loss of a Laplace mechanism of `epsilon`, made by `construct(parameter)`; for groups and replacements
+    from its ε alone.
+    """
     if neighbours.changes > 1 or epsilon > LARGEST_EPSILON:
         return _stated_loss(epsilon, 0.0, neighbours, grid)
     return construct(parameter, value_discretization_interval=grid)
 
 # %% ../../nbs/05_ledger/01_events.ipynb #9996f8ab
 class _Event(pydantic.BaseModel):
-    """`dp_event()` is the accountant's name for it; `loss(count, neighbours, grid)` its privacy loss distribution, None for ∞."""
+    """`dp_event()` is the accountant's name for it; `loss(count, neighbours, grid)` its privacy loss
+    distribution, None for ∞.
+    """
+
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _verified(event):
     """The accountant's event of an access, as a certificate is recomputed with it."""
     from dpsynth.verify import event as accounted
+
     return accounted({**event.model_dump(), "mechanism": event.kind}, "epsilon")
 
 
 class DpSgd(_Event):
     """`steps` updates, each on a Poisson sample, with noise correlated over `bands` updates."""
+
     kind: Literal["dp_sgd"] = "dp_sgd"
     sampling_probability: float = pydantic.Field(gt=0, le=1)
     noise_multiplier: float = pydantic.Field(ge=0)
@@ -127,12 +159,15 @@ class DpSgd(_Event):
         if self.bands > 1 and neighbours.group > 1:
             return None
         rounds = self.dp_event()
-        once = _gaussian_loss(rounds.event.event.noise_multiplier, rounds.event.sampling_probability, neighbours, grid)
+        once = _gaussian_loss(
+            rounds.event.event.noise_multiplier, rounds.event.sampling_probability, neighbours, grid
+        )
         return once and once.self_compose(rounds.count * count)
 
 
 class Gaussian(_Event):
     """One Gaussian mechanism; several of them are one with less noise."""
+
     kind: Literal["gaussian"] = "gaussian"
     noise_multiplier: float = pydantic.Field(ge=0)
 
@@ -145,6 +180,7 @@ class Gaussian(_Event):
 
 class Laplace(_Event):
     """One Laplace mechanism of real noise."""
+
     kind: Literal["laplace"] = "laplace"
     noise_multiplier: float = pydantic.Field(gt=0)
 
@@ -152,12 +188,19 @@ class Laplace(_Event):
         return _events().LaplaceDpEvent(self.noise_multiplier)
 
     def loss(self, count, neighbours, grid):
-        once = _laplace_loss(_losses().from_laplace_mechanism, self.noise_multiplier, 1 / self.noise_multiplier, neighbours, grid)
+        once = _laplace_loss(
+            _losses().from_laplace_mechanism,
+            self.noise_multiplier,
+            1 / self.noise_multiplier,
+            neighbours,
+            grid,
+        )
         return once and once.self_compose(count)
 
 
 class DiscreteLaplace(_Event):
     """One Laplace mechanism of whole-number noise, on counts."""
+
     kind: Literal["discrete_laplace"] = "discrete_laplace"
     noise_multiplier: float = pydantic.Field(gt=0)
 
@@ -166,13 +209,18 @@ class DiscreteLaplace(_Event):
 
     def loss(self, count, neighbours, grid):
         event = self.dp_event()
-        construct = functools.partial(_losses().from_discrete_laplace_mechanism, sensitivity=event.sensitivity)
-        once = _laplace_loss(construct, event.noise_parameter, event.noise_parameter * event.sensitivity, neighbours, grid)
+        construct = functools.partial(
+            _losses().from_discrete_laplace_mechanism, sensitivity=event.sensitivity
+        )
+        once = _laplace_loss(
+            construct, event.noise_parameter, event.noise_parameter * event.sensitivity, neighbours, grid
+        )
         return once and once.self_compose(count)
 
 
 class EpsilonDelta(_Event):
     """Some mechanism that is (ε, δ)-DP under add/remove."""
+
     kind: Literal["epsilon_delta"] = "epsilon_delta"
     epsilon: float = pydantic.Field(ge=0)
     delta: float = pydantic.Field(ge=0, lt=1)
@@ -186,7 +234,10 @@ class EpsilonDelta(_Event):
 
 
 class Added(_Event):
-    """A count that later releases were chosen by: (ε, 0)-DP under add/remove, and composed with nothing; `Question.answer` adds it."""
+    """A count that later releases were chosen by: (ε, 0)-DP under add/remove, and composed with nothing;
+    `Question.answer` adds it.
+    """
+
     kind: Literal["added"] = "added"
     epsilon: float = pydantic.Field(gt=0)
 
@@ -196,6 +247,7 @@ class Added(_Event):
 
 class NotPrivate(_Event):
     """A release without differential privacy."""
+
     kind: Literal["not_private"] = "not_private"
 
     def dp_event(self):
@@ -205,7 +257,10 @@ class NotPrivate(_Event):
         return None
 
 
-KINDS = {kind.model_fields["kind"].default: kind for kind in (DpSgd, Gaussian, Laplace, DiscreteLaplace, EpsilonDelta, Added, NotPrivate)}
+KINDS = {
+    kind.model_fields["kind"].default: kind
+    for kind in (DpSgd, Gaussian, Laplace, DiscreteLaplace, EpsilonDelta, Added, NotPrivate)
+}
 
 
 EXPOSED = {"kind": "not_private"}  # the event of whatever is released without privacy
@@ -224,7 +279,9 @@ def read_event(description):
         return KINDS[description["kind"]](**description)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise SettingsError(f"event {description['kind']}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+        raise SettingsError(
+            f"event {description['kind']}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+        ) from None
 
 
 def known_names(name, known):
@@ -236,8 +293,8 @@ def known_names(name, known):
 def event_from_dict(description):
     """The `dp_accounting.DpEvent` of a dict, or of a list of dicts that one run releases together.
 
-    dp_accounting has no event for an (ε, δ) statement or for what is added; such a part becomes an UnsupportedDpEvent, which every
-    accountant refuses.
+    dp_accounting has no event for an (ε, δ) statement or for what is added; such a part becomes an
+    UnsupportedDpEvent, which every accountant refuses.
     """
     if isinstance(description, (list, tuple)):
         return _events().ComposedDpEvent([event_from_dict(d) for d in description])
@@ -245,7 +302,9 @@ def event_from_dict(description):
 
 
 def accesses_event(accesses):
-    """The event of a run: the list of what its paid accesses (`mechanism.accesses`, or those of a certificate) release together."""
+    """The event of a run: the list of what its paid accesses (`mechanism.accesses`, or those of a
+    certificate) release together.
+    """
     entries = [access if isinstance(access, dict) else dataclasses.asdict(access) for access in accesses]
     return [_access_event(entry) for entry in entries if entry.get("epsilon") != "public"]
 
@@ -253,4 +312,7 @@ def accesses_event(accesses):
 def _access_event(access):
     if access.get("added"):
         return {"kind": "added", "epsilon": 1 / access["noise_multiplier"]}
-    return {name: {**access, "kind": access["mechanism"]}[name] for name in KINDS[access["mechanism"]].model_fields}
+    return {
+        name: {**access, "kind": access["mechanism"]}[name]
+        for name in KINDS[access["mechanism"]].model_fields
+    }

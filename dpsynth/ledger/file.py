@@ -27,14 +27,18 @@ def default_path():
 
 
 def existing_part(path):
-    """A path itself where something is there, otherwise the nearest folder above it that exists: what must be writable to make it."""
+    """A path itself where something is there, otherwise the nearest folder above it that exists: what must be
+    writable to make it.
+    """
     path = pathlib.Path(path)
     return next((part for part in (path, *path.parents) if os.path.lexists(part)), path)
 
 
 @contextlib.contextmanager
 def _published(path):
-    """A temporary file of mode 0600 that appears as `path` in one step, unless somebody else's is there first."""
+    """A temporary file of mode 0600 that appears as `path` in one step, unless somebody else's is there
+    first.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     try:
@@ -57,15 +61,21 @@ def _load_key(path, ledger):
             temporary.write_bytes(os.urandom(32))
             sync(temporary)
     if not path.exists():
-        raise PrivacyError(f"{path}: the key of the ledger is missing; restore it, without it no row is recognised as spent")
+        raise PrivacyError(
+            f"{path}: the key of the ledger is missing; restore it, without it no row is recognised as spent"
+        )
     key = path.read_bytes()
     if len(key) != 32:
-        raise PrivacyError(f"{path}: damaged, a key has 32 bytes and this {len(key)}; restore it from a backup")
+        raise PrivacyError(
+            f"{path}: damaged, a key has 32 bytes and this {len(key)}; restore it from a backup"
+        )
     return key
 
 
 def _was_used(path):
-    """Whether the key in a file has had a ledger: then it is read-only, and the ledger is not made anew when it is gone."""
+    """Whether the key in a file has had a ledger: then it is read-only, and the ledger is not made anew when
+    it is gone.
+    """
     return not path.stat().st_mode & stat.S_IWUSR
 
 # %% ../../nbs/05_ledger/03_file.ipynb #cf045082
@@ -73,17 +83,22 @@ SCHEMA_VERSION, BY_BYTES, WITHOUT_UNITS, APPLICATION = 4, 3, 2, 0x64707379  # "d
 UNKNOWN_UNIT = ""
 SCHEMA = """
 CREATE TABLE locks (key_check BLOB NOT NULL);
-CREATE TABLE datasets (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, digest BLOB NOT NULL UNIQUE, declared TEXT NOT NULL,
-  unit TEXT NOT NULL, units INTEGER NOT NULL, hashes INTEGER NOT NULL, copies INTEGER NOT NULL, delta REAL NOT NULL, cap_epsilon REAL, cap_delta REAL);
+CREATE TABLE datasets (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, digest BLOB NOT NULL UNIQUE,
+  declared TEXT NOT NULL, unit TEXT NOT NULL, units INTEGER NOT NULL,
+  hashes INTEGER NOT NULL, copies INTEGER NOT NULL,
+  delta REAL NOT NULL, cap_epsilon REAL, cap_delta REAL);
 CREATE TABLE cells (id INTEGER PRIMARY KEY, hashes INTEGER NOT NULL);
-CREATE TABLE memberships (cell INTEGER NOT NULL REFERENCES cells, dataset INTEGER NOT NULL REFERENCES datasets,
+CREATE TABLE memberships (cell INTEGER NOT NULL REFERENCES cells,
+  dataset INTEGER NOT NULL REFERENCES datasets,
   copies INTEGER NOT NULL, PRIMARY KEY (cell, dataset)) WITHOUT ROWID;
 CREATE INDEX cells_of_dataset ON memberships (dataset, cell);
 CREATE TABLE units (hash BLOB PRIMARY KEY, cell INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE releases (id INTEGER PRIMARY KEY, run_id TEXT NOT NULL UNIQUE, title TEXT NOT NULL,
-  dataset INTEGER NOT NULL REFERENCES datasets, declared TEXT NOT NULL, unit TEXT NOT NULL, event TEXT NOT NULL,
+  dataset INTEGER NOT NULL REFERENCES datasets, declared TEXT NOT NULL, unit TEXT NOT NULL,
+  event TEXT NOT NULL,
   state TEXT NOT NULL CHECK (state IN ('planned', 'started', 'finished', 'abandoned')),
-  planned TEXT NOT NULL, started TEXT, ended TEXT, host TEXT NOT NULL, pid INTEGER NOT NULL, pid_started REAL NOT NULL);
+  planned TEXT NOT NULL, started TEXT, ended TEXT,
+  host TEXT NOT NULL, pid INTEGER NOT NULL, pid_started REAL NOT NULL);
 CREATE TABLE answers (question TEXT PRIMARY KEY, epsilon REAL NOT NULL) WITHOUT ROWID;
 """
 
@@ -98,26 +113,37 @@ def _create(path, key):
     with _published(path) as temporary:
         with contextlib.closing(sqlite3.connect(temporary, isolation_level=None)) as db:
             db.execute("PRAGMA journal_mode = WAL")
-            db.executescript(f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {SCHEMA_VERSION}; BEGIN; {SCHEMA} COMMIT;")
+            db.executescript(
+                f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {SCHEMA_VERSION}; BEGIN;"
+                f" {SCHEMA} COMMIT;"
+            )
             db.execute("INSERT INTO locks VALUES (?)", [_digest(key, b"dpsynth key", b"", 16)])
         sync(temporary)
 
 
 def _check_file(db, path, key):
     """Raise PrivacyError unless this is a ledger of this version under this key."""
-    (application,), (version,) = (db.execute(f"PRAGMA {name}").fetchone() for name in ("application_id", "user_version"))
+    (application,), (version,) = (
+        db.execute(f"PRAGMA {name}").fetchone() for name in ("application_id", "user_version")
+    )
     if application != APPLICATION:
         raise PrivacyError(f"{path}: not a ledger; set DPSYNTH_LEDGER to another file")
     if version not in (SCHEMA_VERSION, BY_BYTES, WITHOUT_UNITS):
-        raise PrivacyError(f"{path}: ledger of schema version {version}, this dpsynth knows {SCHEMA_VERSION}; use the dpsynth that wrote it")
+        raise PrivacyError(
+            f"{path}: ledger of schema version {version}, this dpsynth knows {SCHEMA_VERSION}; use the"
+            " dpsynth that wrote it"
+        )
     if db.execute("SELECT key_check FROM locks").fetchone()[0] != _digest(key, b"dpsynth key", b"", 16):
-        raise PrivacyError(f"{path}: does not belong to the key beside it; restore the two from the same backup")
+        raise PrivacyError(
+            f"{path}: does not belong to the key beside it; restore the two from the same backup"
+        )
 
 
 def _upgrade(db):
     """Bring an older ledger to this version; harmless where another process has just done so.
 
-    Version 2 did not know what its units were. Version 3 hashed the bytes of a row: its hashes stay until their rows are seen again.
+    Version 2 did not know what its units were. Version 3 hashed the bytes of a row: its hashes stay until
+    their rows are seen again.
     """
     version = lambda: db.execute("PRAGMA user_version").fetchone()[0]
     if version() == SCHEMA_VERSION:  # asked without keeping writers out
@@ -131,22 +157,37 @@ def _upgrade(db):
 
 @contextlib.contextmanager
 def _connection(path, wait):
-    """A connection that waits `wait` seconds for others, and whose failures are one line. One per operation: it must not survive a fork."""
+    """A connection that waits `wait` seconds for others, and whose failures are one line.
+
+    One per operation: it must not survive a fork.
+    """
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", timeout=wait, isolation_level=None, uri=True)) as db:
+        with contextlib.closing(
+            sqlite3.connect(
+                f"{path.absolute().as_uri()}?mode=rw", timeout=wait, isolation_level=None, uri=True
+            )
+        ) as db:
             db.row_factory = sqlite3.Row
-            db.executescript("PRAGMA synchronous = FULL; PRAGMA temp_store = MEMORY; PRAGMA foreign_keys = ON;")
+            db.executescript(
+                "PRAGMA synchronous = FULL; PRAGMA temp_store = MEMORY; PRAGMA foreign_keys = ON;"
+            )
             yield db
     except sqlite3.DatabaseError as error:
         if error.sqlite_errorname.startswith("SQLITE_BUSY"):
-            raise PrivacyError(f"{path}: another process has held the ledger for {wait:g} s; try again when it is done") from None
-        raise PrivacyError(f"{path}: the ledger cannot be used ({error}); restore it from a backup, "
-                           "a new one would not know what is spent") from None
+            raise PrivacyError(
+                f"{path}: another process has held the ledger for {wait:g} s; try again when it is done"
+            ) from None
+        raise PrivacyError(
+            f"{path}: the ledger cannot be used ({error}); restore it from a backup, "
+            "a new one would not know what is spent"
+        ) from None
 
 
 @contextlib.contextmanager
 def _in_memory(source=None):
-    """A connection to a ledger that is nowhere but in memory: a copy of the one that `source` is connected to, an empty one without it."""
+    """A connection to a ledger that is nowhere but in memory: a copy of the one that `source` is connected
+    to, an empty one without it.
+    """
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
         db.row_factory = sqlite3.Row
         source.backup(db) if source else db.executescript(SCHEMA)
@@ -155,7 +196,10 @@ def _in_memory(source=None):
 
 @contextlib.contextmanager
 def _transaction(db, begin="BEGIN IMMEDIATE"):
-    """All of the block or nothing; on disk when the block ends. IMMEDIATE: nobody else writes between our reading and our writing."""
+    """All of the block or nothing; on disk when the block ends.
+
+    IMMEDIATE: nobody else writes between our reading and our writing.
+    """
     db.execute(begin)
     try:
         yield db

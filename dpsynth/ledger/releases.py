@@ -23,7 +23,10 @@ from ..settings import BudgetError, PrivacyError
 # %% ../../nbs/05_ledger/06_releases.ipynb #758c0e22
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """A cap that binds a data set: whose it is, (ε, δ), and what the worst unit under it has `spent`, reservations included."""
+    """A cap that binds a data set: whose it is, (ε, δ), and what the worst unit under it has `spent`,
+    reservations included.
+    """
+
     name: str
     epsilon: float
     delta: float
@@ -35,14 +38,21 @@ class Limit:
 
 
 CAPS = """SELECT id, name, cap_epsilon, cap_delta FROM datasets WHERE cap_epsilon IS NOT NULL AND id IN (
-  SELECT theirs.dataset FROM memberships AS mine JOIN memberships AS theirs USING (cell) WHERE mine.dataset = ?) ORDER BY id"""
+  SELECT theirs.dataset FROM memberships AS mine JOIN memberships AS theirs USING (cell)
+  WHERE mine.dataset = ?) ORDER BY id"""
 
 
 def _limits(db, dataset, releases):
     """Every cap over a unit of `dataset`, with what these releases spend under it."""
-    return [Limit(row["name"], row["cap_epsilon"], row["cap_delta"],
-                  _worst(db, _histories(db, dataset, releases, row["id"]), releases, row["cap_delta"]))
-            for row in db.execute(CAPS, [dataset])]
+    return [
+        Limit(
+            row["name"],
+            row["cap_epsilon"],
+            row["cap_delta"],
+            _worst(db, _histories(db, dataset, releases, row["id"]), releases, row["cap_delta"]),
+        )
+        for row in db.execute(CAPS, [dataset])
+    ]
 
 
 def _dataset_name(db, dataset):
@@ -53,17 +63,24 @@ def _check_caps(db, dataset, releases, plans):
     """Raise BudgetError if these plans, after these releases, would cross a cap over a unit of `dataset`."""
     for limit in _limits(db, dataset, [*releases, *plans]):
         if limit.spent > limit.epsilon:
-            spends = ({other.name: other.spent for other in _limits(db, dataset, some)} for some in (releases, plans))
+            spends = (
+                {other.name: other.spent for other in _limits(db, dataset, some)}
+                for some in (releases, plans)
+            )
             before, asked = (spend[limit.name] for spend in spends)
             name = _dataset_name(db, dataset)
             owner = "" if limit.name == name else f" of data set {limit.name!r}, which shares units with it"
-            raise BudgetError(f"data set {name!r}: epsilon {before:.4g} is spent or reserved, this asks {asked:.4g}, "
-                              f"together {limit.spent:.4g} at delta {limit.delta:.3g}, over the cap {limit.epsilon:g}{owner}; "
-                              "use a smaller epsilon, fewer runs, or raise the cap")
+            raise BudgetError(
+                f"data set {name!r}: epsilon {before:.4g} is spent or reserved, this asks {asked:.4g},"
+                f" together {limit.spent:.4g} at delta {limit.delta:.3g}, over the cap"
+                f" {limit.epsilon:g}{owner}; use a smaller epsilon, fewer runs, or raise the cap"
+            )
 
 
 def _is_running(pid, began):
-    """Whether process `pid` exists, is no zombie, and is the one that began at `began` (seconds; clocks are set, hence the tolerance)."""
+    """Whether process `pid` exists, is no zombie, and is the one that began at `began` (seconds; clocks are
+    set, hence the tolerance).
+    """
     try:
         process = psutil.Process(pid)
         return abs(process.create_time() - began) < 2 and process.status() != psutil.STATUS_ZOMBIE
@@ -73,18 +90,27 @@ def _is_running(pid, began):
 
 def _is_dead(release):
     """Whether it is the reservation of a process on this machine that has died."""
-    return release.state == "planned" and release.host == socket.gethostname() and not _is_running(release.pid, release.pid_started)
+    return (
+        release.state == "planned"
+        and release.host == socket.gethostname()
+        and not _is_running(release.pid, release.pid_started)
+    )
 
 
 def _give_up_dead(db, releases):
     """Give up the reservations of dead processes; returns the releases that are left to count."""
     dead = [release for release in releases if _is_dead(release)]
-    db.executemany("UPDATE releases SET state = 'abandoned', ended = ? WHERE id = ?", [(now(), r.id) for r in dead])
+    db.executemany(
+        "UPDATE releases SET state = 'abandoned', ended = ? WHERE id = ?", [(now(), r.id) for r in dead]
+    )
     return [r for r in releases if r not in dead]
 
 
 def _make_room(db, plan):
-    """Check the caps, giving up reservations of dead processes if that is what it takes. Raises BudgetError."""
+    """Check the caps, giving up reservations of dead processes if that is what it takes.
+
+    Raises BudgetError.
+    """
     held = [release for release in _held(db, plan.dataset) if release.run_id != plan.run_id]
     try:
         _check_caps(db, plan.dataset, held, [plan])
@@ -95,14 +121,16 @@ def _make_room(db, plan):
         _check_caps(db, plan.dataset, alive, [plan])
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Total:
-    """What the worst unit of a data set will have spent (`epsilon` at `delta`), `earlier` and planned `runs` that touch it included.
+    """What the worst unit of a data set will have spent (`epsilon` at `delta`), `earlier` and planned `runs`
+    that touch it included.
 
-    All of that is of private runs; `without_privacy` more, earlier or planned, are not, and with those there is no guarantee. `asked` is what
-    the planned ones cost by themselves, `limit` the tightest cap with all of them under it, None without one.
+    All of that is of private runs; `without_privacy` more, earlier or planned, are not, and with those there
+    is no guarantee. `asked` is what the planned ones cost by themselves, `limit` the tightest cap with all of
+    them under it, None without one.
     """
+
     dataset: Dataset
     epsilon: float
     delta: float
@@ -119,20 +147,34 @@ def _total(db, dataset, plans, delta):
     _check_caps(db, dataset.id, earlier, plans)
     histories = _histories(db, dataset.id, [*earlier, *plans])
     touched = frozenset().union(*(history.datasets for history in histories))
-    (before, exposed_before), (private, exposed) = _by_privacy(earlier), _by_privacy([plan for plan in plans if plan.dataset in touched])
+    (before, exposed_before), (private, exposed) = (
+        _by_privacy(earlier),
+        _by_privacy([plan for plan in plans if plan.dataset in touched]),
+    )
     limit = min(_limits(db, dataset.id, [*earlier, *plans]), key=lambda limit: limit.left, default=None)
-    return Total(dataset, _worst(db, histories, [*before, *private], delta), delta, len(private), _count_runs(before),
-                 _count_runs(exposed_before) + len(exposed), _worst(db, histories, private, delta), limit)
+    return Total(
+        dataset,
+        _worst(db, histories, [*before, *private], delta),
+        delta,
+        len(private),
+        _count_runs(before),
+        _count_runs(exposed_before) + len(exposed),
+        _worst(db, histories, private, delta),
+        limit,
+    )
 
 # %% ../../nbs/05_ledger/06_releases.ipynb #a234b3d9
 def release_id(run_id, secret):
-    """Name of a release: of what is computed (`run_id`, a text) and of the secret that its noise comes from, which it does not show."""
+    """Name of a release: of what is computed (`run_id`, a text) and of the secret that its noise comes from,
+    which it does not show.
+    """
     return hashlib.blake2b(run_id.encode(), digest_size=16, key=secret, person=b"dpsynth release").hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What a run wants to release from a data set (by its number): `parts` are canonical texts of events."""
+
     dataset: int
     declared: str
     unit: str
@@ -157,14 +199,24 @@ def _find_planned(db, run_id):
 def _check_same(db, release, plan):
     """Raise PrivacyError if a run comes back with another event, other rows or another name for them."""
     if release.dataset != plan.dataset:
-        raise PrivacyError(f"run {plan.run_id}: is in the ledger with data set {_dataset_name(db, release.dataset)!r}, "
-                           f"not {_dataset_name(db, plan.dataset)!r}; use another output folder")
-    for what, was, given in (("under the name", release.declared, plan.declared), ("with the unit", release.unit, plan.unit)):
+        raise PrivacyError(
+            f"run {plan.run_id}: is in the ledger with data set {_dataset_name(db, release.dataset)!r}, "
+            f"not {_dataset_name(db, plan.dataset)!r}; use another output folder"
+        )
+    for what, was, given in (
+        ("under the name", release.declared, plan.declared),
+        ("with the unit", release.unit, plan.unit),
+    ):
         if was not in (given, UNKNOWN_UNIT):
-            raise PrivacyError(f"run {plan.run_id}: is in the ledger {what} {was!r}, not {given!r}; use another output folder")
+            raise PrivacyError(
+                f"run {plan.run_id}: is in the ledger {what} {was!r}, not {given!r}; use another output"
+                " folder"
+            )
     if release.parts != plan.parts:
-        raise PrivacyError(f"run {plan.run_id}: is in the ledger with {', '.join(release.parts)}, not {', '.join(plan.parts)}; "
-                           "use another output folder")
+        raise PrivacyError(
+            f"run {plan.run_id}: is in the ledger with {', '.join(release.parts)}, not"
+            f" {', '.join(plan.parts)}; use another output folder"
+        )
 
 
 def _owner():
@@ -174,10 +226,23 @@ def _owner():
 
 def _write_plan(db, plan):
     """Reserve: a new row, or an old one that was not charged and is held by this process from now on."""
-    db.execute("""INSERT INTO releases (run_id, title, dataset, declared, unit, event, state, planned, host, pid, pid_started)
-      VALUES (?, ?, ?, ?, ?, ?, 'planned', ?, ?, ?, ?) ON CONFLICT (run_id) DO UPDATE SET state = 'planned', ended = NULL,
+    db.execute(
+        """INSERT INTO releases (run_id, title, dataset, declared, unit, event, state, planned, host,
+             pid, pid_started)
+      VALUES (?, ?, ?, ?, ?, ?, 'planned', ?, ?, ?, ?) ON CONFLICT (run_id)
+      DO UPDATE SET state = 'planned', ended = NULL,
       host = excluded.host, pid = excluded.pid, pid_started = excluded.pid_started WHERE started IS NULL""",
-               [plan.run_id, plan.title, plan.dataset, plan.declared, plan.unit, json.dumps(plan.parts), now(), *_owner()])
+        [
+            plan.run_id,
+            plan.title,
+            plan.dataset,
+            plan.declared,
+            plan.unit,
+            json.dumps(plan.parts),
+            now(),
+            *_owner(),
+        ],
+    )
 
 
 def _reserve(db, plan):
@@ -193,11 +258,16 @@ def _reserve(db, plan):
 
 def _set_state(db, release, state, **times):
     assignments = "".join(f", {name} = ?" for name in times)
-    db.execute(f"UPDATE releases SET state = ?{assignments} WHERE id = ?", [state, *times.values(), release.id])
+    db.execute(
+        f"UPDATE releases SET state = ?{assignments} WHERE id = ?", [state, *times.values(), release.id]
+    )
 
 
 def _start(db, run_id):
-    """Charge a reservation, for good. Raises PrivacyError if there is none, BudgetError if a cap was lowered meanwhile."""
+    """Charge a reservation, for good.
+
+    Raises PrivacyError if there is none, BudgetError if a cap was lowered meanwhile.
+    """
     release = _find_planned(db, run_id)
     if not release.held:
         raise PrivacyError(f"run {run_id}: its reservation was given up; plan it again")
@@ -212,7 +282,9 @@ def _start(db, run_id):
 def _finish(db, run_id):
     release = _find_planned(db, run_id)
     if not release.charged:
-        raise PrivacyError(f"run {run_id}: finished without having started; no run may draw a batch before it starts")
+        raise PrivacyError(
+            f"run {run_id}: finished without having started; no run may draw a batch before it starts"
+        )
     if release.state != "finished":
         _set_state(db, release, "finished", ended=now())
     return _find(db, run_id)

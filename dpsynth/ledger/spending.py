@@ -17,7 +17,11 @@ from .file import UNKNOWN_UNIT
 # %% ../../nbs/05_ledger/05_spending.ipynb #ec7a8e8e
 @dataclasses.dataclass(frozen=True)
 class Release:
-    """One row of the ledger. It is `charged` once it has started, whatever became of it, and `held` also while it is planned."""
+    """One row of the ledger.
+
+    It is `charged` once it has started, whatever became of it, and `held` also while it is planned.
+    """
+
     id: int
     run_id: str
     title: str
@@ -43,7 +47,9 @@ class Release:
 
     @property
     def run(self):
-        """The run that it is of: the first word of `run_id`, because a run that releases in several parts charges each of them."""
+        """The run that it is of: the first word of `run_id`, because a run that releases in several parts
+        charges each of them.
+        """
         return self.run_id.partition(" ")[0]
 
     @property
@@ -55,7 +61,8 @@ class Release:
 TOUCHING = """SELECT * FROM releases WHERE dataset IN (SELECT theirs.dataset FROM memberships AS mine
   JOIN memberships AS theirs USING (cell) WHERE mine.dataset = ?) ORDER BY id"""
 HISTORIES = """SELECT seen, SUM(hashes), MAX(copies) FROM (
-  SELECT group_concat(theirs.dataset) AS seen, cells.hashes, MAX(theirs.copies) AS copies FROM memberships AS mine
+  SELECT group_concat(theirs.dataset) AS seen, cells.hashes, MAX(theirs.copies) AS copies
+  FROM memberships AS mine
   JOIN cells ON cells.id = mine.cell JOIN memberships AS theirs ON theirs.cell = mine.cell
   WHERE mine.dataset = ? AND mine.cell IN (SELECT cell FROM memberships WHERE dataset = ?)
     AND (theirs.dataset = mine.dataset OR theirs.dataset IN (SELECT value FROM json_each(?)))
@@ -65,6 +72,7 @@ HISTORIES = """SELECT seen, SUM(hashes), MAX(copies) FROM (
 @dataclasses.dataclass(frozen=True)
 class History:
     """So many `hashes` that were in exactly these data sets, at most `copies` times in any of them."""
+
     datasets: frozenset
     hashes: int
     copies: int
@@ -84,14 +92,20 @@ def _held(db, dataset):
 
 
 def _histories(db, dataset, releases, within=None):
-    """The histories of the units of `dataset` (those that are also in `within`), as far as these releases tell them apart."""
-    rows = db.execute(HISTORIES, [dataset, within or dataset, json.dumps(sorted({release.dataset for release in releases}))])
+    """The histories of the units of `dataset` (those that are also in `within`), as far as these releases
+    tell them apart.
+    """
+    rows = db.execute(
+        HISTORIES, [dataset, within or dataset, json.dumps(sorted({release.dataset for release in releases}))]
+    )
     return [History(frozenset(map(int, seen.split(","))), hashes, copies) for seen, hashes, copies in rows]
 
 
 def _event_counts(history, releases):
     """Counter of canonical event texts that the units of a history went through."""
-    return collections.Counter(part for release in releases if release.dataset in history.datasets for part in release.parts)
+    return collections.Counter(
+        part for release in releases if release.dataset in history.datasets for part in release.parts
+    )
 
 
 def _undominated(counters):
@@ -136,7 +150,9 @@ def _spent(db, dataset, delta, relation):
 def _by_privacy(releases):
     """(the private ones, those without privacy) of some releases or plans."""
     is_exposed = lambda release: _canonical(EXPOSED)[0] in release.parts
-    return [release for release in releases if not is_exposed(release)], [release for release in releases if is_exposed(release)]
+    return [release for release in releases if not is_exposed(release)], [
+        release for release in releases if is_exposed(release)
+    ]
 
 
 def _count_runs(releases):
@@ -144,12 +160,22 @@ def _count_runs(releases):
 
 
 def _released_as(db, name, unit, delta):
-    """(ε and number of the private runs for this unit, number for other units, number without privacy) of what was charged to rows of this name."""
-    releases = [Release(**row) for row in db.execute("SELECT * FROM releases WHERE declared = ? AND started IS NOT NULL", [name])]
+    """(ε and number of the private runs for this unit, number for other units, number without privacy) of
+    what was charged to rows of this name.
+    """
+    releases = [
+        Release(**row)
+        for row in db.execute("SELECT * FROM releases WHERE declared = ? AND started IS NOT NULL", [name])
+    ]
     private, exposed = _by_privacy(releases)
     same = [release for release in private if release.unit in (unit, UNKNOWN_UNIT)]
     together = collections.Counter(part for release in same for part in release.parts)
-    return _epsilon(db, together, delta), _count_runs(same), _count_runs(private) - _count_runs(same), _count_runs(exposed)
+    return (
+        _epsilon(db, together, delta),
+        _count_runs(same),
+        _count_runs(private) - _count_runs(same),
+        _count_runs(exposed),
+    )
 
 
 def _worst_group(db, dataset, delta):
@@ -157,4 +183,7 @@ def _worst_group(db, dataset, delta):
     charged = _charged(db, dataset)
     histories = _histories(db, dataset, charged)
     counters = [_event_counts(history, charged) for history in histories]
-    return max((_epsilon(db, counter, delta, Neighbours(group=h.copies)), h.copies) for counter, h in zip(counters, histories))
+    return max(
+        (_epsilon(db, counter, delta, Neighbours(group=h.copies)), h.copies)
+        for counter, h in zip(counters, histories)
+    )

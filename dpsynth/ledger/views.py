@@ -17,20 +17,32 @@ from ..settings import SettingsError
 
 # %% ../../nbs/05_ledger/08_views.ipynb #bbf80e7a
 def ledger_table(ledger):
-    """DataFrame with one line per data set: dataset, units, copies, releases (charged), spent, delta, cap, left (after reservations).
+    """DataFrame with one line per data set: dataset, units, copies, releases (charged), spent, delta, cap,
+    left (after reservations).
 
-    `cap` is the tightest that binds its units, with the name of the data set it was given to if that is another one.
+    `cap` is the tightest that binds its units, with the name of the data set it was given to if that is
+    another one.
     """
     import pandas as pd
-    return pd.DataFrame([_table_row(ledger, dataset) for dataset in ledger.datasets()],
-                        columns=["dataset", "units", "copies", "releases", "spent", "delta", "cap", "left"])
+
+    return pd.DataFrame(
+        [_table_row(ledger, dataset) for dataset in ledger.datasets()],
+        columns=["dataset", "units", "copies", "releases", "spent", "delta", "cap", "left"],
+    )
 
 
 def _table_row(ledger, dataset):
     tightest = min(ledger.limits(dataset), key=lambda limit: limit.left, default=None)
     hidden = dataset.units == HIDDEN  # their number, and what follows from it
-    return [dataset.name, *("private" if hidden else number for number in (dataset.units, dataset.copies)), len(ledger.charged(dataset)),
-            ledger.spent(dataset), dataset.delta, _cap_text(tightest, dataset), tightest.left if tightest else math.inf]
+    return [
+        dataset.name,
+        *("private" if hidden else number for number in (dataset.units, dataset.copies)),
+        len(ledger.charged(dataset)),
+        ledger.spent(dataset),
+        dataset.delta,
+        _cap_text(tightest, dataset),
+        tightest.left if tightest else math.inf,
+    ]
 
 
 def _cap_text(limit, dataset):
@@ -39,9 +51,13 @@ def _cap_text(limit, dataset):
     return f"{limit.epsilon:g}" if limit.name == dataset.name else f"{limit.epsilon:g} (of {limit.name})"
 
 # %% ../../nbs/05_ledger/08_views.ipynb #10924085
-MARKS = {"finished": ("o", "tab:blue", "tab:blue", "finished"), "started": ("^", "tab:orange", "tab:orange", "started, not finished"),
-         "abandoned": ("X", "tab:red", "tab:red", "abandoned, charged"), "planned": ("s", "white", "tab:blue", "reserved"),
-         "free": ("P", "lightgray", "gray", "given up, not charged")}
+MARKS = {
+    "finished": ("o", "tab:blue", "tab:blue", "finished"),
+    "started": ("^", "tab:orange", "tab:orange", "started, not finished"),
+    "abandoned": ("X", "tab:red", "tab:red", "abandoned, charged"),
+    "planned": ("s", "white", "tab:blue", "reserved"),
+    "free": ("P", "lightgray", "gray", "given up, not charged"),
+}
 
 
 def _mark(row):
@@ -49,8 +65,11 @@ def _mark(row):
 
 
 def plot_ledger(ledger, dataset):
-    """Composed ε of a data set over its releases, in order, against the tightest cap; returns the matplotlib figure."""
+    """Composed ε of a data set over its releases, in order, against the tightest cap; returns the matplotlib
+    figure.
+    """
     from matplotlib.figure import Figure
+
     dataset, table = ledger.dataset(dataset), ledger.releases(dataset)
     figure = Figure(figsize=(min(12, 5 + 0.35 * len(table)), 4.2), layout="constrained")
     axes = figure.subplots()
@@ -69,25 +88,49 @@ def _draw_releases(axes, table):
     for state in (state for state in MARKS if state in marks):
         chosen = [position for position, mark in enumerate(marks) if mark == state]
         marker, face, edge, label = MARKS[state]
-        axes.scatter([p + 1 for p in chosen], heights[chosen], s=60, marker=marker, facecolors=face, edgecolors=edge, label=label, zorder=3)
+        axes.scatter(
+            [p + 1 for p in chosen],
+            heights[chosen],
+            s=60,
+            marker=marker,
+            facecolors=face,
+            edgecolors=edge,
+            label=label,
+            zorder=3,
+        )
     return heights
 
 
 def _draw_cap(axes, limit):
     if limit is not None:
-        axes.axhline(limit.epsilon, color="black", linestyle="--", linewidth=1, label=f"cap {limit.epsilon:g} ({limit.name})")
+        axes.axhline(
+            limit.epsilon,
+            color="black",
+            linestyle="--",
+            linewidth=1,
+            label=f"cap {limit.epsilon:g} ({limit.name})",
+        )
 
 
 def _label(axes, dataset, table, heights):
     """Axes, names of the releases where there is room for them, and a legend beside the data."""
     positions = range(1, len(table) + 1)
     if 0 < len(table) <= 15:
-        axes.set_xticks(positions, [title if len(title) <= 22 else title[:21] + "…" for title in table["title"]], rotation=40, ha="right")
+        axes.set_xticks(
+            positions,
+            [title if len(title) <= 22 else title[:21] + "…" for title in table["title"]],
+            rotation=40,
+            ha="right",
+        )
     for position, height in zip(positions, heights):
         if table["composed"][position - 1] == math.inf:
             axes.annotate("∞", (position, height), xytext=(0, 6), textcoords="offset points", ha="center")
     units = "a private number of" if dataset.units == HIDDEN else f"{dataset.units:,}"
-    axes.set(title=f"{dataset.name}: {units} units", xlabel="release", ylabel=f"composed ε at δ = {dataset.delta:.2g}")
+    axes.set(
+        title=f"{dataset.name}: {units} units",
+        xlabel="release",
+        ylabel=f"composed ε at δ = {dataset.delta:.2g}",
+    )
     axes.set(xlim=(0.5, max(len(table), 1) + 0.5), ylim=(0, 1.1 * axes.get_ylim()[1]))
     axes.grid(axis="y", alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
@@ -98,11 +141,16 @@ RUNS_LEDGER = ".ledger.sqlite"  # in a folder of runs whose settings say `ledger
 
 
 def _existing(path):
-    """The ledger in a file, or in a folder of runs that keeps one. Raises SettingsError where there is none."""
+    """The ledger in a file, or in a folder of runs that keeps one.
+
+    Raises SettingsError where there is none.
+    """
     path = pathlib.Path(path)
     path = path / RUNS_LEDGER if path.is_dir() else path
     if not path.exists():
-        raise SettingsError(f"{path}: no ledger there; give its file, or the folder of runs that it is kept in")
+        raise SettingsError(
+            f"{path}: no ledger there; give its file, or the folder of runs that it is kept in"
+        )
     return Ledger(path)
 
 
@@ -116,7 +164,8 @@ def ledger_command(dataset=None, *, cap=None, plot=None, path=None):
         path: a ledger, or a folder of runs that keeps its own; the one of `default_path` by default.
 
     Raises:
-        SettingsError: unknown data set (with those that are known), `cap` or `plot` without one, or no ledger at `path`.
+        SettingsError: unknown data set (with those that are known), `cap` or `plot` without one, or no ledger
+            at `path`.
     """
     ledger = Ledger(make=False) if path is None else _existing(path)
     if dataset is None:
@@ -133,14 +182,34 @@ def ledger_command(dataset=None, *, cap=None, plot=None, path=None):
 
 
 def _describe_dataset(ledger, dataset):
-    """The line of the data set, its releases, what certificates say of them, and what copies mean for whoever contributed them."""
+    """The line of the data set, its releases, what certificates say of them, and what copies mean for whoever
+    contributed them.
+    """
     hidden, table = dataset.units == HIDDEN, ledger_table(ledger)
-    columns = ["title", "dataset", "state", "charged", *([] if hidden else ["contents"]), "epsilon", "composed"]
-    lines = [_text(table[table["dataset"] == dataset.name], ""), "", _text(ledger.releases(dataset)[columns], "no release yet")]
+    columns = [
+        "title",
+        "dataset",
+        "state",
+        "charged",
+        *([] if hidden else ["contents"]),
+        "epsilon",
+        "composed",
+    ]
+    lines = [
+        _text(table[table["dataset"] == dataset.name], ""),
+        "",
+        _text(ledger.releases(dataset)[columns], "no release yet"),
+    ]
     lines += _differences(ledger, dataset)
     if dataset.copies > 1 and not hidden:
         epsilon, copies = ledger.spent_by_copies(dataset)
-        lines += ["", f"exact copies: up to {dataset.copies} of one row; for who contributed all {copies} of one, epsilon is {epsilon:.4g}"]
+        lines += [
+            "",
+            (
+                f"exact copies: up to {dataset.copies} of one row; for who contributed all {copies} of one,"
+                f" epsilon is {epsilon:.4g}"
+            ),
+        ]
     return "\n".join(lines)
 
 
@@ -148,18 +217,30 @@ MORE = 1.001  # times what a certificate says: what is more than this is more th
 
 
 def _differences(ledger, dataset):
-    """Lines on what certificates say of these releases, and why the ledger may say more; none before the first release."""
+    """Lines on what certificates say of these releases, and why the ledger may say more; none before the
+    first release.
+    """
     told, spent = ledger.told(dataset), ledger.spent(dataset)
     if not len(told):
         return []
-    lines = ["", f"what certificates say of what was released under one name to protect one kind of unit (here at delta {dataset.delta:.3g}, there at their own):", _text(told, "")]
+    lines = [
+        "",
+        (
+            "what certificates say of what was released under one name to protect one kind of unit (here at"
+            f" delta {dataset.delta:.3g}, there at their own):"
+        ),
+        _text(told, ""),
+    ]
     if spent > MORE * min(told["epsilon"]) or told["without_privacy"].any():
         lines.append(f"the worst unit of {dataset.name} has spent {spent:.4g}: {WHY_MORE}")
     return lines
 
 
-WHY_MORE = ("this adds up all that touched it, under any name, with any unit, with and without privacy, from any data that shares rows with these. A certificate "
-            "must not: which rows are shared is a fact about private rows, so this number stays with you")
+WHY_MORE = (
+    "this adds up all that touched it, under any name, with any unit, with and without privacy, from any data"
+    " that shares rows with these. A certificate must not: which rows are shared is a fact about private"
+    " rows, so this number stays with you"
+)
 
 
 def _save(figure, path):
@@ -175,7 +256,10 @@ def _text(table, empty):
 
 # %% ../../nbs/05_ledger/08_views.ipynb #c9d7aa05
 def note_look(ledger, name):
-    """Note that somebody looked at the rows of the data set of this name; the ledger is made if need be. The first look stays."""
+    """Note that somebody looked at the rows of the data set of this name; the ledger is made if need be.
+
+    The first look stays.
+    """
     if ledger._key is None:
         ledger._open()
     ledger._write(_insert_look, name)
