@@ -22,7 +22,7 @@ import time
 from .data import TokenStore
 from .finetune import Trainer, bucket_lengths, one_by_one, prepare_model, rows_of_units, some_rows
 from .formats import TextFormat
-from .models import base_name, divisible, keep_programs, load_model
+from .models import base_name, divisible, load_model
 from .pipeline import reference_rows
 from .privacy import Mechanism, Randomness
 from .runs import read_json, same_package, write_json
@@ -168,8 +168,8 @@ class Pace:
         load: seconds of loading the model. microbatch: seconds by length. update: seconds of an update beside
             its microbatches.
         looks: seconds of each look asked for, in order.
-        compiling: seconds before the first update. compiling_looks: before the first look, where no compiled
-            program is kept for the run.
+        compiling: seconds before the first update. compiling_looks: before the first looks; fewer in a run
+            that finds them compiled.
         memory: most bytes that the process held; device_memory: on a device, 0 where that is the same.
     """
 
@@ -203,7 +203,7 @@ def measure_here(settings, bands, lengths, kinds):
         "update": update,
         "looks": looks,
         "compiling": compiling,
-        "compiling_looks": 0.0 if keep_programs() else first,
+        "compiling_looks": first,
         "device_memory": device.get("peak_bytes_in_use", 0),
         "memory": (
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -335,8 +335,8 @@ def token_lengths(survey, records, most=1000):
 
 
 def unit_lengths(survey, records):
-    """int[n]: of at most so many of the units, the tokens of the longest of their rows that take part: they
-    decide the shape of a unit.
+    """int[n]: of at most so many of the units, the tokens of the longest of their rows that take part:
+    they decide the shape of a unit.
     """
     if survey.settings.unit == "row":
         return token_lengths(survey, records)
