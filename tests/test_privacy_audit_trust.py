@@ -32,7 +32,7 @@ def quick():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "sensitivity_check", lambda *args: audit.Check("move", 1.0, 1.0, 1.0))
-        patch.setattr(certificate, "group_guarantee", of_group)
+        patch.setattr(certificate.statement, "group_guarantee", of_group)
         yield
 
 

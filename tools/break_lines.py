@@ -135,7 +135,7 @@ BREAKS = [
     Break(
         3,
         "replace-one is claimed to cost what add/remove costs",
-        "certificate",
+        "certificate/statement",
         'epsilon_after(mechanism.steps, "epsilon_replace_one")',
         'epsilon_after(mechanism.steps, "epsilon")',
         "test_privacy_certificate.py::test_certificate_verifies_and_a_false_one_does_not",
@@ -631,7 +631,7 @@ BREAKS = [
     Break(
         13,
         "the certificate does not say which file a model was imported from, and under which terms",
-        "certificate",
+        "certificate/base_models",
         '"import": stated_import(name),',
         '"import": None,',
         "test_imports.py::test_another_file_than_was_meant_is_refused",
@@ -639,7 +639,7 @@ BREAKS = [
     Break(
         13,
         "a known model may be stated to come from any file",
-        "certificate",
+        "certificate/checks",
         ' or (\n        known and not goes_together(base["name"], stated)\n    )',
         "",
         "test_privacy_certificate.py::test_a_known_base_model_comes_from_the_file_of_its_name",
@@ -647,7 +647,7 @@ BREAKS = [
     Break(
         13,
         "fewer pieces than are stated may have been kept, or more than there are",
-        "certificate",
+        "certificate/checks",
         '(stated is not None and not is_a_choice(stated["vocabulary"])) or ',
         "",
         "test_privacy_certificate.py::test_a_known_base_model_comes_from_the_file_of_its_name",
@@ -671,7 +671,7 @@ BREAKS = [
     Break(
         13,
         "a certificate that its own audit refutes verifies",
-        "certificate",
+        "certificate/page",
         'audit.get("epsilon_bound", 0) > certificate["epsilon"] and',
         "False and",
         "test_privacy_certificate.py::test_an_audit_that_refutes_its_certificate_is_heeded",
@@ -919,7 +919,7 @@ BREAKS = [
     Break(
         9,
         "what is released of the labels need not be paid for",
-        "certificate",
+        "certificate/statement",
         'LABELS: choices["label_prior"] == "private",',
         "LABELS: False,",
         "test_privacy_certificate.py::test_a_count_that_is_said_to_be_cheaper_than_it_was_does_not_verify",
@@ -1039,7 +1039,7 @@ BREAKS = [
     Break(
         13,
         "a folder passes for a published model",
-        "certificate",
+        "certificate/base_models",
         'known = name == "tiny" or not pathlib.Path(name).exists()',
         "known = True",
         "test_privacy_certificate.py::test_what_is_known_of_a_base_model_belongs_to_its_exact_name",
@@ -1055,7 +1055,7 @@ BREAKS = [
     Break(
         13,
         "the page leaves out a part of the certificate",
-        "certificate",
+        "certificate/page",
         '        ("packing", c["packing"]),\n',
         "",
         "test_privacy_certificate.py::test_page_and_card_say_all_that_the_json_says",
@@ -1432,7 +1432,7 @@ BREAKS = [
     Break(
         13,
         "the base model is not named",
-        "certificate",
+        "certificate/statement",
         '                "base_model": base,\n',
         "",
         "test_privacy_certificate.py::test_certificate_verifies_and_a_false_one_does_not",
@@ -1480,7 +1480,7 @@ BREAKS = [
     Break(
         9,
         "a certificate may contradict itself, and say what nobody wrote",
-        "certificate",
+        "certificate/checks",
         "if found := first_difference(",
         "if found := None and first_difference(",
         "test_privacy_certificate.py::test_sentences_that_contradict_the_rest_are_refused",
@@ -1488,7 +1488,7 @@ BREAKS = [
     Break(
         10,
         "together with other releases a run may cost what it costs alone",
-        "certificate",
+        "certificate/checks",
         'composed["releases"] > 1 and composed["epsilon"] <= c["epsilon"]',
         "False",
         "test_privacy_certificate.py::test_sentences_that_contradict_the_rest_are_refused",
@@ -1656,7 +1656,7 @@ BREAKS = [
     Break(
         11,
         "the attacker of a certificate has no delta",
-        "certificate",
+        "certificate/curves",
         'np.maximum(1 - p["delta"] - g,',
         "np.maximum(1 - g,",
         "test_privacy_certificate.py::test_an_epsilon_that_promises_nothing_is_stated_and_verified",
@@ -1664,7 +1664,7 @@ BREAKS = [
     Break(
         11,
         "the delta of a group is not compared",
-        "certificate",
+        "certificate/curves",
         'if epsilon * (1 - 1e-9) <= group["epsilon"] and delta * (1 - 1e-9) <= group["delta"]:',
         'if epsilon * (1 - 1e-9) <= group["epsilon"]:',
         "test_privacy_certificate.py::test_groups_are_bounded_by_their_own_accounting",
