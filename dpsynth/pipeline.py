@@ -111,7 +111,6 @@ from dpsynth.privacy import (
     read_identity,
     software,
     stored_run,
-    write_private,
 )
 from .runs import forget_scores, on_terminal, prepare_folder, read_json, record, timed
 from .sampling import adapters_off, position_axes, sample_to_file
@@ -123,6 +122,7 @@ from dpsynth.settings import (
     quiet_libraries,
     result_settings,
 )
+from .state import write_private
 from .evaluation.usefulness import no_evidence, writing_differences
 
 import jax

@@ -148,11 +148,12 @@ def test_no_noise_is_no_bound():
 
 def test_what_the_accountant_is_told(monkeypatch):
     told = []
-    monkeypatch.setattr(
-        privacy,
-        "compose",
-        lambda accesses, delta, claim="epsilon": told.append((accesses, delta, claim)) or 1.0,
-    )
+    for module in (privacy.accounting, privacy.mechanism):
+        monkeypatch.setattr(
+            module,
+            "compose",
+            lambda accesses, delta, claim="epsilon": told.append((accesses, delta, claim)) or 1.0,
+        )
     compute_epsilon(0.05, 1.25, 40, 1e-5, "epsilon_replace_one", 2)
     assert told.pop() == ((Access("training", "dp_sgd", 1.25, 0.05, 40, 2),), 1e-5, "epsilon_replace_one")
     made(others=(LABEL_COUNT,)).epsilon_after(7, "epsilon_replace_one")
@@ -186,7 +187,7 @@ def test_noise_is_the_least_that_meets_the_target(epsilon, others):
 def test_noise_is_looked_for_by_what_training_and_counts_spend_together(monkeypatch):
     told = []
     monkeypatch.setattr(
-        privacy,
+        privacy.accounting,
         "compose",
         lambda accesses, delta: (
             told.append((accesses, delta))
@@ -204,7 +205,7 @@ def test_noise_is_looked_for_by_what_training_and_counts_spend_together(monkeypa
 
 
 def test_counts_that_spend_all_leave_nothing_to_train_with(monkeypatch):
-    monkeypatch.setattr(privacy, "compose", lambda accesses, delta: 2.0)
+    monkeypatch.setattr(privacy.accounting, "compose", lambda accesses, delta: 2.0)
     with pytest.raises(SettingsError, match="is spent before training"):
         calibrate_noise(0.05, 40, 2.0, 1e-5, others=(LABEL_COUNT,))
 
@@ -431,7 +432,7 @@ def test_a_mechanism_follows_its_settings(monkeypatch):
     banded = make_mechanism(settings.model_copy(update={"bands": "4"}), 1010)
     assert banded.noise_multiplier == calibrate_noise(50 / 1010, 50, 6, 1e-5, 4, mechanism.others)
     chosen = []
-    monkeypatch.setattr(privacy, "choose_bands", lambda *arguments: chosen.append(arguments) or 4)
+    monkeypatch.setattr(privacy.making, "choose_bands", lambda *arguments: chosen.append(arguments) or 4)
     assert make_mechanism(settings.model_copy(update={"bands": "auto"}), 1010) == banded
     ((untuned, epsilon),) = chosen
     assert (
@@ -889,7 +890,7 @@ def test_a_run_is_named_by_every_part_of_its_identity():
 def test_an_identity_is_its_parts(monkeypatch):
     import json
 
-    monkeypatch.setattr(privacy, "code_hash", lambda: "the code")
+    monkeypatch.setattr(privacy.identity, "code_hash", lambda: "the code")
     identity = privacy.run_identity("s", "d", "m", {"b": 2, "a": 1})
     assert identity == {
         "settings": "s",
@@ -904,13 +905,13 @@ def test_an_identity_is_its_parts(monkeypatch):
     assert {"python", "dpsynth", *privacy.LIBRARIES} == set(privacy.versions())
     assert privacy.versions()["dp-accounting"] == metadata.version("dp-accounting")
     assert privacy.versions()["jax"] == metadata.version("jax")
-    monkeypatch.setattr(privacy, "_version", lambda name, otherwise: f"{name} or {otherwise}")
+    monkeypatch.setattr(privacy.identity, "_version", lambda name, otherwise: f"{name} or {otherwise}")
     assert (
         privacy.versions()["dpsynth"] == "dpsynth or source"
         and privacy.versions()["keras"] == "keras or none"
     )
     monkeypatch.undo()
-    monkeypatch.setattr(privacy, "LIBRARIES", ("no-such-library",))
+    monkeypatch.setattr(privacy.identity, "LIBRARIES", ("no-such-library",))
     assert privacy.versions()["no-such-library"] == "none"
 
 
@@ -927,7 +928,7 @@ def test_the_hash_of_the_code_is_that_of_the_places_and_the_contents_of_its_file
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"# {name}")
     asked = []
-    monkeypatch.setattr(privacy.resources, "files", lambda name: asked.append(name) or tmp_path)
+    monkeypatch.setattr(privacy.identity.resources, "files", lambda name: asked.append(name) or tmp_path)
     assert list(privacy.code_modules()) == ["a.py", "b.py", "data/deep/er.py", "data/readers.py"]
     before = privacy.code_hash()
     assert set(asked) == {"dpsynth"}
@@ -984,7 +985,7 @@ def test_a_folder_is_bound_to_its_run(tmp_path):
     two = {"settings": '{"seed": 1, "unit": "user"}'}
     with pytest.raises(PrivacyError, match=r"other settings \(unit: row, now user\)"):
         privacy.bind_run(folder, {**IDENTITY, **two})
-    assert privacy._difference("settings", {}, two) == "settings (seed: None, now 1)"
+    assert privacy.identity._difference("settings", {}, two) == "settings (seed: None, now 1)"
     run = privacy.stored_run(folder)
     assert run.run_id == privacy.run_id(IDENTITY)
     assert (

@@ -190,7 +190,7 @@ def test_a_ledger_that_is_not_at_hand_is_told(copied, away):
 
 
 def test_a_run_by_other_code_is_held_to_what_it_recorded_and_to_its_target(copied, monkeypatch):
-    monkeypatch.setattr(dpsynth.privacy, "code_hash", lambda: "other")
+    monkeypatch.setattr(dpsynth.privacy.identity, "code_hash", lambda: "other")
     found = audited(copied)
     assert found.replay.passed and "other code or libraries made this run" in str(found)
     put(copied, certificate_of({"epsilon": 0.5}, certified(copied)))

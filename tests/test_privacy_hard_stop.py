@@ -222,7 +222,7 @@ def test_what_no_training_can_survive_is_found_before_it_is_charged(tmp_path, mo
 
 def test_a_finished_run_loads_under_other_libraries_and_an_unfinished_one_refuses(tmp_path, monkeypatch):
     finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
-    monkeypatch.setattr(dpsynth.privacy, "code_hash", lambda: "other")
+    monkeypatch.setattr(dpsynth.privacy.identity, "code_hash", lambda: "other")
     finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
     (tmp_path / "dp" / "release" / "adapter.npz").unlink()
     with pytest.raises(PrivacyError, match="other dpsynth code"):

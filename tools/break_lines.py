@@ -46,7 +46,7 @@ BREAKS = [
     Break(
         1,
         "the accountant is told more noise than is drawn",
-        "privacy",
+        "privacy/mechanism",
         '"fine-tuning", "dp_sgd", self.noise_multiplier,',
         '"fine-tuning", "dp_sgd", 1.1 * self.noise_multiplier,',
         "test_privacy_certificate.py::test_certificate_verifies_and_a_false_one_does_not",
@@ -54,7 +54,7 @@ BREAKS = [
     Break(
         1,
         "a given noise multiplier is checked with a tolerance",
-        "privacy",
+        "privacy/mechanism",
         "self.private and self.epsilon > self.target_epsilon",
         "self.private and self.epsilon > 1.01 * self.target_epsilon",
         "test_privacy_mechanism.py::test_given_noise_multiplier_is_checked_without_tolerance",
@@ -62,7 +62,7 @@ BREAKS = [
     Break(
         1,
         "updates are counted in microbatches",
-        "privacy",
+        "privacy/making",
         "steps = int(settings.epochs * num_units / settings.batch_size)",
         "steps = int(settings.epochs * num_units / settings.microbatch_size)",
         "test_privacy_mechanism.py::test_steps_are_updates_not_microbatches",
@@ -70,7 +70,7 @@ BREAKS = [
     Break(
         1,
         "the mechanism can be changed after the noise was computed",
-        "privacy",
+        "privacy/mechanism",
         "@dataclasses.dataclass(frozen=True)\nclass Mechanism:",
         "@dataclasses.dataclass\nclass Mechanism:",
         "test_privacy_mechanism.py::test_mechanism_is_frozen",
@@ -78,7 +78,7 @@ BREAKS = [
     Break(
         2,
         "batches of a fixed size instead of Poisson samples",
-        "privacy",
+        "privacy/mechanism",
         'units = np.flatnonzero(\n            below(randomness.integers("batch", step, count), self.sampling_probability * self.bands)\n        )',
         'units = np.sort(np.argsort(randomness.integers("batch", step, count))[: self.expected_batch_size])',
         "test_privacy_poisson_sampling.py::test_batch_sizes_vary_and_average_to_the_expected_size",
@@ -86,7 +86,7 @@ BREAKS = [
     Break(
         2,
         "a unit twice in one update",
-        "privacy",
+        "privacy/mechanism",
         "return units[_groups(randomness, count, self.bands)[units] == step % self.bands]",
         "return np.append(units, units[:1])",
         "test_privacy_poisson_sampling.py::test_inclusion_is_binomial_and_at_most_once_per_update",
@@ -94,7 +94,7 @@ BREAKS = [
     Break(
         2,
         "the same sample in every update",
-        "privacy",
+        "privacy/mechanism",
         'randomness.integers("batch", step,',
         'randomness.integers("batch", 0,',
         "test_privacy_poisson_sampling.py::test_inclusion_is_binomial_and_at_most_once_per_update",
@@ -111,7 +111,7 @@ BREAKS = [
     Break(
         2,
         "division by another number than the expected batch size",
-        "privacy",
+        "privacy/session",
         "(self.grid * self.mechanism.expected_batch_size)",
         "(self.grid * (self.mechanism.expected_batch_size + 1))",
         "test_privacy_poisson_sampling.py::test_division_is_by_the_expected_batch_size",
@@ -127,7 +127,7 @@ BREAKS = [
     Break(
         3,
         "δ of 1/n is accepted",
-        "privacy",
+        "privacy/mechanism",
         "if not 0 < delta < 1 / num_units:",
         "if not 0 < delta < 2 / num_units:",
         "test_privacy_mechanism.py::test_impossible_mechanisms_are_refused",
@@ -255,7 +255,7 @@ BREAKS = [
     Break(
         6,
         "the noise does not depend on the secret",
-        "privacy",
+        "privacy/randomness",
         "hmac.new(self._secret,",
         "hmac.new(bytes(32),",
         "test_privacy_noise.py::test_noise_is_independent_over_steps_runs_secrets_and_from_batches",
@@ -263,7 +263,7 @@ BREAKS = [
     Break(
         6,
         "the noise does not depend on the run",
-        "privacy",
+        "privacy/randomness",
         'f"{self.run_id}|{tag}|{step}"',
         'f"{tag}|{step}"',
         "test_privacy_noise.py::test_noise_is_independent_over_steps_runs_secrets_and_from_batches",
@@ -271,7 +271,7 @@ BREAKS = [
     Break(
         6,
         "the same noise in every update",
-        "privacy",
+        "privacy/session",
         'self._randomness.gaussians("noise", self.step, count)',
         'self._randomness.gaussians("noise", 0, count)',
         "test_privacy_correlated_noise.py::test_correlated_noise_is_what_the_strategy_makes_of_independent_noise",
@@ -279,7 +279,7 @@ BREAKS = [
     Break(
         6,
         "half the noise",
-        "privacy",
+        "privacy/session",
         "np.rint(noise * (self.mechanism.noise_multiplier * 2.0**self.bits))",
         "np.rint(noise * (0.5 * self.mechanism.noise_multiplier * 2.0**self.bits))",
         "test_privacy_noise.py::test_noise_has_the_promised_standard_deviation_and_is_normal",
@@ -287,7 +287,7 @@ BREAKS = [
     Break(
         6,
         "noise of few distinct values",
-        "privacy",
+        "privacy/randomness",
         "return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]",
         "return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count].astype(np.float16).astype(np.float64)",
         "test_privacy_noise.py::test_noise_tail_and_resolution",
@@ -327,7 +327,7 @@ BREAKS = [
     Break(
         8,
         "the look back takes correlated updates for independent ones",
-        "privacy",
+        "privacy/correlated",
         "range(steps if bands > 1 else 1)",
         "range(1)",
         "test_privacy_correlated_noise.py::test_the_look_back_at_the_noise_knows_how_far_updates_are_correlated",
@@ -359,7 +359,7 @@ BREAKS = [
     Break(
         7,
         "one update more",
-        "privacy",
+        "privacy/session",
         "if self.step >= self.mechanism.steps:",
         "if self.step > self.mechanism.steps:",
         "test_privacy_hard_stop.py::test_step_after_the_last_is_refused",
@@ -367,7 +367,7 @@ BREAKS = [
     Break(
         7,
         "a sum is released twice",
-        "privacy",
+        "privacy/session",
         "self._drawn, self.step = None, self.step + 1",
         "self.step = self.step + 1; self._drawn = self.step",
         "test_privacy_hard_stop.py::test_a_sum_is_released_once",
@@ -375,7 +375,7 @@ BREAKS = [
     Break(
         7,
         "resume draws again",
-        "privacy",
+        "privacy/session",
         'self.step, self._drawn, self._realised = int(state["step"]), None,',
         'self.step, self._drawn, self._realised = max(0, int(state["step"]) - 1), None,',
         "test_privacy_hard_stop.py::test_resume_ends_with_the_same_bits",
@@ -383,7 +383,7 @@ BREAKS = [
     Break(
         7,
         "changed settings, data or code may resume",
-        "privacy",
+        "privacy/identity",
         "    if changed:\n",
         "    if not changed and False:\n",
         "test_privacy_hard_stop.py::test_changed_settings_data_or_code_refuse_to_resume",
@@ -391,7 +391,7 @@ BREAKS = [
     Break(
         8,
         "the group of a unit is its position",
-        "privacy",
+        "privacy/mechanism",
         "return units[_groups(randomness, count, self.bands)[units] == step % self.bands]",
         "return units[units % self.bands == step % self.bands]",
         "test_privacy_correlated_noise.py::test_the_group_of_a_unit_is_random_and_not_its_position",
@@ -399,7 +399,7 @@ BREAKS = [
     Break(
         8,
         "groups do not take turns",
-        "privacy",
+        "privacy/mechanism",
         "return units[_groups(randomness, count, self.bands)[units] == step % self.bands]",
         "return units",
         "test_privacy_correlated_noise.py::test_with_bands_a_unit_takes_part_at_most_once_in_as_many_updates",
@@ -415,7 +415,7 @@ BREAKS = [
     Break(
         8,
         "earlier noise is forgotten on resume",
-        "privacy",
+        "privacy/session",
         "        self._recent.extend(\n            state",
         "        list(\n            state",
         "test_privacy_correlated_noise.py::test_bands_resume_with_the_same_bits",
@@ -423,7 +423,7 @@ BREAKS = [
     Break(
         9,
         "counts without noise",
-        "privacy",
+        "privacy/counts",
         "return mechanism([int(c) for c in counts])",
         "return [int(c) for c in counts]",
         "test_privacy_paid_access.py::test_noisy_counts_have_the_promised_noise",
@@ -431,7 +431,7 @@ BREAKS = [
     Break(
         9,
         "counts are not charged",
-        "privacy",
+        "privacy/making",
         "others=tuple(count_accesses(settings).values()),",
         "others=(),",
         "test_privacy_paid_access.py::test_counts_and_training_together_meet_the_target",
@@ -519,7 +519,7 @@ BREAKS = [
     Break(
         7,
         "an unfinished run goes on in other microbatches",
-        "privacy",
+        "privacy/identity",
         '("code", "libraries", "computation") if finished else ())',
         '("code", "libraries", "computation") if finished else ("computation",))',
         "test_privacy_hard_stop.py::test_a_run_that_is_not_finished_keeps_its_microbatches_and_devices",
@@ -527,7 +527,7 @@ BREAKS = [
     Break(
         7,
         "a module of a sub-package is not in the identity",
-        "privacy",
+        "privacy/identity",
         "        if entry.is_dir():\n",
         "        if False:\n",
         "test_accounting.py::test_the_hash_of_the_code_is_that_of_the_places_and_the_contents_of_its_files",
@@ -535,7 +535,7 @@ BREAKS = [
     Break(
         7,
         "a module that decides a release is not in the identity",
-        "privacy",
+        "privacy/identity",
         'NOT_RELEASING = ("cli",',
         'NOT_RELEASING = ("demo", "cli",',
         "test_privacy_hard_stop.py::test_every_module_that_decides_a_release_is_in_the_identity_of_a_run",
@@ -575,7 +575,7 @@ BREAKS = [
     Break(
         9,
         "the count that the training follows from is composed, not added",
-        "privacy",
+        "privacy/counts",
         'added=name == "units")',
         "added=False)",
         "test_privacy_paid_access.py::test_what_follows_from_the_number_of_units_is_added_to_it_and_not_composed",
@@ -863,7 +863,7 @@ BREAKS = [
     Break(
         3,
         "δ follows the number of units alone",
-        "privacy",
+        "privacy/making",
         "return min(max(num_units, 1) ** -1.2, 1e-5, 0.1 / max(num_units, 1))",
         "return max(num_units, 2) ** -1.2",
         "test_privacy_mechanism.py::test_the_default_delta_leaves_less_than_a_tenth_of_a_unit_to_be_published",
@@ -871,7 +871,7 @@ BREAKS = [
     Break(
         3,
         "a large δ is not told",
-        "privacy",
+        "privacy/making",
         "if delta * num_units > 0.1 * (1 + 1e-9)",
         "if delta * num_units > 1",
         "test_privacy_certificate.py::test_how_many_units_a_large_delta_could_publish_is_told_wherever_the_claim_is",
@@ -1071,7 +1071,7 @@ BREAKS = [
     Break(
         6,
         "a secret of four random bytes",
-        "privacy",
+        "privacy/randomness",
         "os.urandom(SECRET_BYTES)",
         "os.urandom(4) * 8",
         "test_privacy_state.py::test_a_secret_has_32_bytes_of_its_own",
@@ -1079,7 +1079,7 @@ BREAKS = [
     Break(
         6,
         "a secret of few values is taken",
-        "privacy",
+        "privacy/randomness",
         "len(set(secret)) < DISTINCT_BYTES",
         "len(set(secret)) < 1",
         "test_privacy_state.py::test_a_secret_with_few_values_is_refused",
@@ -1087,7 +1087,7 @@ BREAKS = [
     Break(
         6,
         "a secret that is lost is made anew",
-        "privacy",
+        "privacy/randomness",
         "        if begun := kept(folder):\n",
         "        if begun := []:\n",
         "test_privacy_state.py::test_a_secret_that_is_lost_where_a_run_has_begun_is_not_made_anew",
@@ -1095,7 +1095,7 @@ BREAKS = [
     Break(
         7,
         "a run id that ignores the rows",
-        "privacy",
+        "privacy/identity",
         "    return hashlib.sha256(json.dumps(identity, sort_keys=True)",
         '    return hashlib.sha256(json.dumps({**identity, "data": ""}, sort_keys=True)',
         "test_privacy_state.py::test_a_run_is_another_run_where_any_part_of_its_identity_is_another",
@@ -1191,7 +1191,7 @@ BREAKS = [
     Break(
         14,
         "what another run left is adopted",
-        "privacy",
+        "privacy/identity",
         "    if left or finished:\n",
         "    if False:\n",
         "test_privacy_state.py::test_updates_without_noise_are_not_continued_as_private_ones",
@@ -1199,7 +1199,7 @@ BREAKS = [
     Break(
         14,
         "what another run released is adopted",
-        "privacy",
+        "privacy/identity",
         "for name in RELEASED\n    ]",
         "for name in ()\n    ]",
         "test_privacy_state.py::test_what_a_run_released_is_not_adopted_either",
@@ -1560,7 +1560,7 @@ BREAKS = [
     Break(
         6,
         "the noise comes from the stream that the batch comes from",
-        "privacy",
+        "privacy/session",
         'self._randomness.gaussians("noise", self.step, count)',
         'self._randomness.gaussians("batch", self.step, count)',
         "test_privacy_noise.py::test_no_stream_serves_two_purposes_or_two_updates",
@@ -1568,7 +1568,7 @@ BREAKS = [
     Break(
         7,
         "every update counts as noised",
-        "privacy",
+        "privacy/session",
         "self.noised + bool(added.any())",
         "self.noised + 1",
         "test_privacy_hard_stop.py::test_self_check_finds_missing_noise_missing_updates_and_an_idle_model",
@@ -1576,7 +1576,7 @@ BREAKS = [
     Break(
         8,
         "groups of units follow their position",
-        "privacy",
+        "privacy/mechanism",
         '(randomness.integers("group", 0, count) % np.uint64(bands)).astype(np.int64)\n        if bands > 1',
         "np.arange(count) % bands\n        if bands > 1",
         "test_privacy_correlated_noise.py::test_the_group_of_a_unit_is_random_and_not_its_position",
@@ -1584,7 +1584,7 @@ BREAKS = [
     Break(
         9,
         "the stated epsilon forgets the paid counts",
-        "privacy",
+        "privacy/mechanism",
         "return compose((*([self.training(steps)] if steps else []), *self.others), self.delta, claim)",
         "return compose((*([self.training(steps)] if steps else []),), self.delta, claim)",
         "test_privacy_paid_access.py::test_counts_and_training_together_meet_the_target",
@@ -1720,7 +1720,7 @@ BREAKS = [
     Break(
         "§4",
         "noise may be off by sixty standard errors",
-        "privacy",
+        "privacy/correlated",
         "NOISE_ERRORS = 6  #",
         "NOISE_ERRORS = 60  #",
         "test_privacy_audit.py::test_what_a_training_recorded_has_to_be_there_and_as_promised",
