@@ -51,9 +51,9 @@ def test_scores_in_chunks_give_the_losses_and_gradients_of_all_at_once(micro, st
 
     def found(alone, scores):
         """Losses of rows side by side, and gradients of one row alone and of a unit of three; whether scores are computed twice."""
-        monkeypatch.setattr("dpsynth.finetune.one_by_one", lambda: alone)
+        monkeypatch.setattr("dpsynth.finetune.loss.one_by_one", lambda: alone)
         monkeypatch.setattr(
-            "dpsynth.finetune.ALONE_SCORES" if alone else "dpsynth.finetune.CHUNK_SCORES", scores
+            "dpsynth.finetune.loss.ALONE_SCORES" if alone else "dpsynth.finetune.loss.CHUNK_SCORES", scores
         )
         one = lambda trainable: example_loss(micro, trainable, micro.frozen, *(part[0] for part in rows))
         unit = lambda trainable: unit_loss(micro, trainable, micro.frozen, *rows)
@@ -66,7 +66,7 @@ def test_scores_in_chunks_give_the_losses_and_gradients_of_all_at_once(micro, st
 
     whole, twice = found(True, 1 << 26)
     assert seen == [47] and not twice
-    monkeypatch.setattr("dpsynth.finetune.CHUNK_SCORES", 2 * micro.vocabulary_size)
+    monkeypatch.setattr("dpsynth.finetune.loss.CHUNK_SCORES", 2 * micro.vocabulary_size)
     for alone, positions in ((True, 10), (False, 4)):
         values, twice = found(alone, positions * micro.vocabulary_size)
         assert set(seen) == {positions} and twice
@@ -76,7 +76,7 @@ def test_scores_in_chunks_give_the_losses_and_gradients_of_all_at_once(micro, st
 
 def test_rows_that_are_computed_side_by_side_share_the_scores_that_are_held(monkeypatch):
     for alone, expected in ((True, [1 << 26, 1 << 24, 1 << 21, 1 << 21]), (False, 4 * [1 << 21])):
-        monkeypatch.setattr("dpsynth.finetune.one_by_one", lambda alone=alone: alone)
+        monkeypatch.setattr("dpsynth.finetune.loss.one_by_one", lambda alone=alone: alone)
         assert [scores_at_once(rows) for rows in (1, 4, 32, 100)] == expected
 
 
@@ -143,7 +143,7 @@ def test_the_loss_on_a_file_sorted_by_label_is_that_of_both_labels(tmp_path, mon
     seen = []
     whole = dpsynth.finetune.row_losses
     monkeypatch.setattr(
-        dpsynth.finetune,
+        dpsynth.finetune.loop,
         "row_losses",
         lambda model, records, *rest: seen.append(records.labels) or whole(model, records, *rest),
     )

@@ -5,6 +5,7 @@ import pytest
 from parts import RUN, splits
 from dpsynth import finetune, models, pipeline
 from dpsynth.finetune import make_plain_sum, make_private_sum
+from dpsynth.formats import TextFormat
 from dpsynth.models import LanguageModel, Unreachable, by_shapes, load_model, setup_tuning
 from dpsynth.privacy import Mechanism, Randomness, Session
 from dpsynth.settings import ModelError, Settings, SettingsError
@@ -118,7 +119,7 @@ def estimated(settings):
     ids=str,
 )
 def test_memory_is_what_the_compiler_plans_within_a_factor_of_two(monkeypatch, one_by_one, changes):
-    for module in (finetune, pipeline):
+    for module in (finetune.loss, finetune.clipping, pipeline):
         monkeypatch.setattr(module, "one_by_one", lambda: one_by_one)
     settings = SHAPE.model_copy(update=changes)
     assert 0.5 < planned(settings) / estimated(settings) < 2
@@ -154,7 +155,7 @@ def test_sampling_counts_the_cache_of_each_row():
 
 
 def test_real_rows_are_cut_where_generated_ones_would_be():
-    tokenizer, fmt = models.load_tokenizer(models.base_name(RUN)), finetune.TextFormat(RUN.prompt, RUN.labels)
+    tokenizer, fmt = models.load_tokenizer(models.base_name(RUN)), TextFormat(RUN.prompt, RUN.labels)
     prompts = [1 + len(tokenizer([prompt])[0]) for prompt in fmt.prompts]
     settings = RUN.model_copy(
         update={"generator": "real_train", "num_samples": 40, "sequence_length": max(prompts) + 3}

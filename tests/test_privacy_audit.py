@@ -1145,7 +1145,7 @@ def each_array_by_itself(clip):
 def test_clipping_that_is_broken_is_seen(micro, monkeypatch, broken):
     from dpsynth import finetune
 
-    monkeypatch.setattr(finetune, "clip_to_grid", broken(finetune.clip_to_grid))
+    monkeypatch.setattr(finetune.clipping, "clip_to_grid", broken(finetune.clip_to_grid))
     assert not audit.sensitivity_check(
         micro, SETTINGS.model_copy(update={"sequence_length": 16}), mechanism()
     ).passed

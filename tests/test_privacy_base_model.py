@@ -78,7 +78,7 @@ def test_a_model_without_files_here_is_known_by_its_arrays(micro, tmp_path, monk
     weight.assign(kept)
     assert len(before) == 64 and before != changed and base_hash(fetched) == before
     assert base_hash(load_model("tiny")) == preset_hash("tiny")
-    monkeypatch.setattr(dpsynth.finetune, "preset_hash", lambda name: "")  # as if it had been fetched
+    monkeypatch.setattr(dpsynth.finetune.prepare, "preset_hash", lambda name: "")  # as if it had been fetched
     finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
     digest = base_hash(load_model(MICRO))
     assert (

@@ -824,7 +824,7 @@ def test_what_cannot_be_stated_is_found_before_the_training_is_charged(tmp_path,
 
     with monkeypatch.context() as broken:
         broken.setattr(Certificate, "markdown", fails)
-        broken.setattr(dpsynth.finetune, "_train_into", fails)
+        broken.setattr(dpsynth.finetune.run, "_train_into", fails)
         with pytest.raises(OverflowError):
             dpsynth.finetune.finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
     ledger = Ledger(tmp_path / RUNS_LEDGER)

@@ -180,7 +180,7 @@ def test_a_run_that_is_not_finished_keeps_its_microbatches_and_devices(tmp_path,
     with pytest.raises(PrivacyError, match="devices .xla_flags: .*, now --xla_cpu_max_isa=SSE4_2"):
         finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
     monkeypatch.undo()
-    monkeypatch.setattr(dpsynth.finetune, "computation", lambda settings: {**known, "backend": "elsewhere"})
+    monkeypatch.setattr(dpsynth.finetune.run, "computation", lambda settings: {**known, "backend": "elsewhere"})
     with pytest.raises(PrivacyError, match="devices .backend: .*, now elsewhere"):
         finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
     assert not (tmp_path / "dp" / "release" / "adapter.npz").exists()
@@ -209,7 +209,7 @@ def test_what_no_training_can_survive_is_found_before_it_is_charged(tmp_path, mo
 
         return run
 
-    monkeypatch.setattr(dpsynth.finetune, "make_private_sum", broken)
+    monkeypatch.setattr(dpsynth.finetune.trainer, "make_private_sum", broken)
     with pytest.raises(SettingsError, match=words) as error:
         finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
     assert str(error.value).endswith("the training is not charged") and "\n" not in str(error.value)

@@ -132,7 +132,7 @@ def test_a_cap_refuses_a_run_without_privacy_before_it_trains(tmp_path, monkeypa
     data = splits()
     ledger = Ledger(tmp_path / RUNS_LEDGER)
     ledger.set_cap(ledger.register("mine", data.train.ledger_names()), 1000.0)
-    monkeypatch.setattr(dpsynth.finetune, "tokenize", lambda *arguments: pytest.fail("it trains"))
+    monkeypatch.setattr(dpsynth.finetune.run, "tokenize", lambda *arguments: pytest.fail("it trains"))
     for refused in (
         lambda: spending([survey(PLAIN)], tmp_path),
         lambda: finetune_run(PLAIN, data, tmp_path / "plain", progress=False),
@@ -147,7 +147,7 @@ def test_a_run_that_was_killed_after_it_was_charged_resumes_under_a_cap_of_itsel
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(dpsynth.finetune, "train", lambda *arguments, **others: die())
+        patch.setattr(dpsynth.finetune.run, "train", lambda *arguments, **others: die())
         with pytest.raises(KeyboardInterrupt):
             finetune_run(RUN, splits(), tmp_path / "dp_ft", progress=False)
     ledger = Ledger(tmp_path / RUNS_LEDGER)
@@ -164,7 +164,7 @@ def test_a_run_that_was_killed_between_its_two_charges_is_asked_for_the_second_o
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(dpsynth.finetune, "noisy_counts", die)
+        patch.setattr(dpsynth.finetune.estimates, "noisy_counts", die)
         with pytest.raises(KeyboardInterrupt):
             finetune_run(counted, splits(), tmp_path / "dp_ft", progress=False)
     ledger = Ledger(tmp_path / RUNS_LEDGER)

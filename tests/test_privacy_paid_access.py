@@ -167,7 +167,7 @@ def test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_cha
         drawn.append(([int(c) for c in counts], scale))
         return drawn[-1][0]
 
-    monkeypatch.setattr(dpsynth.finetune, "noisy_counts", record)
+    monkeypatch.setattr(dpsynth.finetune.estimates, "noisy_counts", record)
     finetune_run(settings, data, tmp_path / "dp", progress=False)
     assert charged == 4 * [["dp_ft: counts"]]
     assert (
@@ -257,8 +257,8 @@ def test_whether_a_run_goes_on_depends_on_the_paid_estimate_alone(
     def train(*arguments):
         raise Trained
 
-    monkeypatch.setattr(dpsynth.finetune, "noisy_counts", lambda counts, scale: [estimate])
-    monkeypatch.setattr(dpsynth.finetune, "_make_trainer", train)
+    monkeypatch.setattr(dpsynth.finetune.estimates, "noisy_counts", lambda counts, scale: [estimate])
+    monkeypatch.setattr(dpsynth.finetune.run, "_make_trainer", train)
     settings = HIDDEN.model_copy(update={"access_share": 0.1, "epochs": 2})
     with pytest.raises(Trained if goes_on else SettingsError) as refused:
         finetune_run(settings, some(exact, settings), tmp_path / "dp", progress=False)

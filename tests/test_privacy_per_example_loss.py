@@ -39,7 +39,7 @@ def test_large_vocabularies_are_scored_in_chunks_with_the_same_loss(micro, monke
     )
     whole = loss_of(micro)(row, 4, len(row))
     for name in ("CHUNK_SCORES", "ALONE_SCORES"):
-        monkeypatch.setattr(f"dpsynth.finetune.{name}", 3 * micro.vocabulary_size)
+        monkeypatch.setattr(f"dpsynth.finetune.loss.{name}", 3 * micro.vocabulary_size)
     assert loss_of(micro)(row, 4, len(row)) == pytest.approx(whole, abs=1e-5)
 
 

@@ -287,7 +287,7 @@ def test_whatever_is_damaged_is_named_before_anything_is_charged_and_what_can_be
     begun, tmp_path, monkeypatch
 ):
     folder, loaded = begun
-    monkeypatch.setattr(dpsynth.finetune, "prepare_with_hash", lambda settings: loaded)
+    monkeypatch.setattr(dpsynth.finetune.run, "prepare_with_hash", lambda settings: loaded)
     monkeypatch.setattr(dpsynth.finetune.Account, "charge", None)
     for name in sorted(KEPT):
         for how in ("half", "flipped", "foreign"):
@@ -372,8 +372,8 @@ def test_coins_of_canaries_follow_from_the_secret_and_not_from_the_public_seed(t
         thrown.append(included)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dpsynth.finetune, "prepare_with_hash", lambda settings: begun[1])
-    monkeypatch.setattr(dpsynth.finetune, "with_canaries", rows)
+    monkeypatch.setattr(dpsynth.finetune.run, "prepare_with_hash", lambda settings: begun[1])
+    monkeypatch.setattr(dpsynth.finetune.run, "with_canaries", rows)
     for i in range(3):
         if i == 2:  # the secret of the second run, elsewhere
             (tmp_path / "2" / "private").mkdir(parents=True)

@@ -365,7 +365,7 @@ def test_a_fit_that_was_killed_goes_on_from_the_shell(tmp_path, monkeypatch):
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dpsynth.finetune, "train", killed)
+    monkeypatch.setattr(dpsynth.finetune.run, "train", killed)
     with pytest.raises(KeyboardInterrupt):
         Synthesizer(tmp_path / "mine", **SMALL).fit(table(), "mine", progress=False)
     monkeypatch.undo()

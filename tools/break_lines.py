@@ -102,7 +102,7 @@ BREAKS = [
     Break(
         2,
         "an empty draw is skipped",
-        "finetune",
+        "finetune/trainer",
         "        total = self.gradient_sum(self.session.batch())\n",
         "        batch = self.session.batch()\n        if not len(batch):\n            self.session.step += 1\n            return\n"
         "        total = self.gradient_sum(batch)\n",
@@ -119,7 +119,7 @@ BREAKS = [
     Break(
         2,
         "padding is row 0",
-        "finetune",
+        "finetune/trainer",
         "constant_values=-1)\n\n# %%",
         "constant_values=0)\n\n# %%",
         "test_privacy_noise.py::test_neither_the_size_of_microbatches_nor_the_order_changes_a_bit_of_the_sum",
@@ -143,7 +143,7 @@ BREAKS = [
     Break(
         3,
         "rows are counted where groups are the unit",
-        "finetune",
+        "finetune/run",
         "make_mechanism(settings, records.public_units + settings.canaries)",
         "make_mechanism(settings, len(records) + settings.canaries)",
         "test_privacy_unit.py::test_a_column_can_be_the_unit",
@@ -175,7 +175,7 @@ BREAKS = [
     Break(
         3,
         "the shape of all units follows the largest",
-        "finetune",
+        "finetune/loss",
         "np.full((len(groups), most), -1, np.int64)",
         "np.full((len(groups), max(min(len(g), most) for g in groups)), -1, np.int64)",
         "test_privacy_unit.py::test_rows_of_a_unit_are_chosen_by_the_unit_alone",
@@ -183,7 +183,7 @@ BREAKS = [
     Break(
         3,
         "a group has one gradient for each of its rows",
-        "finetune",
+        "finetune/loss",
         "    return losses.sum() / jnp.maximum((total_length > 0).sum(), 1)",
         "    return losses.sum()",
         "test_privacy_unit.py::test_a_group_has_one_gradient_the_mean_of_its_rows",
@@ -191,7 +191,7 @@ BREAKS = [
     Break(
         4,
         "the loss is averaged over the padded length",
-        "finetune",
+        "finetune/loss",
         "/ jnp.maximum(weights.sum(), 1.0)",
         "/ tokens.shape[0]",
         "test_privacy_per_example_loss.py::test_loss_is_normalised_by_the_rows_own_length",
@@ -199,7 +199,7 @@ BREAKS = [
     Break(
         4,
         "a unit's numbers depend on the units before it",
-        "finetune",
+        "finetune/clipping",
         "return ([t + e for t, e in zip(sums[0], each)]",
         "return ([t + e + (t >> 10) for t, e in zip(sums[0], each)]",
         "test_privacy_per_example_loss.py::test_gradient_of_a_unit_is_unchanged_by_its_batch_mates",
@@ -223,7 +223,7 @@ BREAKS = [
     Break(
         5,
         "numbers that are not finite are replaced, and the rest of their unit is used",
-        "finetune",
+        "finetune/clipping",
         "gradients = [g.astype(jnp.float32) for g in gradients]",
         "gradients = [jnp.nan_to_num(g.astype(jnp.float32)) for g in gradients]",
         "test_privacy_clipping.py::test_unusable_gradients_count_as_zero",
@@ -231,7 +231,7 @@ BREAKS = [
     Break(
         5,
         "rounding to the nearest grid point",
-        "finetune",
+        "finetune/clipping",
         "jnp.trunc(g * scale)",
         "jnp.round(g * scale)",
         "test_privacy_clipping.py::test_norm_on_the_grid_never_exceeds_the_bound",
@@ -239,7 +239,7 @@ BREAKS = [
     Break(
         5,
         "no clipping",
-        "finetune",
+        "finetune/clipping",
         "else jnp.minimum(largest, bound / norm)",
         "else largest",
         "test_privacy_clipping.py::test_one_extreme_unit_moves_the_sum_by_at_most_the_sensitivity",
@@ -247,7 +247,7 @@ BREAKS = [
     Break(
         5,
         "a norm that misses the squares of small numbers",
-        "finetune",
+        "finetune/clipping",
         "unit = [jnp.where(usable, g / largest, 0.0) for g in gradients]",
         "unit, largest = [jnp.where(usable, g, 0.0) for g in gradients], 1.0",
         "test_privacy_clipping.py::test_norm_on_the_grid_is_bounded_for_very_small_large_and_many_numbers",
@@ -295,7 +295,7 @@ BREAKS = [
     Break(
         6,
         "sums in floating point",
-        "finetune",
+        "finetune/trainer",
         '"int32" if self.private else "float32"',
         '"float32"',
         "test_privacy_noise.py::test_sum_is_bit_equal_in_any_order",
@@ -311,7 +311,7 @@ BREAKS = [
     Break(
         6,
         "the secret is stored with the identity of the run",
-        "finetune",
+        "finetune/run",
         "randomness = Randomness(secret, bind_run(private, identity, adapter.exists()))",
         'randomness = Randomness(secret, bind_run(private, {**identity, "key": secret.hex()}, adapter.exists()))',
         "test_privacy_noise.py::test_the_secret_is_in_no_file_outside_private",
@@ -319,7 +319,7 @@ BREAKS = [
     Break(
         7,
         "a training that does not fit is charged first",
-        "finetune",
+        "finetune/run",
         '            if not account.is_charged("training"):\n',
         '            account.charge("training", training_event(mechanism))\n            if True:\n',
         "test_privacy_hard_stop.py::test_what_no_training_can_survive_is_found_before_it_is_charged",
@@ -335,7 +335,7 @@ BREAKS = [
     Break(
         9,
         "units too short to overlap are counted as units that do not",
-        "finetune",
+        "finetune/estimates",
         "return [found.overlapping, found.long_enough - found.overlapping]",
         "return [found.overlapping, found.rows - found.overlapping]",
         "test_privacy_paid_access.py::test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged",
@@ -343,7 +343,7 @@ BREAKS = [
     Break(
         7,
         "a training without noise passes the look back",
-        "finetune",
+        "finetune/loop",
         "    if not abs(session.realised_noise - 1) <= NOISE_ERRORS",
         "    if not abs(session.realised_noise - 1) <= 1e6",
         "test_privacy_hard_stop.py::test_self_check_finds_missing_noise_missing_updates_and_an_idle_model",
@@ -351,7 +351,7 @@ BREAKS = [
     Break(
         7,
         "an update too few passes the look back",
-        "finetune",
+        "finetune/loop",
         "    if session.step != mechanism.steps:\n        raise",
         "    if session.step > mechanism.steps:\n        raise",
         "test_privacy_hard_stop.py::test_self_check_finds_missing_noise_missing_updates_and_an_idle_model",
@@ -439,7 +439,7 @@ BREAKS = [
     Break(
         9,
         "counts are drawn again on resume",
-        "finetune",
+        "finetune/estimates",
         '    if state.has("counts.json"):\n',
         "    if False:\n",
         "test_privacy_paid_access.py::test_counts_are_estimated_once_and_used",
@@ -447,7 +447,7 @@ BREAKS = [
     Break(
         9,
         "one unit decides which rows of another take part",
-        "finetune",
+        "finetune/loss",
         "np.random.default_rng([seed, 7, len(g)])",
         "np.random.default_rng([seed, 7, len(units)])",
         "test_privacy_unit.py::test_rows_of_a_unit_are_chosen_by_the_unit_alone",
@@ -455,7 +455,7 @@ BREAKS = [
     Break(
         10,
         "a run is not charged before it starts",
-        "finetune",
+        "finetune/account",
         '            self.ledger.start(f"{self.run_id} {what}")\n',
         "",
         "test_privacy_ledger_of_runs.py::test_a_stopped_run_is_charged",
@@ -463,7 +463,7 @@ BREAKS = [
     Break(
         11,
         "a length of a private row in the certificate",
-        "finetune",
+        "finetune/run",
         "base, account.composed(mechanism), release)",
         'base, {**account.composed(mechanism), "releases": max(map(len, records.texts))}, release)',
         "test_privacy_outputs.py::test_an_outlier_row_changes_no_released_byte_that_is_not_a_dp_output",
@@ -471,7 +471,7 @@ BREAKS = [
     Break(
         11,
         "the loss on private rows is released",
-        "finetune",
+        "finetune/run",
         "LossLog(state, trainer) if",
         'LossLog(trainer.randomness.state(state.folder.parent / "release"), trainer) if',
         "test_privacy_outputs.py::test_monitoring_stays_private_and_is_certified",
@@ -503,7 +503,7 @@ BREAKS = [
     Break(
         12,
         "no mark beside weights without privacy",
-        "finetune",
+        "finetune/run",
         "        mark_not_private(settings, release)",
         "        pass",
         "test_privacy_not_private.py::test_a_model_trained_without_privacy_says_so_beside_its_weights",
@@ -511,7 +511,7 @@ BREAKS = [
     Break(
         12,
         "a certificate without privacy",
-        "finetune",
+        "finetune/run",
         "        mark_not_private(settings, release)",
         '        (release / "certificate.json").write_text("{}")',
         "test_privacy_not_private.py::test_without_privacy_there_is_no_certificate",
@@ -543,7 +543,7 @@ BREAKS = [
     Break(
         9,
         "counts are drawn with less noise than is charged",
-        "finetune",
+        "finetune/estimates",
         "noisy_counts(exact[name](), access.noise_multiplier)",
         "noisy_counts(exact[name](), access.noise_multiplier / 100)",
         "test_privacy_paid_access.py::test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged",
@@ -551,7 +551,7 @@ BREAKS = [
     Break(
         9,
         "the labels of rows are counted where groups are the unit",
-        "finetune",
+        "finetune/estimates",
         "records.labels[units[:, 0]]",
         "records.labels",
         "test_privacy_paid_access.py::test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged",
@@ -559,7 +559,7 @@ BREAKS = [
     Break(
         9,
         "overlapping rows are counted where groups are the unit",
-        "finetune",
+        "finetune/estimates",
         'pd.Series(records.texts).groupby(records.units).agg("\\n".join)',
         "pd.Series(records.texts)",
         "test_privacy_paid_access.py::test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged",
@@ -567,7 +567,7 @@ BREAKS = [
     Break(
         9,
         "a unit is in two counts",
-        "finetune",
+        "finetune/estimates",
         "return [below, len(ours) - below]",
         "return [below, len(ours)]",
         "test_privacy_paid_access.py::test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged",
@@ -679,7 +679,7 @@ BREAKS = [
     Break(
         13,
         "what cannot be stated is found after the training",
-        "finetune",
+        "finetune/run",
         "            rehearse_certificate(mechanism, settings, base)\n",
         "",
         "test_privacy_certificate.py::test_what_cannot_be_stated_is_found_before_the_training_is_charged",
@@ -719,7 +719,7 @@ BREAKS = [
     Break(
         17,
         "the preflight follows from a number of units that is private",
-        "finetune",
+        "finetune/run",
         "        return None\n    return mechanism_of(settings, records, {})",
         "        mechanism_of(settings, records, {})\n        return None\n    return mechanism_of(settings, records, {})",
         "test_privacy_paid_access.py::test_before_it_is_paid_for_nothing_follows_from_a_number_of_units_that_is_private",
@@ -727,7 +727,7 @@ BREAKS = [
     Break(
         17,
         "a delta is compared with a number of units that is private",
-        "finetune",
+        "finetune/account",
         "delta, units = (settings.delta, HIDDEN) if hidden else",
         "delta, units = (settings.delta, records.public_units) if hidden else",
         "test_privacy_paid_access.py::test_before_it_is_paid_for_nothing_follows_from_a_number_of_units_that_is_private",
@@ -743,7 +743,7 @@ BREAKS = [
     Break(
         17,
         "a run goes on by the exact number of units",
-        "finetune",
+        "finetune/run",
         'max(1, counts["units"][0]))',
         "records.public_units)",
         "test_privacy_paid_access.py::test_whether_a_run_goes_on_depends_on_the_paid_estimate_alone",
@@ -879,7 +879,7 @@ BREAKS = [
     Break(
         10,
         "counts are not charged in the ledger",
-        "finetune",
+        "finetune/run",
         'account.charge("counts", accesses_event(count_accesses(settings).values()))',
         "pass",
         "test_privacy_paid_access.py::test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged",
@@ -887,7 +887,7 @@ BREAKS = [
     Break(
         10,
         "a training without privacy is not charged",
-        "finetune",
+        "finetune/account",
         "if mechanism.private else [EXPOSED]",
         "if mechanism.private else []",
         "test_privacy_ledger_of_runs.py::test_a_run_without_privacy_is_charged_and_certificates_of_the_same_data_say_so",
@@ -911,7 +911,7 @@ BREAKS = [
     Break(
         10,
         "a run that was charged is planned again",
-        "finetune",
+        "finetune/account",
         "return known is not None and known.charged",
         "return False",
         "test_privacy_ledger_of_runs.py::test_a_run_without_privacy_is_charged_and_certificates_of_the_same_data_say_so",
@@ -935,7 +935,7 @@ BREAKS = [
     Break(
         9,
         "lost counts are drawn again",
-        "finetune",
+        "finetune/estimates",
         "if begun and count_accesses(settings)",
         "if False and count_accesses(settings)",
         "test_privacy_paid_access.py::test_an_exact_number_of_units_that_was_paid_to_be_hidden_is_in_no_file",
@@ -959,7 +959,7 @@ BREAKS = [
     Break(
         11,
         "the line of progress shows how many gradients were clipped",
-        "finetune",
+        "finetune/loop",
         "facts=facts, show=progress)",
         'facts=lambda now: f"{trainer.notes[0]} clipped", show=progress)',
         "test_progress.py::test_a_training_tells_updates_noise_and_epsilon_and_nothing_else",
@@ -999,7 +999,7 @@ BREAKS = [
     Break(
         9,
         "a certificate says nothing of a look at the rows",
-        "finetune",
+        "finetune/account",
         '"looked": self.looked,\n        }',
         '"looked": False,\n        }',
         "test_look.py::test_certificates_of_data_that_was_looked_at_say_so",
@@ -1047,7 +1047,7 @@ BREAKS = [
     Break(
         13,
         "a fetched base model has no hash",
-        "finetune",
+        "finetune/prepare",
         "    return digest.hexdigest()\n\n\ndef processor",
         '    return "none"\n\n\ndef processor',
         "test_privacy_base_model.py::test_a_model_without_files_here_is_known_by_its_arrays",
@@ -1063,7 +1063,7 @@ BREAKS = [
     Break(
         5,
         "no margin for squares that float32 drops from the norm",
-        "finetune",
+        "finetune/clipping",
         "SAFETY = 1.0 - 2.0**-16",
         "SAFETY = 1.0",
         "test_privacy_clipping.py::test_squares_that_float32_drops_from_the_norm_stay_below_the_bound",
@@ -1103,7 +1103,7 @@ BREAKS = [
     Break(
         7,
         "an identity that ignores the rows",
-        "finetune",
+        "finetune/run",
         "splits.train.fingerprint(secret), digest, computation(settings)\n",
         '"rows", digest, computation(settings)\n',
         "test_privacy_state.py::test_the_identity_of_a_run_names_its_rows_by_its_secret",
@@ -1111,7 +1111,7 @@ BREAKS = [
     Break(
         7,
         "an update without noise passes the look back if others make up for it",
-        "finetune",
+        "finetune/loop",
         "    if session.noised != session.step:\n",
         "    if False:\n",
         "test_privacy_hard_stop.py::test_self_check_finds_missing_noise_missing_updates_and_an_idle_model",
@@ -1119,7 +1119,7 @@ BREAKS = [
     Break(
         14,
         "coins of canaries keyed by the public seed",
-        "finetune",
+        "finetune/run",
         "CanaryCoins.flip(settings.canaries, private, randomness)",
         'CanaryCoins.flip(settings.canaries, private, Randomness(hashlib.sha256(b"%d" % settings.seed).digest(), "canaries"))',
         "test_privacy_state.py::test_coins_of_canaries_follow_from_the_secret_and_not_from_the_public_seed",
@@ -1207,7 +1207,7 @@ BREAKS = [
     Break(
         14,
         "a checkpoint of another run is restored",
-        "finetune",
+        "finetune/trainer",
         "np.load(self.randomness.state(path.parent).check(path.name))",
         "np.load(path)",
         "test_privacy_hard_stop.py::test_a_checkpoint_of_another_run_is_not_restored",
@@ -1215,7 +1215,7 @@ BREAKS = [
     Break(
         14,
         "private files are not looked at before the charge",
-        "finetune",
+        "finetune/run",
         "        state.check_all()  # before anything is charged\n",
         "        pass\n",
         "test_privacy_state.py::test_whatever_is_damaged_is_named_before_anything_is_charged_and_what_can_be_made_again_is",
@@ -1343,7 +1343,7 @@ BREAKS = [
     Break(
         17,
         "a row is compiled into a program that is kept",
-        "finetune",
+        "finetune/trainer",
         "total, notes = self._sum(total, notes, self.trainable, self.frozen, self._batch(part, length))",
         "total, notes = jax.jit(lambda *sums, rows={k: np.asarray(v) for k, v in self._batch(part, length).items()}: "
         "self._sum(*sums, self.trainable, self.frozen, rows))(total, notes)",
@@ -1440,7 +1440,7 @@ BREAKS = [
     Break(
         11,
         "the loss that is reported is of training rows",
-        "finetune",
+        "finetune/run",
         '"held_out_loss": held_out_loss(model, splits.test,',
         '"held_out_loss": held_out_loss(model, splits.train,',
         "test_privacy_outputs.py::test_the_loss_that_is_reported_is_of_test_rows",
@@ -1448,7 +1448,7 @@ BREAKS = [
     Break(
         11,
         "the loss before the training is of training rows",
-        "finetune",
+        "finetune/run",
         '"held_out_loss_untuned": held_out_loss(model, splits.test,',
         '"held_out_loss_untuned": held_out_loss(model, splits.train,',
         "test_privacy_outputs.py::test_the_loss_that_is_reported_is_of_test_rows",
@@ -1520,7 +1520,7 @@ BREAKS = [
     Break(
         14,
         "a finished training is loaded whatever its adapter is",
-        "finetune",
+        "finetune/run",
         'checked_fit(release, "adapter.npz", settings.private))',
         "adapter)",
         "test_privacy_manifest.py::test_files_of_another_run_are_refused_by_name",
@@ -1592,7 +1592,7 @@ BREAKS = [
     Break(
         3,
         "which rows of a unit take part follows from their position",
-        "finetune",
+        "finetune/loss",
         "default_rng([seed, 7, len(g)])",
         "default_rng([seed, 7, int(g[0])])",
         "test_privacy_unit.py::test_rows_of_a_unit_are_the_same_wherever_they_stand",
