@@ -202,11 +202,11 @@ def test_short_caches_and_moved_rows_change_nothing(model, monkeypatch):
     options = {"max_length": 64, "batch_size": 8, "assignment": sampling.assign_prompts(16, (0.5, 0.5), 3)}
     plain, reaches, sizes = decode(model, **options), set(), set()
     reach, build = sampling.Decoder._reach, sampling.shrink
-    monkeypatch.setattr(sampling, "MANY_ROWS", 1)
+    monkeypatch.setattr(sampling.decode, "MANY_ROWS", 1)
     monkeypatch.setattr(
         sampling.Decoder, "_reach", lambda self, slots: reaches.add(reach(self, slots)) or reach(self, slots)
     )
-    monkeypatch.setattr(sampling, "shrink", lambda slots, size: sizes.add(size) or build(slots, size))
+    monkeypatch.setattr(sampling.decode, "shrink", lambda slots, size: sizes.add(size) or build(slots, size))
     assert decode(model, **options) == plain
     assert reaches == {32, 64} and sizes == {2}
 
@@ -235,7 +235,7 @@ def test_repetition_penalty_forbids_repeats_when_huge(model):
 
 
 def test_a_stream_can_begin_at_a_block(model, monkeypatch):
-    monkeypatch.setattr(sampling, "BLOCK", 11)
+    monkeypatch.setattr(sampling.decode, "BLOCK", 11)
     assignment = sampling.assign_prompts(22, (0.5, 0.5), 3)
     whole, rest = decode(model, assignment), decode(model, assignment, start=11)
     assert sorted(rest) == [*range(11, 22)] and all(whole[i] == rest[i] for i in rest)
@@ -312,8 +312,8 @@ class Picky(TextFormat):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(sampling, "BLOCK", 11)
-    monkeypatch.setattr(sampling, "SPARE_BLOCK", 11)
+    monkeypatch.setattr(sampling.decode, "BLOCK", 11)
+    monkeypatch.setattr(sampling.decode, "SPARE_BLOCK", 11)
 
 
 def contents(folder):
@@ -377,7 +377,7 @@ def killed_after(model, folder, monkeypatch, writes):
         return written
 
     with monkeypatch.context() as patch:
-        patch.setattr(sampling, "append_lines", torn)
+        patch.setattr(sampling.rows, "append_lines", torn)
         with pytest.raises(KeyboardInterrupt):
             make(model, folder)
 
@@ -453,7 +453,7 @@ def test_a_run_killed_while_it_finishes(model, small_blocks, tmp_path, monkeypat
         calls.append(real(*arguments))
 
     with monkeypatch.context() as patch:
-        patch.setattr(sampling, step, dying)
+        patch.setattr(sampling.rows, step, dying)
         with pytest.raises(KeyboardInterrupt):
             make(model, tmp_path / "killed")
     make(model, tmp_path / "killed")
@@ -463,7 +463,7 @@ def test_a_run_killed_while_it_finishes(model, small_blocks, tmp_path, monkeypat
 def test_a_complete_folder_is_left_alone(model, small_blocks, tmp_path, monkeypatch):
     first = make(model, tmp_path)
     before = contents(tmp_path)
-    monkeypatch.setattr(sampling, "Decoder", None)
+    monkeypatch.setattr(sampling.rows, "Decoder", None)
     again = make(model, tmp_path)
     assert contents(tmp_path) == before and again["seconds"] == 0
     assert {k: v for k, v in again.items() if "second" not in k} == {
@@ -508,7 +508,7 @@ def test_too_many_rejections_say_why(model, small_blocks, tmp_path, monkeypatch)
         def decode(self, text):
             return Rejected("never")
 
-    monkeypatch.setattr(sampling, "Decoder", FakeDecoder)
+    monkeypatch.setattr(sampling.rows, "Decoder", FakeDecoder)
     small = SETTINGS.model_copy(update={"num_samples": 5})
     with pytest.raises(
         DataError, match=r"only 0 of 105 samples made rows, 5 were wanted; rejected: \{'never': 105\}"
@@ -521,7 +521,7 @@ def test_one_row_does_not_hang_on_the_first_two_samples(model, tmp_path, monkeyp
         def decode(self, text):
             return super().decode(text) if text == "text 40" else Rejected("seldom")
 
-    monkeypatch.setattr(sampling, "Decoder", FakeDecoder)
+    monkeypatch.setattr(sampling.rows, "Decoder", FakeDecoder)
     made = make(
         model, tmp_path, SETTINGS.model_copy(update={"num_samples": 1}), Seldom(FORMAT.prompt, FORMAT.labels)
     )
@@ -532,7 +532,7 @@ def test_one_row_does_not_hang_on_the_first_two_samples(model, tmp_path, monkeyp
 
 
 def test_no_label_column_no_label(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(sampling, "Decoder", FakeDecoder)
+    monkeypatch.setattr(sampling.rows, "Decoder", FakeDecoder)
     settings = Settings(
         num_samples=4, num_mauve_samples=2, sequence_length=20, prompt="A review:", label_column=""
     )
@@ -550,7 +550,7 @@ def test_unfinished_is_a_share_of_the_rows_that_are_kept(model, tmp_path, monkey
                     sample, text=sample.text * (sample.index > 0), finished=sample.index in (1, 2, 3, 5)
                 )
 
-    monkeypatch.setattr(sampling, "Decoder", LongReplacements)
+    monkeypatch.setattr(sampling.rows, "Decoder", LongReplacements)
     made = make(model, tmp_path, SETTINGS.model_copy(update={"num_samples": 5}), FORMAT)
     assert [
         json.loads(line)["index"] for line in (tmp_path / "synthetic.jsonl").read_bytes().splitlines()
@@ -562,7 +562,7 @@ def test_unfinished_is_a_share_of_the_rows_that_are_kept(model, tmp_path, monkey
 
 
 def test_large_runs_have_blocks_of_equal_size(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(sampling, "Decoder", FakeDecoder)
+    monkeypatch.setattr(sampling.rows, "Decoder", FakeDecoder)
     made = make(model, tmp_path, SETTINGS.model_copy(update={"num_samples": 1300}), FORMAT)
     assert made["rows"] == 1300 and made["rejected"] == {} and made["unfinished"] == 0
     assert len(json.loads((tmp_path / "sampling.json").read_text())["blocks"]) == 3

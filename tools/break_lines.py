@@ -1536,7 +1536,7 @@ BREAKS = [
     Break(
         14,
         "rows that were cut off are done",
-        "sampling",
+        "sampling/rows",
         "    check_listed([files.rows.with_name(name) for name in SAMPLED], statement)\n",
         "",
         "test_privacy_manifest.py::test_rows_that_were_cut_off_are_not_counted_as_done",
@@ -1544,7 +1544,7 @@ BREAKS = [
     Break(
         14,
         "an interrupted sampling believes what was changed meanwhile",
-        "sampling",
+        "sampling/rows",
         'block_hash(part) == block["sha256"]',
         "True",
         "test_sampling.py::test_what_was_changed_while_a_sampling_was_interrupted_is_made_again",
