@@ -21,7 +21,8 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from . import __version__
-from .certificate import _claim, base_model, plain_words, read_certificate, verify
+from .certificate import base_model, plain_words, read_certificate, verify
+from .certificate.page import _claim
 from .finetune import mark_not_private
 from .formats import TextFormat
 from dpsynth.imports import (

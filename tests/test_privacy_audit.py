@@ -1416,6 +1416,7 @@ def test_the_worse_of_two_canary_audits_is_certified(finished, monkeypatch, by_m
         ("check_same_canaries", None),
         ("prepare_model", None),
         ("row_losses", None),
+        ("base_losses", None),
         ("rows_of_run", ([], [])),
     ):
         monkeypatch.setattr(pipeline, name, lambda *args, result=result, **options: result)
@@ -1626,7 +1627,7 @@ def test_a_finished_run_is_audited_again_without_training(audit_table, tmp_path,
     (tmp_path / "private").mkdir()
     for name, content in (
         ("metrics.json", {"audit": 1, "audit_in_rows": 2}),
-        ("private/json", {}),
+        ("private/audit.json", {}),
         ("private/findings.json", {"verdict": "fails"}),
     ):
         (tmp_path / name).write_text(json.dumps(content))

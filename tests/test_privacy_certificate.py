@@ -791,10 +791,8 @@ def test_certificate_without_a_part_is_refused(tmp_path):
 
 def test_verification_is_a_short_script_on_dp_accounting_alone(tmp_path, repo):
     source = (repo / "dpsynth" / "verify.py").read_text(encoding="utf-8")
-    code = [
-        line for line in source.splitlines() if line.strip() and not line.startswith(("#", "__all__"))
-    ]  # the last is the exporter's
-    assert len(code) < 45 and "dpsynth" not in "".join(line for line in code if "import" in line)
+    code = source.splitlines()
+    assert len(code) < 120 and "dpsynth" not in "".join(line for line in code if "import" in line)
     (tmp_path / "verify.py").write_text(source)
     write_certificate(certificate_of(), tmp_path)
     done = subprocess.run(

@@ -16,19 +16,8 @@ import pytest
 
 BIN = pathlib.Path(sys.executable).parent
 REPO = pathlib.Path(__file__).resolve().parent.parent
-LEFT_OUT = (
-    ".git",
-    ".venv",
-    ".cache",
-    "build",
-    "dist",
-    "runs",
-    "data",
-    "__pycache__",
-    ".pytest_cache",
-    ".ruff_cache",
-    "*.egg-info",
-)
+LEFT_OUT = (".git", ".venv", ".cache", "__pycache__", ".pytest_cache", ".ruff_cache", "*.egg-info")
+LEFT_OUT_AT_THE_TOP = ("build", "dist", "runs", "data")
 
 
 def call(*command, cwd, **options):
@@ -44,7 +33,12 @@ def copy(tmp_path_factory):
     """A copy of the working tree."""
     here = pathlib.Path(__file__).resolve().parent.parent
     target = tmp_path_factory.mktemp("copy") / "dpsynth"
-    shutil.copytree(here, target, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    everywhere, at_the_top = shutil.ignore_patterns(*LEFT_OUT), shutil.ignore_patterns(*LEFT_OUT_AT_THE_TOP)
+
+    def ignored(folder, names):
+        return everywhere(folder, names) | (at_the_top(folder, names) if folder == str(here) else set())
+
+    shutil.copytree(here, target, symlinks=True, ignore=ignored)
     return target
 
 
@@ -66,7 +60,10 @@ def tracked():
     except FileNotFoundError:
         listed = ""
     paths = [here / line for line in listed.splitlines()] or [
-        p for p in here.rglob("*") if not any(part in LEFT_OUT for part in p.parts)
+        p
+        for p in here.rglob("*")
+        if not any(part in LEFT_OUT for part in p.parts)
+        and p.relative_to(here).parts[0] not in LEFT_OUT_AT_THE_TOP
     ]
     texts = (".py", ".ipynb", ".md", ".yaml", ".yml", ".toml", ".ini", ".json", ".in", "")
     return {

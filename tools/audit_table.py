@@ -86,10 +86,10 @@ def fit_silently(settings, folder, splits):
     with contextlib.ExitStack() as patches:
         for owner, name, nothing in (
             (privacy.Session, "_grid_noise", lambda self, count: np.zeros(count, np.int32)),
-            (finetune, "self_check", lambda trainer, before: {}),
-            (finetune, "checked_fit", lambda release, name, private: release / name),
+            (finetune.run, "self_check", lambda trainer, before: {}),
+            (finetune.run, "checked_fit", lambda release, name, private: release / name),
             (
-                finetune,
+                finetune.run,
                 "write_release",
                 lambda certificate, release, files: manifest.write_release(None, release, files),
             ),
