@@ -409,7 +409,7 @@ def test_every_setting_is_read_by_something(repo):
         "label_names": "settings.labels",
         "label_prior": "settings.prior()",
         "profile": "resolve(",
-        "tuned_on": '"dtype", "tuned_on")  # settings that the sentences follow from',
+        "tuned_on": '_tuned_on(f["choices"]["tuned_on"]',
         "test_fraction": '_hold_out(train, name, "test_fraction", settings',
     }
     assert [
