@@ -51,18 +51,23 @@ def slow(owner, name, seconds):
     work = getattr(owner, name)
     setattr(owner, name, lambda *arguments, **options: (time.sleep(seconds), work(*arguments, **options))[1])
 
-def finetune(module):
+def loop(module):
     module.train.__kwdefaults__["seconds_between"] = 1.0
+
+def trainer(module):
     slow(module.Trainer, "update", 0.15)
 
-def sampling(module):
+def decode(module):
     module.BLOCK = 16
+
+def rows(module):
     slow(module, "decode_block", 0.5)
 
-def evaluation(module):
+def mauve(module):
     slow(module, "mauve_score", 1.0)
 
-CHANGES = {"dpsynth." + change.__name__: change for change in (finetune, sampling, evaluation)}
+CHANGES = {"dpsynth.finetune.loop": loop, "dpsynth.finetune.trainer": trainer, "dpsynth.sampling.decode": decode,
+           "dpsynth.sampling.rows": rows, "dpsynth.evaluation.mauve": mauve}
 
 class Paced(SourceFileLoader):
     def exec_module(self, module):
