@@ -8,6 +8,7 @@ alternate; `dp_over_non_dp` is the median of `private` over that of the faster p
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -72,7 +73,11 @@ def compare(settings, rows, repeats):
             name: make_trainer(settings, store, 1.0 if name == "private" else np.inf) for name in CONTENDERS
         }
         for name, trainer in trainers.items():  # compiles
-            with mock.patch.object(finetune, "one_by_one", lambda alone=name != "plain_batched": alone):
+            with contextlib.ExitStack() as patches:
+                for module in (finetune.loss, finetune.clipping, finetune.trainer):
+                    patches.enter_context(
+                        mock.patch.object(module, "one_by_one", lambda alone=name != "plain_batched": alone)
+                    )
                 timed(trainer)
         times = {name: [] for name in trainers}
         for _ in range(repeats):

@@ -18,6 +18,7 @@ backward to the activations of all linear layers, attention (all pairs of positi
 """
 
 import argparse
+import contextlib
 import functools
 import math
 import os
@@ -108,7 +109,9 @@ def dpsynth_contender(options):
 
     def update(name):
         alone = one_by_one() and name != "dpsynth_plain_batched"
-        with mock.patch.object(finetune, "one_by_one", lambda: alone):
+        with contextlib.ExitStack() as patches:
+            for module in (finetune.loss, finetune.clipping, finetune.trainer):
+                patches.enter_context(mock.patch.object(module, "one_by_one", lambda: alone))
             trainers[name].update()
         jax.block_until_ready(trainers[name].trainable)
 
