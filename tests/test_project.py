@@ -294,6 +294,13 @@ def test_no_undefined_or_unused_names(repo):
     )
 
 
+@pytest.mark.parametrize("module", ["dpsynth.experiments", "dpsynth.evaluation.usefulness"])
+def test_a_table_of_results_waits_for_no_model_library(module):
+    code = f"import sys, {module}; print({{'jax', 'keras', 'sklearn', 'tensorflow'}} & {{*sys.modules}} or 'none')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "none", done.stdout + done.stderr
+
+
 def test_every_module_imports_from_elsewhere(repo, tmp_path):
     modules = [f"dpsynth.{p.stem}" for p in (repo / "dpsynth").glob("*.py") if not p.stem.startswith("_")]
     call(
