@@ -6,7 +6,7 @@
 __all__ = ['PROGRAM_SECONDS', 'PROGRAMS', 'TINY', 'CARD', 'PROBE_SECONDS', 'WEIGHTS', 'NETWORK_WORDS', 'REFUSAL_WORDS',
            'check_environment', 'keep_programs', 'preset_path', 'base_name', 'preset_hash', 'Unreachable',
            'has_weights', 'in_hub_cache', 'check_hub', 'first_line', 'is_remote', 'load_model', 'is_embedding_preset',
-           'load_embedder', 'load_sentence_encoder', 'check_embedder_preset', 'spread', 'everywhere', 'divisible',
+           'load_embedder', 'load_sentence_encoder', 'check_embedder_preset', 'shard', 'replicate', 'divisible',
            'called_as', 'recomputed', 'adapted_layers', 'takes_adapter_apart', 'call_apart', 'adapters_apart',
            'control_ids', 'plain_ids', 'check_spelling', 'LanguageModel', 'tuning_mode', 'lora_layers', 'enable_lora',
            'setup_tuning', 'refuse_cross_example_layers', 'load_tokenizer', 'count_parameters', 'by_shapes',
@@ -390,14 +390,14 @@ def check_embedder_preset(name):
         raise ModelError(f"preset {name!r}: the folder has a configuration and no weights")
 
 # %% ../nbs/06_models.ipynb #51e42876
-def spread(tree):
+def shard(tree):
     """Arrays [rows, …] with the rows divided among the devices; those whose rows cannot be divided evenly are
     on each device.
     """
     return _put(tree, lambda leaf, count: leaf.ndim > 0 and leaf.shape[0] % count == 0)
 
 
-def everywhere(tree):
+def replicate(tree):
     """Arrays on each device."""
     return _put(tree, lambda leaf, count: False)
 
