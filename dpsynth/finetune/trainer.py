@@ -116,7 +116,7 @@ class Trainer:
         self.notes += np.asarray(notes)
         return total
 
-    def rehearse(self):
+    def dry_run(self):
         """One microbatch of invented rows of full length, before anything is charged: is there memory for it,
         and are gradients numbers?
 
