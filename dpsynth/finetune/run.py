@@ -79,7 +79,7 @@ def finetune_run(settings, splits, folder, progress=True):
     if not adapter.exists():
         account.reserve("training", training_event(mechanism))
         base = base_model(base_name(settings), digest, contamination_found(settings, counts))
-        with account.given_up_on(PrivacyError, SettingsError):
+        with account.abandon_on(PrivacyError, SettingsError):
             trainer = _make_trainer(model, fmt, settings, records, units, mechanism, randomness, state)
             if not account.is_charged("training"):
                 dry_run_certificate(mechanism, settings, base)
