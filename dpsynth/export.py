@@ -50,8 +50,8 @@ from dpsynth.manifest import (
     statement_of,
 )
 from .models import adapted_layers, preset_hash, takes_adapter_apart, tuning_mode
-from .pipeline import load_generator
-from .runs import write_json, write_text
+from .runs.stages import load_generator
+from .runs.folder import write_json, write_text
 from .settings import ModelError, SettingsError
 
 # %% ../nbs/14a_export.ipynb #fcac9d48

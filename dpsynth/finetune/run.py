@@ -29,7 +29,7 @@ from ..ledger import accesses_event, release_id
 from ..manifest import checked_fit, file_hash, standing, write_release
 from ..models import base_name, check_spelling, load_adapter, save_adapter, tuning_mode
 from ..privacy import Randomness, bind_run, count_accesses, load_secret, make_mechanism, run_identity
-from ..runs import write_text
+from ..runs.folder import write_text
 from ..settings import PrivacyError, SettingsError, result_settings
 
 # %% ../../nbs/07_finetune/08_run.ipynb #a98ab962
