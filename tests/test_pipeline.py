@@ -104,7 +104,7 @@ def estimated(settings):
     """The same by `estimate_memory`."""
     total, trained = models.count_parameters(settings)
     alone = (
-        runs.LIBRARIES
+        runs.LIBRARY_BYTES
         + runs.functions_compiled(settings) * runs.COMPILED
         + 4 * total
         + 16 * trained

@@ -680,7 +680,7 @@ BREAKS = [
         13,
         "what cannot be stated is found after the training",
         "finetune/run",
-        "            rehearse_certificate(mechanism, settings, base)\n",
+        "            dry_run_certificate(mechanism, settings, base)\n",
         "",
         "test_privacy_certificate.py::test_what_cannot_be_stated_is_found_before_the_training_is_charged",
     ),

@@ -16,7 +16,7 @@ import optax
 
 from .clipping import make_plain_sum, make_private_sum
 from .loss import one_by_one
-from ..models import divisible, everywhere, spread
+from ..models import divisible, replicate, shard
 from ..privacy import Session
 from ..settings import SettingsError
 
@@ -90,7 +90,7 @@ class Trainer:
         self.units = np.arange(len(store))[:, None] if units is None else units
         self.session, self.randomness = Session(mechanism, randomness, len(self.units)), randomness
         self.private = mechanism.private
-        self.trainable, self.frozen = everywhere((model.trainable, model.frozen))
+        self.trainable, self.frozen = replicate((model.trainable, model.frozen))
         self.optimizer = optax.adam(learning_rate(settings, mechanism.steps))
         self.state = self.optimizer.init(self.trainable)
         self.buckets = bucket_lengths(settings.sequence_length)
@@ -110,7 +110,7 @@ class Trainer:
         """Arrays [units, rows, …] of the units `part`; -1 is padding."""
         rows = np.where(part[:, None] < 0, -1, self.units[part])
         arrays = self.store.batch(rows.ravel(), length)
-        return spread({name: array.reshape(*rows.shape, *array.shape[1:]) for name, array in arrays.items()})
+        return shard({name: array.reshape(*rows.shape, *array.shape[1:]) for name, array in arrays.items()})
 
     def _nothing(self):
         """Sums over no unit: of the gradients, and of the notes about them."""
@@ -126,7 +126,7 @@ class Trainer:
         self.notes += np.asarray(notes)
         return total
 
-    def rehearse(self):
+    def dry_run(self):
         """One microbatch of invented rows of full length, before anything is charged: is there memory for it,
         and are gradients numbers?
 
@@ -143,7 +143,7 @@ class Trainer:
         }
         try:
             total, notes = jax.block_until_ready(
-                self._sum(*self._nothing(), self.trainable, self.frozen, spread(rows))
+                self._sum(*self._nothing(), self.trainable, self.frozen, shard(rows))
             )
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
@@ -190,4 +190,4 @@ class Trainer:
             leaves = [jnp.asarray(file[f"arr_{i}"]) for i in range(tree.num_leaves)]
             self.session.restore({name: file[name] for name in file.files if not name.startswith("arr_")})
             self.notes = file["notes"]
-        self.trainable, self.state = everywhere(jax.tree.unflatten(tree, leaves))
+        self.trainable, self.state = replicate(jax.tree.unflatten(tree, leaves))
