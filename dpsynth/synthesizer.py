@@ -26,11 +26,11 @@ from .runs.budget import announce, warn_of_untold
 from .runs.stages import guarantee, load_generator, load_stage
 from .runs.surveys import survey
 
+from .files import write_private
 from .runs.folder import locked, read_json, read_settings
 from .runs.metrics import record, timed
 from .sampling import sample_to_file
 from .settings import EXPERIMENT, UNDECIDED, DataError, SettingsError, make_settings, resolve
-from .state import write_private
 from .evaluation.usefulness import utility_verdict
 
 import pandas as pd

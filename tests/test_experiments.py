@@ -23,6 +23,7 @@ import yaml
 import dpsynth
 from dpsynth import runs
 from dpsynth.certificate import FORMAT, verify
+from dpsynth.files import write_json
 from dpsynth.progress import now
 from dpsynth.runs import (
     COLUMNS,
@@ -48,7 +49,6 @@ from dpsynth.runs import (
     results_table,
     run_sweep,
     timed,
-    write_json,
     write_status,
 )
 from dpsynth.settings import (

@@ -29,7 +29,8 @@ from ..finetune import (
 from ..formats import TextFormat
 from ..models import base_name, load_model
 from ..privacy import Mechanism, Randomness
-from .folder import read_json, same_package, write_json
+from ..files import write_json
+from .folder import read_json, same_package
 from .stages import reference_rows
 from ..sampling import (
     Block, Choice, Decoder, MANY_ROWS, ROUNDS, STEPS, adapters_off, among_devices, boundaries, empty_slots)

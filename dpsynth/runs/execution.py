@@ -21,10 +21,10 @@ import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
+from ..files import write_text
 from ..progress import MINUTE, TICK, live_line, now, progress_line
 from .configs import TEMPLATE, is_done
-from .folder import (
-    BusyError, locked, prepare_folder, read_facts, read_settings, same_package, write_text)
+from .folder import BusyError, locked, prepare_folder, read_facts, read_settings, same_package
 from .metrics import read_progress, record
 from .results import OWN_ERRORS, QUOTABLE, one_line
 from .status import write_status

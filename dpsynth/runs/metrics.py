@@ -13,7 +13,8 @@ import threading
 import time
 
 from ..progress import REPORT
-from .folder import read_facts, write_json
+from ..files import write_json
+from .folder import read_facts
 from ..settings import DataError
 
 # %% ../../nbs/13_runs/02_metrics.ipynb #64cb1e28

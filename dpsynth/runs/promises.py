@@ -19,7 +19,7 @@ from ..ledger import accesses_event, read_event
 from ..models import base_name
 from ..privacy import count_accesses, differing_parts, read_identity, software, stored_run
 from .folder import read_json
-from ..state import write_private
+from ..files import write_private
 
 # %% ../../nbs/13_runs/09_promises.ipynb #2681d7dd
 def keep(folder, name, value):

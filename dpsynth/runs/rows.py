@@ -13,6 +13,7 @@ import pathlib
 import numpy as np
 
 from ..evaluation import disjoint_halves
+from ..files import write_text
 from ..formats import TextFormat
 from ..manifest import add_to_manifest, check_listed, entry, manifest_of, statement_of, way_back
 from ..models import base_name, load_tokenizer, plain_ids
@@ -82,5 +83,5 @@ def write_rows(records, path):
     rows = (
         {"index": i, "label": name, "text": text} for i, (name, text) in enumerate(zip(names, records.texts))
     )
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     add_to_manifest(manifest_of(path), None, {path.name: entry(path, rows=len(records))})

@@ -8,7 +8,6 @@ __all__ = ['SWEEP_PRIVATE', 'device_name', 'load_stage', 'guarantee', 'fit_stage
 
 # %% ../../nbs/13_runs/07_stages.ipynb #1231d78a
 import json
-import os
 import pathlib
 import shutil
 
@@ -16,6 +15,7 @@ import jax
 
 from ..data import load
 from ..evaluation import disjoint_halves, evaluate, private_folder
+from ..files import move, write_private
 from ..finetune import finetune_run, mark_not_private, prepare_model, with_prior
 from ..formats import TextFormat
 from ..manifest import add_to_manifest, checked_fit, entry, manifest_of, read_sealed, statement_of
@@ -25,7 +25,6 @@ from .metrics import forget_scores, record, timed
 from .rows import read_rows, real_rows, rows_file, rows_of_run, write_rows
 from ..sampling import sample_to_file
 from ..settings import SettingsError
-from ..state import write_private
 
 # %% ../../nbs/13_runs/07_stages.ipynb #13be1506
 def device_name():
@@ -158,7 +157,7 @@ def sample_again(settings, folder, rows, seed):
         belongs_to,
         {target.name: entry(scratch / "synthetic.jsonl", rows=rows, seed=seed)},
     )
-    os.replace(scratch / "synthetic.jsonl", target)
+    move(scratch / "synthetic.jsonl", target)
     shutil.rmtree(scratch)
     return target
 

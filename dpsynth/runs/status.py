@@ -14,7 +14,8 @@ import sys
 import psutil
 
 from ..progress import now, progress_line
-from .folder import read_facts, read_settings, way_back, write_json
+from ..files import write_json
+from .folder import read_facts, read_settings, way_back
 from .metrics import read_progress
 from ..settings import DataError
 
