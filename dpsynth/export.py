@@ -49,7 +49,7 @@ from dpsynth.manifest import (
     statement,
     statement_of,
 )
-from .models import adapted_layers, preset_hash, takes_adapter_apart, tuning_mode
+from .models import adapted_layers, preset_hash, takes_factored_lora, tuning_mode
 from .pipeline import load_generator
 from .files import write_json, write_text
 from .settings import ModelError, SettingsError
@@ -470,7 +470,7 @@ def write_peft(model, folder, settings):
 
     Raises ModelError where a layer that has no place in peft carries an adapter.
     """
-    adapted = {id(layer) for layer in adapted_layers(model) if takes_adapter_apart(layer)}
+    adapted = {id(layer) for layer in adapted_layers(model) if takes_factored_lora(layer)}
     pairs = {name: as_pair(layer) for name, layer in modules(model).items() if id(layer) in adapted}
     if len(pairs) != len(adapted_layers(model)):
         raise ModelError(

@@ -358,9 +358,9 @@ def test_an_adapter_apart_gives_what_the_layer_gives(name):
     layer(inputs)
     layer.enable_lora(2, lora_alpha=3)
     layer.lora_kernel_b.assign(rng.normal(size=layer.lora_kernel_b.shape))
-    assert models.takes_adapter_apart(layer) == apart
+    assert models.takes_factored_lora(layer) == apart
     if apart:
-        assert np.allclose(models.call_apart(layer)(inputs), layer(inputs), atol=1e-5)
+        assert np.allclose(models.factored_lora_call(layer)(inputs), layer(inputs), atol=1e-5)
     holder = types.SimpleNamespace(causal_lm=keras.Sequential([keras.Input(shape[1:]), layer]))
     with models.adapters_apart(holder):
         assert ("call" in vars(layer)) == apart

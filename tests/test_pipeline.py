@@ -103,7 +103,7 @@ def estimated(settings):
     """The same by `estimate_memory`."""
     total, trained = models.count_parameters(settings)
     alone = (
-        pipeline.LIBRARIES
+        pipeline.LIBRARY_BYTES
         + pipeline.functions_compiled(settings) * pipeline.COMPILED
         + 4 * total
         + 16 * trained

@@ -31,14 +31,14 @@ from dpsynth.models import (
     Unreachable,
     check_embedder_preset,
     check_hub,
-    everywhere,
+    replicate,
     first_line,
     has_weights,
     in_hub_cache,
     load_embedder,
     load_sentence_encoder,
     preset_hash,
-    spread,
+    shard,
 )
 from ..settings import ModelError, SettingsError
 
@@ -53,7 +53,7 @@ def embed_rows(rows, pad_id, vectors, name, progress):
     out, budget = [None] * len(rows), BATCH_TOKENS.get(jax.default_backend(), ACCELERATOR_TOKENS)
     with tqdm(total=len(rows), desc=f"embed ({name})", unit="text", disable=not progress) as bar:
         for indices, count, length in length_batches([len(r) for r in rows], budget):
-            batch = spread(pad_batch([rows[i] for i in indices], count, length, pad_id))
+            batch = shard(pad_batch([rows[i] for i in indices], count, length, pad_id))
             for i, vector in zip(indices, np.asarray(vectors(*batch))):
                 out[i] = vector
             bar.update(len(indices))
@@ -94,7 +94,7 @@ class KerasEmbedder:
     def __call__(self, texts, progress):
         """`(float32[n, d], pooling that was used)`."""
         rows = [[self.model.start_id, *ids[: self.length - 1]] for ids in self.model.encode(texts)]
-        weights = everywhere((self.model.trainable, self.model.frozen))
+        weights = replicate((self.model.trainable, self.model.frozen))
         return (
             embed_rows(
                 rows, self.model.pad_id, functools.partial(self._vectors, *weights), self.name, progress
@@ -200,7 +200,7 @@ class MiniLMEmbedder:
 
     def __call__(self, texts, progress):
         """`(float32[n, d], "model")`."""
-        weights = everywhere(
+        weights = replicate(
             tuple(
                 [v.value for v in side]
                 for side in (self.model.trainable_variables, self.model.non_trainable_variables)

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..data import TokenStore
 from .clipping import make_mean_loss
-from ..models import divisible, everywhere, spread
+from ..models import divisible, replicate, shard
 from ..privacy import NOISE_ERRORS, realised_noise_error
 from ..progress import Progress
 from ..settings import PrivacyError, SettingsError
@@ -86,7 +86,7 @@ def row_losses(model, records, fmt, settings, trainable=None):
         divisible(settings.microbatch_size),
         make_mean_loss(model),
     )
-    weights = everywhere((model.trainable if trainable is None else trainable, model.frozen))
+    weights = replicate((model.trainable if trainable is None else trainable, model.frozen))
     losses = np.zeros(len(rows))
     for start in range(0, len(rows), size):
         part = [row[:length] for row in rows[start : start + size]]
@@ -98,7 +98,7 @@ def row_losses(model, records, fmt, settings, trainable=None):
                 [len(prompts[label]) for label in records.labels[start : start + size]] + [0] * part.count([])
             ),
         }
-        found = mean_loss(*weights, spread(batch))
+        found = mean_loss(*weights, shard(batch))
         losses[start : start + size] = found[: len(losses) - start]
     return losses
 

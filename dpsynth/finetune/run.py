@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_PRIVATE', 'finetune_run', 'mechanism_of', 'public_mechanism', 'LossLog', 'mark_not_private',
-           'rehearse_certificate', 'with_prior']
+           'dry_run_certificate', 'with_prior']
 
 # %% ../../nbs/07_finetune/08_run.ipynb #a5d4773b
 import json
@@ -78,11 +78,11 @@ def finetune_run(settings, splits, folder, progress=True):
     if not adapter.exists():
         account.reserve("training", training_event(mechanism))
         base = base_model(base_name(settings), digest, contamination_found(settings, counts))
-        with account.given_up_on(PrivacyError, SettingsError):
+        with account.abandon_on(PrivacyError, SettingsError):
             trainer = _make_trainer(model, fmt, settings, records, units, mechanism, randomness, state)
             if not account.is_charged("training"):
-                rehearse_certificate(mechanism, settings, base)
-                trainer.rehearse()
+                dry_run_certificate(mechanism, settings, base)
+                trainer.dry_run()
             account.charge("training", training_event(mechanism))
             _train_into(model, trainer, state, progress)
         _finish(model, settings, mechanism, counts, base, account.composed(mechanism), release)
@@ -193,7 +193,7 @@ def mark_not_private(settings, folder):
     write_text(pathlib.Path(folder) / "NOT_PRIVATE.md", text)
 
 
-def rehearse_certificate(mechanism, settings, base):
+def dry_run_certificate(mechanism, settings, base):
     """Make and write the certificate once, where nobody keeps it: what cannot be stated is not to be
     spent.
     """

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['kept', 'Prompts', 'position_axes', 'pad_prompts', 'build_prefill', 'prefill', 'merged_weights', 'adapters_off',
-           'product', 'evaluate', 'reorder_products']
+           'product', 'evaluate_equation', 'reorder_products']
 
 # %% ../../nbs/08_sampling/02_prompts.ipynb #8e02d37b
 import contextlib
@@ -129,7 +129,7 @@ def product(left, right, *, dimension_numbers, **rest):
     return jnp.moveaxis(swapped, range(batch, batch + free), range(swapped.ndim - free, swapped.ndim))
 
 
-def evaluate(equation, read):
+def evaluate_equation(equation, read):
     """Outputs of one equation of a traced function; `read` gives the value of a variable or constant."""
     if equation.primitive is jax.lax.dot_general_p:
         return [product(*map(read, equation.invars), **equation.params)]
@@ -153,7 +153,7 @@ def reorder_products(function):
             return v.val if isinstance(v, Literal) else known[v]
 
         for equation in traced.jaxpr.eqns:
-            known.update(zip(equation.outvars, evaluate(equation, read)))
+            known.update(zip(equation.outvars, evaluate_equation(equation, read)))
         return jax.tree.unflatten(jax.tree.structure(shape), [read(v) for v in traced.jaxpr.outvars])
 
     return run
