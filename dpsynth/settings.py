@@ -25,6 +25,8 @@ from typing import Literal
 import pydantic
 import yaml
 
+from .kinds import KINDS, Kind
+
 # %% ../nbs/00_settings.ipynb #15aa4ece
 class DpsynthError(Exception):
     """Anything that dpsynth refuses to do; the message is one line that says what to change."""
@@ -564,7 +566,12 @@ class Settings(pydantic.BaseModel):
     @property
     def private(self):
         """True where training rows are read under differential privacy."""
-        return self.generator == "finetune" and self.epsilon < math.inf
+        return self.kind.fits and self.epsilon < math.inf
+
+    @property
+    def kind(self) -> Kind:
+        """What the name of the generator tells about it."""
+        return KINDS[self.generator]
 
     @property
     def labels(self):
@@ -668,7 +675,7 @@ def make_settings(values):
         settings = Settings.model_validate(values)
     except pydantic.ValidationError as error:
         raise SettingsError(_complaint(error)) from None
-    if settings.generator == "finetune" and settings.data != "demo" and "epsilon" not in values:
+    if settings.kind.fits and settings.data != "demo" and "epsilon" not in values:
         raise SettingsError(UNDECIDED)
     return settings
 
