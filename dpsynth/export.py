@@ -23,7 +23,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from . import __version__
 from .certificate import base_model, plain_words, read_certificate, verify
 from .certificate.page import _claim
-from .finetune import mark_not_private
 from .formats import TextFormat
 from dpsynth.imports import (
     BLANK,
@@ -51,7 +50,7 @@ from dpsynth.manifest import (
 )
 from .files import write_json, write_text
 from .models import adapted_layers, preset_hash, takes_factored_lora, tuning_mode
-from .runs.run import Run
+from .runs.run import Run, mark_not_private
 from .runs.stages import load_generator
 from .settings import ModelError, SettingsError
 

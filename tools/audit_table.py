@@ -111,8 +111,8 @@ def run(name, settings, folder, again=False):
         "epsilon": settings.epsilon if settings.private and name != "noise_off" else None,
         "canaries": numbers["audit"],
         "canaries_in_rows": numbers["audit_in_rows"],
-        "rows": read_kept(folder, "audit.json"),
-        **read_kept(folder, "findings.json"),
+        "rows": read_kept(one, "audit.json"),
+        **read_kept(one, "findings.json"),
     }
 
 
