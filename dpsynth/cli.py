@@ -161,7 +161,7 @@ def costs(survey, args):
         return
     total, trained = survey.parameters
     counted = f"for {total:,} parameters" + (
-        f", {trained:,} of them trained" if survey.settings.generator == "finetune" else ""
+        f", {trained:,} of them trained" if survey.settings.kind.fits else ""
     )
     if args.no_time:
         memory = slow_import("runs.memory").estimate_memory(survey.settings, total, trained)
@@ -189,7 +189,7 @@ def recommended(survey, args, load):
     It is measured where its packages are installed; nothing is downloaded.
     """
     settings, imports = survey.settings, slow_import("imports")
-    if settings.model != "tiny" or settings.generator.startswith("real") or settings.data == "demo":
+    if settings.model != "tiny" or settings.kind.real or settings.data == "demo":
         return
     terms = imports.BUNDLES["gemma3_270m"].licence
     lines = [
@@ -256,9 +256,10 @@ def look_at_rows(survey, out):
     if survey.splits is None:
         return
     records, source = survey.splits.train, survey.splits.train.source
-    slow_import("finetune").Account(
-        settings, records, "", pathlib.Path(out) / settings.experiment
-    ).note_look()
+    from dpsynth.runs.account import Account
+    from dpsynth.runs.run import Run
+
+    Account(Run(settings, pathlib.Path(out) / settings.experiment), records, "").note_look()
     yield (
         "for you only",
         (
@@ -411,17 +412,17 @@ def seconds_by_batch(settings, bands):
 # %% ../nbs/15_cli.ipynb #13032b71
 @contextlib.contextmanager
 def held(folder):
-    """The settings of a run folder, held for the length of the block.
+    """The `Run` of a folder, held for the length of the block.
 
     Raises SettingsError where it is none or another process is at it.
     """
-    from dpsynth.runs.folder import locked, read_settings
+    from dpsynth.runs.run import Run
     from dpsynth.runs.status import check_files
 
-    settings = read_settings(folder)
-    with locked(folder):
+    run = Run.read(folder)
+    with run.locked():
         check_files(folder)
-        yield settings
+        yield run
 
 
 @contextlib.contextmanager
@@ -431,40 +432,36 @@ def by_hand(folder):
     """
     from dpsynth.runs.status import read_status
 
-    with held(folder) as settings:
-        yield settings
+    with held(folder) as run:
+        yield run
         if read_status(folder)["state"] != "done":
             (pathlib.Path(folder) / "status.json").unlink(missing_ok=True)
 
 
 def fit(args):
     """Fine-tune, or resume."""
-    with by_hand(args.run) as settings:
+    with by_hand(args.run) as run:
         stages, budget = slow_import("runs.stages"), slow_import("runs.budget")
-        splits = slow_import("runs.surveys").survey(settings).splits
+        splits = slow_import("runs.surveys").survey(run.settings).splits
         if line := slow_import("data").left_out(splits.train):
             print(line)
-        stages.load_stage(settings, args.run, splits)
-        if settings.generator == "finetune":
-            budget.announce(settings, splits.train, args.run)
-        stages.fit_stage(settings, args.run, splits)
-        budget.warn_of_untold(settings, args.run)
+        stages.load_stage(run, splits)
+        if run.settings.kind.fits:
+            budget.announce(run, splits.train)
+        stages.fit_stage(run, splits)
+        budget.warn_of_untold(run)
     print(f"{args.run}: fitted")
 
 
 def sample(args):
     """Make the rows of a run, or more rows from its adapter."""
     if args.rows or args.seed is not None:
-        with held(args.run) as settings:
-            seed = new_seed(settings, args.seed)
-            print(
-                slow_import("runs.stages").sample_again(
-                    settings, args.run, args.rows or settings.num_samples, seed
-                )
-            )
+        with held(args.run) as run:
+            rows, seed = args.rows or run.settings.num_samples, new_seed(run.settings, args.seed)
+            print(slow_import("runs.stages").sample_again(run, rows, seed))
             return
-    with by_hand(args.run) as settings:
-        print(_sample_run(settings, args.run))
+    with by_hand(args.run) as run:
+        print(_sample_run(run))
 
 
 def new_seed(settings, seed=None):
@@ -481,11 +478,11 @@ def new_seed(settings, seed=None):
     return seed
 
 
-def _sample_run(settings, folder):
-    stages, real = slow_import("runs.stages"), settings.generator.startswith("real")
-    splits = stages.load_stage(settings, folder) if real else None
-    stages.sample_stage(settings, folder, splits, None if real else stages.load_generator(settings, folder))
-    return stages.rows_file(settings, folder)
+def _sample_run(run):
+    stages, real = slow_import("runs.stages"), run.settings.kind.real
+    splits = stages.load_stage(run) if real else None
+    stages.sample_stage(run, splits, None if real else stages.load_generator(run))
+    return run.rows_file
 
 
 def evaluate(args):
@@ -493,10 +490,10 @@ def evaluate(args):
     from dpsynth.runs.results import collect
     from dpsynth.runs.table import results_table
 
-    with by_hand(args.run) as settings:
+    with by_hand(args.run) as run:
         stages = slow_import("runs.stages")
-        stages.rows_of_run(settings, args.run)
-        stages.evaluate_stage(settings, args.run, stages.load_stage(settings, args.run))
+        run.rows()
+        stages.evaluate_stage(run, stages.load_stage(run))
     print(results_table(collect(args.run)))
 
 # %% ../nbs/15_cli.ipynb #7def0afc
@@ -520,14 +517,12 @@ def _audit_files(synthetic, train, holdout, json=None, **options):
     )
 
 
-def _audit_run(run):
-    with held(run) as settings:
-        stages = slow_import("runs.stages")
-        stages.rows_of_run(settings, run)
-        model = stages.load_generator(settings, run) if settings.generator == "finetune" else None
-        found = slow_import("runs.audit_run").audit_stage(
-            settings, run, stages.load_stage(settings, run), model
-        )
+def _audit_run(folder):
+    with held(folder) as run:
+        stages, audit_run = slow_import("runs.stages"), slow_import("runs.audit_run")
+        run.rows()
+        model = stages.load_generator(run).model if run.settings.kind.fits else None
+        found = audit_run.audit_stage(run, stages.load_stage(run), model)
     print(found)
     return int(not found.passed)
 
@@ -577,15 +572,15 @@ def _register(config, path):
     before a run charges them.
     """
     from dpsynth import data
+    from dpsynth.runs.account import Account
     from dpsynth.runs.configs import read_configs
+    from dpsynth.runs.run import Run
 
     (settings,) = read_configs([config], [])
     runs = pathlib.Path(path or "runs")
     if path and not runs.is_dir():
         settings = settings.model_copy(update={"ledger": str(path)})
-    account = slow_import("finetune").Account(
-        settings, data.load(settings).train, "", runs / settings.experiment
-    )
+    account = Account(Run(settings, runs / settings.experiment), data.load(settings).train, "")
     return account.register().name, account.ledger.path
 
 
@@ -608,8 +603,8 @@ def model(args):
 
 def export(args):
     """Write the fine-tuned model of a run for peft, transformers or keras_hub, with its certificate."""
-    with held(args.run) as settings:
-        print(slow_import("export").export_run(settings, args.run, args.to, args.out))
+    with held(args.run) as run:
+        print(slow_import("export").export_run(run.settings, run.folder, args.to, args.out))
 
 # %% ../nbs/15_cli.ipynb #2407fac6
 def complain(message):

@@ -23,7 +23,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from . import __version__
 from .certificate import base_model, plain_words, read_certificate, verify
 from .certificate.page import _claim
-from .finetune import mark_not_private
 from .formats import TextFormat
 from dpsynth.imports import (
     BLANK,
@@ -51,6 +50,7 @@ from dpsynth.manifest import (
 )
 from .files import write_json, write_text
 from .models import adapted_layers, preset_hash, takes_factored_lora, tuning_mode
+from .runs.run import Run, mark_not_private
 from .runs.stages import load_generator
 from .settings import ModelError, SettingsError
 
@@ -595,7 +595,7 @@ FACTS = EXPORTED
 
 def check_run(settings, run, to):
     """Raise SettingsError unless a run has something to export."""
-    if settings.generator != "finetune":
+    if not (settings.kind.fits and settings.kind.uses_model):
         raise SettingsError(
             f"{run}: generator {settings.generator} trains nothing, so there is nothing to export"
         )
@@ -622,7 +622,7 @@ def released(settings, run):
 
 def load_trained(settings, run):
     """The model of a run in float32, rounded as its base was in training. Raises as `load_generator`."""
-    model = load_generator(settings.model_copy(update={"dtype": "float32"}), run)
+    model = load_generator(Run(settings.model_copy(update={"dtype": "float32"}), run)).model
     for variable in model.causal_lm.non_trainable_variables if settings.dtype != "float32" else ():
         variable.assign(variable.value.astype(settings.dtype).astype("float32"))
     return model

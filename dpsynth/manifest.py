@@ -25,7 +25,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from .certificate import read_certificate, verify, write_certificate
 from .privacy import told_delta
 from .files import load_json, new_file, replacing, write_json
-from .runs.folder import read_json
 from .settings import DataError, SettingsError
 from .state import file_hash
 
@@ -228,7 +227,9 @@ def released_certificate(release):
     path = pathlib.Path(release) / "certificate.json"
     if path.exists() and path.with_name(MANIFEST).exists():
         check_listed([path], statement_of(release))
-    return read_json(path)
+    if not path.exists():
+        return {}
+    return load_json(path, "not valid JSON; remove it and run again; what is finished is not done again")
 
 
 def write_release(certificate, release, files):

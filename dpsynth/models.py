@@ -726,7 +726,7 @@ def count_parameters(settings):
     def build():
         backbone = _from_preset("Backbone", base_name(settings), load_weights=False)
         counts.append(backbone.count_params())
-        if settings.generator == "finetune":
+        if settings.kind.fits:
             bare = types.SimpleNamespace(backbone=backbone, _flatten_layers=backbone._flatten_layers)
             setup_tuning(types.SimpleNamespace(causal_lm=bare, name=settings.model), settings)
         counts.append(sum(math.prod(v.shape) for v in backbone.trainable_variables))
@@ -749,7 +749,7 @@ def by_shapes(settings, look):
             _from_preset("CausalLM", base_name(settings), dtype=settings.dtype, load_weights=False),
             base_name(settings),
         )
-        if settings.generator == "finetune":
+        if settings.kind.fits:
             setup_tuning(model, settings)
         found.append(look(model))
         return 0

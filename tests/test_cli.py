@@ -21,6 +21,7 @@ from dpsynth import __version__, demo
 from dpsynth.privacy import stored_run
 from dpsynth.manifest import add_to_manifest, entry
 from dpsynth.runs import locked, prepare_folder, read_json, read_status, record, write_status
+from dpsynth.runs.run import Run
 from dpsynth.settings import DpsynthError, ModelError, Settings
 
 LABELS = ["negative", "positive"]
@@ -193,13 +194,13 @@ def test_scores_stay_until_there_are_new_ones(tmp_path, monkeypatch, failure):
 
     monkeypatch.setattr(stages, "evaluate", evaluate)
     with pytest.raises(DpsynthError):
-        stages.evaluate_stage(settings, folder, SimpleNamespace(test=None))
+        stages.evaluate_stage(Run(settings, folder), SimpleNamespace(test=None))
     kept = lambda: {
         k: v for k, v in read_json(folder / "metrics.json").items() if not k.startswith("seconds")
     }
     assert kept() == {"steps": 5, "mauve_mean": 0.8, "mauve2_mean": 0.9, "warnings": ["small"]}
     monkeypatch.setattr(stages, "evaluate", lambda *arguments: {"mauve_mean": 0.7})
-    stages.evaluate_stage(settings, folder, SimpleNamespace(test=None))
+    stages.evaluate_stage(Run(settings, folder), SimpleNamespace(test=None))
     assert kept() == {"steps": 5, "mauve_mean": 0.7}
 
 

@@ -43,6 +43,7 @@ from dpsynth.models import (
     preset_hash,
 )
 from dpsynth.privacy import make_mechanism
+from dpsynth.runs.run import Run
 from dpsynth.sampling import sample_stream
 from dpsynth.settings import ModelError, PrivacyError, Settings, make_settings, resolve
 from parts import IMDB, RUN, certified, splits
@@ -269,7 +270,7 @@ def test_a_llama_with_a_byte_level_tokenizer_is_trained_and_sampled(made, tmp_pa
     settings = RUN.model_copy(
         update={"model": str(place), "sequence_length": 48, "lora_targets": "query,value"}
     )
-    tuned, figures = finetune_run(settings, splits(settings=settings), tmp_path / "run", progress=False)
+    tuned, figures = finetune_run(Run(settings, tmp_path / "run"), splits(settings=settings), progress=False)
     assert figures["steps"] >= 2 and np.isfinite(figures["held_out_loss"])
     rows = list(
         sample_stream(

@@ -21,6 +21,7 @@ from parts import MICRO, SETTINGS, one_layer, trainer
 from dpsynth import finetune, models
 from dpsynth.data import TokenStore
 from dpsynth.models import LanguageModel, load_model, setup_tuning
+from dpsynth.runs.run import Run
 from dpsynth.settings import ModelError, Settings
 
 import jax
@@ -481,10 +482,10 @@ def test_kept_programs_hold_no_row(programs, tmp_path):
     kept = []
     for name, text in (("one", "row 0 was bad"), ("two", "now 7 can sad")):
         rows, folder = splits(text), tmp_path / name
-        load_stage(settings, folder, rows)
-        model = fit_stage(settings, folder, rows)
-        sample_stage(settings, folder, rows, model)
-        evaluate_stage(settings, folder, rows)
+        load_stage(Run(settings, folder), rows)
+        model = fit_stage(Run(settings, folder), rows)
+        sample_stage(Run(settings, folder), rows, model)
+        evaluate_stage(Run(settings, folder), rows)
         kept.append({path.name for path in programs.iterdir() if path.name.endswith("-cache")})
     assert any("accumulate" in name for name in kept[0]) and any("look" in name for name in kept[0])
     assert kept[0] == kept[1], kept[1] - kept[0]

@@ -3,7 +3,7 @@
 import pytest
 
 from parts import RUN, splits
-from dpsynth import finetune, models, runs
+from dpsynth import finetune, generators, models, runs
 from dpsynth.runs import memory
 from dpsynth.finetune import make_plain_sum, make_private_sum
 from dpsynth.formats import TextFormat
@@ -162,7 +162,7 @@ def test_real_rows_are_cut_where_generated_ones_would_be():
         update={"generator": "real_train", "num_samples": 40, "sequence_length": max(prompts) + 3}
     )
     whole, cut = (
-        runs.real_rows(settings.model_copy(update={"cut_real_rows": wanted}), splits(settings=settings))
+        generators.real_rows(settings.model_copy(update={"cut_real_rows": wanted}), splits(settings=settings))
         for wanted in (False, True)
     )
     lengths = np.array([len(tokenizer([text])[0]) for text in cut.texts])

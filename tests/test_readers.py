@@ -18,12 +18,11 @@ import pytest
 import yaml
 
 from parts import RUN
-from dpsynth import audit, data
+from dpsynth import audit, data, runs
 from dpsynth.data import as_frame, from_frame, left_out, load
 from dpsynth.formats import TextFormat
 from dpsynth.models import check_spelling, control_ids, load_tokenizer, plain_ids
-from dpsynth.runs import survey
-from dpsynth.runs import read_settings
+from dpsynth.runs import read_settings, survey
 from dpsynth.sampling import samplable
 from dpsynth.settings import (
     EARLIER,
@@ -564,7 +563,6 @@ def test_a_library_that_quotes_a_row_is_not_quoted(tmp_path, dpsynth, monkeypatc
     pytest.importorskip("datasets")
     said = refusal(load, Settings(data=f"hf:{tmp_path / 'set'}", data_dir=str(tmp_path / "cache")))
     assert not quoted(said) and "cannot be downloaded" in said
-    from dpsynth import runs
 
     def fails(*arguments, **options):
         raise ValueError(f"cannot handle {SECRET}")
@@ -728,7 +726,7 @@ def test_a_survey_refuses_such_a_row_before_anything_is_charged(monkeypatch):
         models, "plain_ids", lambda tokenizer, texts: [[tokenizer.token_to_id("<unk>")]] * len(texts)
     )
     assert "x.csv, line " in refusal(survey, settings, kind=DataError)
-    monkeypatch.setattr(finetune.Account, "charge", lambda *arguments: pytest.fail("charged"))
+    monkeypatch.setattr(runs.Account, "charge", lambda *arguments: pytest.fail("charged"))
     assert "x.csv, line " in refusal(
-        finetune.finetune_run, settings, load(settings), pathlib.Path("run"), kind=DataError
+        finetune.finetune_run, runs.Run(settings, "run"), load(settings), kind=DataError
     )

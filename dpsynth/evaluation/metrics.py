@@ -22,6 +22,7 @@ from dpsynth.evaluation.usefulness import (
     utility_verdict,
     writing_differences,
 )
+from ..kinds import KINDS
 from ..settings import DataError, SettingsError
 
 # %% ../../nbs/10_evaluation/07_metrics.ipynb #7a58a06b
@@ -100,7 +101,7 @@ def _mauve_warnings(name, synthetic, reference, result, ceiling, generator):
             f"MAUVE through {name!r}: real test rows score {ceiling.mean:.3f} against one another, below"
             f" {LOW_CEILING}: too few rows, or the wrong embedder for them; the score says little"
         )
-    if ceiling and not generator.startswith("real") and result.mean > ceiling.mean + 2 * result.std + 0.02:
+    if ceiling and not KINDS[generator].real and result.mean > ceiling.mean + 2 * result.std + 0.02:
         lines.append(
             f"MAUVE through {name!r}: synthetic rows score {result.mean:.3f}, above the {ceiling.mean:.3f} of"
             " real rows against one another: it does not see what tells them apart; use another embedder"
@@ -174,7 +175,7 @@ def check_sending(settings):
     service = next(
         (e for e in (settings.embedder, settings.second_embedder) if e.startswith("vertex:")), None
     )
-    if service and settings.generator == "real_train" and not settings.send_training_rows:
+    if service and settings.kind.copies == "train" and not settings.send_training_rows:
         raise SettingsError(
             f"setting send_training_rows: real_train would send training rows to the service {service!r};"
             " choose another embedder, or set it to true"
@@ -201,7 +202,7 @@ def cautions(size, num_texts, num_reference, settings):
         lines.append(
             "MAUVE used all rows in every trial: its std shows the clustering only, not the choice of rows"
         )
-    if settings.generator in ("finetune", "prompt") and settings.model in embedders:
+    if settings.kind.uses_model and settings.model in embedders:
         lines.append(
             f"the embedder {settings.model!r} is also the generator's base model: compare with another"
             " embedder"

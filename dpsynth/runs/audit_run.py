@@ -9,7 +9,6 @@ __all__ = ['audit_stage', 'enough_rows', 'check_same_rows', 'base_losses', 'audi
 # %% ../../nbs/13_runs/10_audit_run.ipynb #783e0652
 import dataclasses
 import json
-import pathlib
 import warnings
 
 import numpy as np
@@ -22,33 +21,27 @@ from ..finetune import prepare_model, row_losses
 from ..formats import TextFormat
 from ..manifest import CERTIFICATE, compare_release, manifests, statement_of, write_release
 from ..models import adapted_layers
-from ..privacy import bind_run, default_delta, differing_parts, load_secret, read_identity, stored_run
+from ..privacy import bind_run, default_delta, differing_parts, load_secret, read_identity
 from .findings import BOUND_ERROR, Findings, ROWS_ERROR
-from .folder import read_json
-from .metrics import record, timed
 from .promises import keep, replay_run
-from .rows import rows_of_run
-from .stages import guarantee
 from ..sampling import adapters_off
 from ..settings import PrivacyError, SettingsError, result_settings
 
 # %% ../../nbs/13_runs/10_audit_run.ipynb #a05fe221
-def audit_stage(settings, folder, splits, model):
-    """Attack a run; returns `Findings`, also written to `private/findings.json`; the part that may be told
+def audit_stage(run, splits, model=None):
+    """Attack a `Run`; returns `Findings`, also written to `private/findings.json`; the part that may be told
     goes into the certificate.
 
-    `model` is the trained one, as `fit_stage` or `load_generator` give it; a run with real rows has none.
+    `model` is the trained one, that of the generator that `fit_stage` or `load_generator` gives; None where
+    none was trained.
 
     Raises:
         SettingsError: nothing to look at: neither trained under privacy, nor canaries, nor rows that were
             kept out.
         PrivacyError: these are not the rows that the run was made with.
     """
-    folder, trained, enough = (
-        pathlib.Path(folder),
-        settings.generator == "finetune",
-        enough_rows(settings, folder, splits),
-    )
+    settings, folder, trained = run.settings, run.folder, run.settings.kind.fits
+    enough = enough_rows(run, splits)
     if not enough and not (trained and (settings.canaries or settings.private)):
         raise SettingsError(
             f"{folder}: nothing to audit with; set audit_fraction (and canaries, to fine-tune) before the"
@@ -59,40 +52,38 @@ def audit_stage(settings, folder, splits, model):
             f"{folder}: the rows are not attacked: fewer than {MIN_ROWS} units were kept out, or trained on;"
             " use another audit_fraction"
         )
-    check_same_rows(settings, folder, splits)
-    check_release(settings, folder)
-    with timed(folder, "audit"):
-        replay = replay_run(settings, folder, splits, model) if trained and settings.private else None
-        canaries = (
-            audit_hidden(settings, folder, splits, model) if trained and settings.canaries else (None, None)
-        )
-        report = audit_rows(settings, folder, splits) if enough else None
-    found = Findings(guarantee(folder), replay, *canaries, report)
-    keep(folder, "findings.json", {"verdict": found.verdict, "summary": str(found)})
-    if (folder / "release" / "certificate.json").exists():
-        _certify(found, folder / "release")
+    check_same_rows(run, splits)
+    check_release(run)
+    with run.timed("audit"):
+        replay = replay_run(run, splits, model) if trained and settings.private else None
+        canaries = audit_hidden(run, splits, model) if trained and settings.canaries else (None, None)
+        report = audit_rows(run, splits) if enough else None
+    found = Findings(run.guarantee, replay, *canaries, report)
+    keep(run, "findings.json", {"verdict": found.verdict, "summary": str(found)})
+    if (run.release_folder / "certificate.json").exists():
+        _certify(found, run.release_folder)
     return found
 
 # %% ../../nbs/13_runs/10_audit_run.ipynb #7bd1456f
-def enough_rows(settings, folder, splits):
+def enough_rows(run, splits):
     """Whether there are enough units, trained on and kept out, for an audit of the rows: by the estimate that
     was paid for where the number of those that were trained on is private."""
-    hidden = settings.unit_count == "private"
+    hidden = run.settings.unit_count == "private"
     trained = (
-        read_json(pathlib.Path(folder) / "release" / "certificate.json").get("num_units", 0)
+        run.certificate.get("num_units", 0)
         if hidden
         else splits.train.num_units
     )
     return min(splits.kept_out.num_units, trained) >= MIN_ROWS
 
 # %% ../../nbs/13_runs/10_audit_run.ipynb #bee00af5
-def check_same_rows(settings, folder, splits):
+def check_same_rows(run, splits):
     """Raise PrivacyError if a trained run has other rows or settings: an audit would look for the wrong
     ones.
     """
-    if settings.generator != "finetune":
+    settings, folder, private = run.settings, run.folder, run.private_folder
+    if not settings.kind.fits:
         return
-    private = folder / "private"
     if differing_parts(read_identity(private), {"data": splits.train.fingerprint(load_secret(private))}):
         raise PrivacyError(
             f"{folder}: {settings.data} has other rows now than the run was made with; audit it with those"
@@ -110,23 +101,23 @@ def base_losses(model, records, fmt, settings):
         return row_losses(model, records, fmt, settings)
 
 # %% ../../nbs/13_runs/10_audit_run.ipynb #ffe6593b
-def audit_hidden(settings, folder, splits, model):
+def audit_hidden(run, splits, model):
     """`CanaryAudit` with the model and with the rows alone; recorded."""
+    settings, state = run.settings, run.state
     canaries, fmt = canary_records(settings, splits.train), TextFormat(settings.prompt, settings.labels)
-    state = stored_run(folder / "private").state(folder / "private")
     included = CanaryCoins.read(settings.canaries, state).included
     check_same_canaries(settings, state, canaries, included, model)
     delta = (
-        guarantee(folder)["delta"]
+        run.guarantee["delta"]
         or settings.delta
         or default_delta(splits.train.public_units + settings.canaries)
     )
     base, tuned = base_losses(model, canaries, fmt, settings), row_losses(model, canaries, fmt, settings)
     by_model = audit_canaries(base, tuned, included, delta, confidence=1 - BOUND_ERROR)
     by_rows = audit_canaries_in_rows(
-        rows_of_run(settings, folder)[0], canaries.texts, included, delta, confidence=1 - BOUND_ERROR
+        run.rows()[0], canaries.texts, included, delta, confidence=1 - BOUND_ERROR
     )
-    record(folder, audit=dataclasses.asdict(by_model), audit_in_rows=dataclasses.asdict(by_rows))
+    run.record(audit=dataclasses.asdict(by_model), audit_in_rows=dataclasses.asdict(by_rows))
     return by_model, by_rows
 
 # %% ../../nbs/13_runs/10_audit_run.ipynb #7560fd1c
@@ -145,14 +136,14 @@ def check_same_canaries(settings, state, canaries, included, model):
             )
 
 # %% ../../nbs/13_runs/10_audit_run.ipynb #8494ce69
-def check_release(settings, folder):
+def check_release(run):
     """Raise DataError unless the released files of a private run are those that its certificate and its
     manifests speak of.
 
     The certificate itself is compared without its audit, which is made anew.
     """
-    release = folder / "release"
-    if settings.private and (release / "certificate.json").exists():
+    release = run.release_folder
+    if run.settings.private and (release / "certificate.json").exists():
         statement_of(release)  # it can be read
         compare_release(
             release, read_certificate(release / "certificate.json"), manifests(release), but=CERTIFICATE
@@ -182,9 +173,9 @@ def _worst(audits):
     return worst and dataclasses.replace(worst, confidence=1 - len(audits) * BOUND_ERROR)
 
 # %% ../../nbs/13_runs/10_audit_run.ipynb #e588b18c
-def audit_rows(settings, folder, splits):
+def audit_rows(run, splits):
     """`AuditReport` of the rows of a run at the δ of its certificate, written to `private/audit.json`."""
-    texts, _ = rows_of_run(settings, folder)
+    settings, (texts, _) = run.settings, run.rows()
     train = without_repeated(splits.train)
     units = {
         name: side.frame["unit"].tolist()
@@ -197,13 +188,13 @@ def audit_rows(settings, folder, splits):
         train.texts,
         splits.kept_out.texts,
         seed=settings.seed,
-        delta=guarantee(folder)["delta"],
+        delta=run.guarantee["delta"],
         level=ROWS_ERROR,
         confidence=1 - BOUND_ERROR,
         copies_together=together,
         **units,
     )
-    keep(folder, "audit.json", report.to_dict())
+    keep(run, "audit.json", report.to_dict())
     return report
 
 

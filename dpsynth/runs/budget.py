@@ -9,8 +9,9 @@ __all__ = ['spending', 'announce', 'warn_of_untold']
 import pathlib
 import sys
 
-from ..finetune import Account, begun_release, ledger_of, public_mechanism, untold_spending
-from .folder import read_json
+from ..finetune import public_mechanism
+from .account import untold_spending
+from .run import Run
 from .status import on_terminal
 
 # %% ../../nbs/13_runs/12_budget.ipynb #2f1aec35
@@ -40,19 +41,15 @@ def spending(surveys, out):
 def _accounts(surveys, out):
     """Yield (survey, `Account`) for each fine-tuning that is not charged for its training yet."""
     for survey in surveys:
-        folder = pathlib.Path(out) / survey.settings.experiment
-        if (
-            survey.settings.generator == "finetune"
-            and survey.splits is not None
-            and not (folder / "release" / "adapter.npz").exists()
-        ):
-            account = Account(survey.settings, survey.splits.train, begun_release(folder), folder)
+        run = Run(survey.settings, pathlib.Path(out) / survey.settings.experiment)
+        if run.settings.kind.fits and survey.splits is not None and not run.adapter.exists():
+            account = run.account(survey.splits.train)
             if not account.is_charged("training"):
                 yield survey, account
 
 # %% ../../nbs/13_runs/12_budget.ipynb #9b61335d
-def announce(settings, records, folder):
-    """Say on stderr what a run in this folder is about to charge to which data; what is then left, on a
+def announce(run, records):
+    """Say on stderr what a `Run` is about to charge to which data; what is then left, on a
     terminal only. Registers nothing.
 
     What is left follows from which rows were released before, so no file and no notebook may keep it.
@@ -60,26 +57,20 @@ def announce(settings, records, folder):
     Raises:
         BudgetError: the run would cross a cap.
     """
-    mechanism, account = (
-        public_mechanism(settings, records),
-        Account(settings, records, begun_release(folder), pathlib.Path(folder)),
-    )
-    if line := account.announcement(settings, mechanism):
+    mechanism, account = public_mechanism(run.settings, records), run.account(records)
+    if line := account.announcement(run.settings, mechanism):
         print(line, file=sys.stderr, flush=True)
     if line and mechanism is not None:
         for total in account.ledger.totals_after([(account.dataset, account.uncharged(mechanism))]):
             on_terminal(_total_line(total))
 
 # %% ../../nbs/13_runs/12_budget.ipynb #96d4f906
-def warn_of_untold(settings, folder):
-    """Tell the operator, on a terminal only, where the rows of a finished run have spent more than its
+def warn_of_untold(run):
+    """Tell the operator, on a terminal only, where the rows of a finished `Run` have spent more than its
     certificate composes.
     """
-    certificate = read_json(pathlib.Path(folder) / "release" / "certificate.json")
-    if settings.private and certificate:
-        if line := untold_spending(
-            ledger_of(settings, folder), begun_release(folder), certificate["composed"]
-        ):
+    if run.settings.private and (certificate := run.certificate):
+        if line := untold_spending(run.ledger, run.begun_release, certificate["composed"]):
             on_terminal(line)
 
 # %% ../../nbs/13_runs/12_budget.ipynb #763b6510

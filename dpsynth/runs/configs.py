@@ -90,13 +90,14 @@ def first_difference(old, new):
     return (changed[0], plain(old.get(changed[0])), plain(new[changed[0]])) if changed else None
 
 
-def is_done(settings, folder):
-    """Whether a run is complete; False where it is to be started, resumed or measured anew.
+def is_done(run):
+    """Whether a `Run` is complete; False where it is to be started, resumed or measured anew.
 
     Raises:
         PrivacyError, SettingsError: the folder holds a run with other settings. DataError: one of its files
             is damaged.
     """
+    settings, folder = run.settings, run.folder
     check_files(folder)
     if not (folder / "settings.yaml").exists():
         return False

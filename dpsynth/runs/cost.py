@@ -25,13 +25,12 @@ from scipy import stats
 
 from ..data import TokenStore
 from ..finetune import (
-    Trainer, bucket_lengths, prepare_model, rows_of_units, some_rows, units_of_a_call)
+    Trainer, bucket_lengths, rows_of_units, some_rows, units_of_a_call)
 from ..formats import TextFormat
-from ..models import base_name, load_model
+from ..generators import make_generator, reference_rows
 from ..privacy import Mechanism, Randomness
 from ..files import write_json
 from .folder import read_json, same_package
-from .stages import reference_rows
 from ..sampling import (
     Block, Choice, Decoder, MANY_ROWS, ROUNDS, STEPS, adapters_off, among_devices, boundaries, empty_slots)
 from ..settings import DpsynthError, Settings, SettingsError, evaluation_settings, make_settings
@@ -178,11 +177,7 @@ class Pace:
 def measure_here(settings, bands, lengths, kinds):
     """`Pace` as a dict, measured in this process, whose memory is that of all it ever did."""
     began = time.perf_counter()
-    model = (
-        prepare_model(settings)
-        if settings.generator == "finetune"
-        else load_model(base_name(settings), settings.dtype, settings.seed)
-    )
+    model = make_generator(settings).base_model()
     load = time.perf_counter() - began
     microbatch, update, compiling = (
         measure_training(model, settings, bands, lengths) if lengths else ({}, 0.0, 0.0)
@@ -371,7 +366,7 @@ def estimate(survey, looked=False):
     needed = lambda lengths: looks_needed(settings, lengths, survey.prompt_length)
     looks, most = needed(rows), needed(np.array([settings.sequence_length]))
     kinds = list({**looks, **most})
-    tuned = settings.generator == "finetune"
+    tuned = settings.kind.fits
     bands = survey.mechanism.bands if survey.mechanism else 1
     pace = measure(settings, bands, bucket_lengths(settings.sequence_length) if tuned else [], kinds)
     each = float(update_seconds(pace, settings, units)) if tuned else 0.0

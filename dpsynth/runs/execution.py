@@ -24,8 +24,8 @@ from papermill.exceptions import PapermillExecutionError
 from ..files import write_text
 from ..progress import MINUTE, TICK, live_line, now, progress_line
 from .configs import TEMPLATE, is_done
-from .folder import BusyError, locked, prepare_folder, read_facts, read_settings, same_package
-from .metrics import read_progress, record
+from .folder import BusyError, read_facts, read_settings, same_package
+from .metrics import read_progress
 from .results import OWN_ERRORS, QUOTABLE, one_line
 from .status import write_status
 from ..settings import evaluation_settings
@@ -117,26 +117,27 @@ def watched(folder, started, title="", say=None):
         print(live_line(""), end="", flush=True) if live else None
 
 # %% ../../nbs/13_runs/21_execution.ipynb #3e4b7af0
-def execute(settings, folder, timeout=None, title="", say=None):
-    """Run the template with these settings into a run folder; returns `(state, reason)`. Never raises but on
+def execute(run, timeout=None, title="", say=None):
+    """Run the template with the settings of a `Run` into its folder; returns `(state, reason)`. Never raises but on
     interrupt.
 
     `title` and `say` are those of `watched`. The state is one of the status file, `done before`, or `running
     elsewhere`.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder) as lock:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with run.locked() as lock:
             return (
                 ("done before", "")
-                if is_done(settings, folder)
-                else _execute_locked(settings, folder, timeout, lock, title, say)
+                if is_done(run)
+                else _execute_locked(run, timeout, lock, title, say)
             )
     except Exception as error:
         return outcome(error, timeout)
 
 
-def _execute_locked(settings, folder, timeout, lock, title, say):
+def _execute_locked(run, timeout, lock, title, say):
+    folder = run.folder
     started, progress = now(), folder / ".progress.json"
     progress.unlink(missing_ok=True)  # of an attempt that was killed
     write_status(
@@ -145,7 +146,7 @@ def _execute_locked(settings, folder, timeout, lock, title, say):
     clean = lambda: remove_times(folder / "notebook.ipynb")
     try:
         with watched(folder, started, title, say):
-            end = ending(lambda: run_template(settings, folder, timeout, lock), timeout)
+            end = ending(lambda: run_template(run, timeout, lock), timeout)
     except KeyboardInterrupt:
         write_status(folder, "killed", "interrupted; run again to resume", started)
         clean()
@@ -166,32 +167,33 @@ def ending(work, timeout):
     return "done", ""
 
 
-def run_template(settings, folder, timeout, lock):
+def run_template(run, timeout, lock):
     """Execute a copy of the template, `notebook.ipynb`, in a kernel of its own."""
-    note_old_scores(settings, folder)
-    prepare_folder(settings, folder)
+    note_old_scores(run)
+    run.prepare()
     logging.getLogger("papermill").addHandler(logging.NullHandler())
     papermill.execute_notebook(
         TEMPLATE,
-        _literal(folder / "notebook.ipynb"),
-        settings.model_dump(),
+        _literal(run.folder / "notebook.ipynb"),
+        run.settings.model_dump(),
         kernel_name="python3",
         progress_bar=False,
-        kernel_manager_class=kernel_manager(folder, lock),
+        kernel_manager_class=kernel_manager(run.folder, lock),
         timeout_func=seconds_left(timeout),
     )
 
 # %% ../../nbs/13_runs/21_execution.ipynb #4a448ff5
-def note_old_scores(settings, folder):
-    """Let the scores that a run has, made with other settings, say so in its warnings, until the next
+def note_old_scores(run):
+    """Let the scores that a `Run` has, made with other settings, say so in its warnings, until the next
     evaluation replaces both.
     """
+    settings, folder = run.settings, run.folder
     metrics, known = read_facts(folder / "metrics.json"), (folder / "settings.yaml").exists()
     if "mauve_mean" in metrics and not (
         known and evaluation_settings(read_settings(folder)) == evaluation_settings(settings)
     ):
         note = f"{settings.experiment}: the scores are those of an earlier evaluation, with other settings"
-        record(folder, warnings=list(dict.fromkeys([*metrics.get("warnings", ()), note])))
+        run.record(warnings=list(dict.fromkeys([*metrics.get("warnings", ()), note])))
 
 # %% ../../nbs/13_runs/21_execution.ipynb #24d746fb
 def remove_times(path):

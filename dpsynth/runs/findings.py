@@ -28,7 +28,7 @@ class Findings:
     in, of which there are fewer than ten.
 
     Attributes:
-        claim: `guarantee` of the run; its values are None where nothing is claimed.
+        claim: `guarantee` of the `Run`; its values are None where nothing is claimed.
         replay: `Replay` of batches and noise, with `sensitivity_check`.
         model, rows: `CanaryAudit` by whoever has the model, and the rows only.
         report: `AuditReport` on training rows and rows kept out.

@@ -42,7 +42,7 @@ def training_bytes(model, settings):
 
     Recomputing helps on accelerators only.
     """
-    if settings.generator != "finetune":
+    if not settings.kind.fits:
         return 0
     everything = bytes_kept(model, settings.sequence_length)
     if not settings.rematerialize or jax.default_backend() == "cpu":
@@ -71,7 +71,7 @@ def functions_compiled(settings):
     """How many large functions a run compiles on the machine itself; on accelerators what they take is small
     beside the rest.
     """
-    return 3 + (len(bucket_lengths(settings.sequence_length)) if settings.generator == "finetune" else 0)
+    return 3 + (len(bucket_lengths(settings.sequence_length)) if settings.kind.fits else 0)
 
 # %% ../../nbs/13_runs/13_memory.ipynb #4cabc3e4
 def estimate_memory(settings, total, trained):
@@ -87,7 +87,7 @@ def estimate_memory(settings, total, trained):
         settings, lambda model: (sampling_bytes(model, settings), training_bytes(model, settings))
     )
     sampling = math.ceil(settings.sample_batch_size / len(jax.devices())) * to_sample
-    if settings.generator != "finetune":
+    if not settings.kind.fits:
         return weights + sampling
     units, rows = units_at_once(settings), 1 if settings.unit == "row" else settings.max_records_per_unit
     return (

@@ -14,40 +14,39 @@ import numpy as np
 
 from ..audit import Check, agreement, replay_checks, sensitivity_check, training_checks
 from ..certificate import LEDGER_AWAY, MADE_ELSEWHERE, choices_of, privacy_curve, read_certificate
-from ..finetune import charges, describe_mechanism, mechanism_of, training_event
-from ..ledger import accesses_event, read_event
+from ..finetune import describe_mechanism, mechanism_of
+from ..ledger import read_event
 from ..models import base_name
 from ..privacy import count_accesses, differing_parts, read_identity, software, stored_run
+from .account import charges, events_of
 from .folder import read_json
 from ..files import write_private
 
 # %% ../../nbs/13_runs/09_promises.ipynb #2681d7dd
-def keep(folder, name, value):
+def keep(run, name, value):
     """Write a JSON file under private/, with the seal of the run where one was trained there."""
-    private, text = folder / "private", json.dumps(value, indent=1) + "\n"
+    private, text = run.private_folder, json.dumps(value, indent=1) + "\n"
     if (private / "identity.json").exists():
-        stored_run(private).state(private).write(name, text)
+        run.state.write(name, text)
     else:
         write_private(private / name, text)
 
 
-def read_kept(folder, name):
+def read_kept(run, name):
     """The value of a file that `keep` wrote. Raises PrivacyError where the run did not seal it."""
-    private = folder / "private"
-    trained = (private / "identity.json").exists()
-    return stored_run(private).state(private).read_json(name) if trained else read_json(private / name)
+    trained = (run.private_folder / "identity.json").exists()
+    return run.state.read_json(name) if trained else read_json(run.private_folder / name)
 
 # %% ../../nbs/13_runs/09_promises.ipynb #7ad7e6a7
-def replay_run(settings, folder, splits, model):
+def replay_run(run, splits, model):
     """`Replay` of the batches and the noise of a run; also written to `private/replay.json`.
 
     With checks of the sensitivity, and of what the training recorded, the certificate says and the ledger
     charged.
     """
-    private, mechanism = folder / "private", promised_mechanism(settings, folder, splits)
-    randomness, charged = stored_run(private), charges(settings, folder)
-    state = randomness.state(private)
-    with np.load(folder / "release" / "adapter.npz") as adapter:
+    private, mechanism, charged = run.private_folder, promised_mechanism(run, splits), charges(run)
+    randomness, state = stored_run(private), run.state
+    with np.load(run.adapter) as adapter:
         numbers = sum(adapter[name].size for name in adapter.files)
     recorded = state.read_json("checks.json") if state.has("checks.json") else {}
     replay, known = replay_checks(mechanism, randomness), describe_mechanism(mechanism)
@@ -55,17 +54,17 @@ def replay_run(settings, folder, splits, model):
         *replay.checks,
         *training_checks(mechanism, recorded, numbers),
         agreement("what the training recorded of its mechanism", recorded.get("mechanism", {}), known),
-        sensitivity_check(model, settings, mechanism),
-        *_certificate_checks(settings, folder, mechanism),
+        sensitivity_check(model, run.settings, mechanism),
+        *_certificate_checks(run, mechanism),
         *_ledger_checks(mechanism, charged),
     )
     notes = [LEDGER_AWAY] * (charged is None) + [MADE_ELSEWHERE] * made_elsewhere(private)
     replay = dataclasses.replace(replay, checks=checks, notes=tuple(notes))
-    keep(folder, "replay.json", dataclasses.asdict(replay))
+    keep(run, "replay.json", dataclasses.asdict(replay))
     return replay
 
 # %% ../../nbs/13_runs/09_promises.ipynb #0154a835
-def promised_mechanism(settings, folder, splits):
+def promised_mechanism(run, splits):
     """The `Mechanism` that settings, rows and the counts of a run give; nothing that was released is asked.
 
     Code and libraries of another version may calibrate otherwise. What was left to them, noise multiplier,
@@ -75,10 +74,9 @@ def promised_mechanism(settings, folder, splits):
     Raises:
         PrivacyError: that; or counts or records are missing, damaged or of another run.
     """
-    private, left = folder / "private", {}
-    state = stored_run(private).state(private)
+    settings, state, left = run.settings, run.state, {}
     counts = state.read_json("counts.json") if count_accesses(settings) else {}
-    if made_elsewhere(private):
+    if made_elsewhere(run.private_folder):
         recorded = state.read_json("checks.json").get("mechanism", {})
         left = {name: recorded[name] for name in ("noise_multiplier", "bands", "delta") if name in recorded}
     return mechanism_of(settings.model_copy(update=left), splits.train, counts)
@@ -89,15 +87,15 @@ def made_elsewhere(private):
     return bool(differing_parts(read_identity(private), software()))
 
 # %% ../../nbs/13_runs/09_promises.ipynb #1b9e74d0
-def _certificate_checks(settings, folder, mechanism):
+def _certificate_checks(run, mechanism):
     """`Check`s that there is a certificate, and that it says what the run's private folder says."""
-    path = folder / "release" / "certificate.json"
+    path = run.release_folder / "certificate.json"
     there = Check("certificates of the run", path.exists(), 1, float(path.exists()))
     if not path.exists():
         return [there]
-    certificate, private = read_certificate(path), folder / "private"
+    certificate, private = read_certificate(path), run.private_folder
     paid = [access for access in certificate["accesses"] if access["epsilon"] != "public"]
-    expected = expected_certificate(settings, mechanism, read_identity(private))
+    expected = expected_certificate(run.settings, mechanism, read_identity(private))
     what, tolerance = (
         "what the certificate says and settings, rows and counts do not",
         (1e-3 if made_elsewhere(private) else 1e-6),
@@ -132,6 +130,6 @@ def _ledger_checks(mechanism, charged):
     """A `Check` that the ledger charged what the mechanism costs; none where there is no ledger at hand."""
     if charged is None:
         return []
-    owed = {"counts": accesses_event(mechanism.others), "training": training_event(mechanism)}
-    events = {what: [read_event(entry).model_dump() for entry in event] for what, event in owed.items()}
+    owed = events_of(mechanism).items()
+    events = {what: [read_event(entry).model_dump() for entry in event] for what, event in owed}
     return [agreement("what the ledger charged this run for", charged, events)]

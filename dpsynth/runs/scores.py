@@ -9,6 +9,8 @@ __all__ = ['SCORES', 'CUT', 'UTILITY', 'MAJORITY', 'OLD', 'LOSS', 'embedder_name
 # %% ../../nbs/13_runs/18_scores.ipynb #1a573ddb
 import pathlib
 
+from ..kinds import KINDS
+
 # %% ../../nbs/13_runs/18_scores.ipynb #f8e6e4b2
 SCORES = ("mauve", "mauve2")  # beginnings of the names of their numbers
 
@@ -86,4 +88,5 @@ def majority(row):
 
 # %% ../../nbs/13_runs/18_scores.ipynb #23061478
 def _is_real(row):
-    return (row.get("generator") or "").startswith("real")
+    kind = KINDS.get(row.get("generator"))
+    return kind is not None and kind.real

@@ -16,9 +16,9 @@ from ..evaluation import auto_embedder, check_sending, open_embedder
 from ..evaluation.usefulness import no_evidence, writing_differences
 from ..finetune import public_mechanism
 from ..formats import TextFormat
+from ..generators import reference_rows
 from ..models import (
     Unreachable, base_name, by_shapes, check_environment, check_spelling, count_parameters, load_tokenizer)
-from .stages import reference_rows
 from ..sampling import position_axes
 from ..settings import DataError, DpsynthError, SettingsError, quiet_libraries
 
@@ -115,13 +115,13 @@ class Survey:
         self.splits = (
             self._load(load) if data else self.unknown.append("rows, and what depends on their number")
         )
-        uses_model = not settings.generator.startswith("real")
+        uses_model = settings.kind.uses_model
         self.tokenizer = self._try(lambda: load_tokenizer(base_name(settings))) if uses_model else None
         self.prompt_length = check_prompts(settings, self.tokenizer) if self.tokenizer else None
         self.parameters = count_parameters(settings) if self.tokenizer else None
         if self.tokenizer:  # a model that cannot be sampled from is refused before it is trained and paid for
             by_shapes(settings, lambda model: jax.tree.leaves(position_axes(model)))
-        if self.tokenizer and self.splits and settings.generator == "finetune":
+        if self.tokenizer and self.splits and settings.kind.fits:
             check_spelling(self.tokenizer, self.splits.train)
         check_sending(settings)
         for name in filter(None, (settings.embedder, settings.second_embedder)):
@@ -151,7 +151,7 @@ class Survey:
         return splits
 
     def _mechanism(self):
-        if self.settings.generator != "finetune" or self.splits is None:
+        if not self.settings.kind.fits or self.splits is None:
             return None
         if self.settings.unit_count == "private":
             self.unknown.append(

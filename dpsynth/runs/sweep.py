@@ -15,6 +15,7 @@ from ..ledger import existing_part
 from .configs import check_template, is_done, read_configs
 from .execution import execute
 from .results import describe
+from .run import Run
 from ..settings import SettingsError, quiet_libraries
 
 # %% ../../nbs/13_runs/22_sweep.ipynb #666feb4f
@@ -34,43 +35,37 @@ def run_sweep(configs, out="runs", overrides=(), timeout=None, say=functools.par
     out = pathlib.Path(out)
     experiments = read_configs(configs, overrides)
     check_template()
-    missing = [s for s in experiments if not is_done(s, out / s.experiment)]
-    check_writable(out, [s.experiment for s in missing])
-    spending = preflight(missing, out)
-    for line in spending:
+    runs = [Run(settings, out / settings.experiment) for settings in experiments]
+    missing = [run for run in runs if not is_done(run)]
+    check_writable(out, [run.settings.experiment for run in missing])
+    for line in preflight([run.settings for run in missing], out):
         say(line)
     rows = []
-    for place, settings in enumerate(experiments, 1):
-        state, reason = "done before", ""
-        if settings in missing:
-            say(f"[{place}/{len(experiments)}] {settings.experiment} ...")
-            state, reason = execute(
-                settings,
-                out / settings.experiment,
-                timeout,
-                f"[{place}/{len(experiments)}] {settings.experiment}",
-                say,
-            )
-            _warn_of_untold(settings, out / settings.experiment, state)
-        rows.append(_row(settings, out / settings.experiment, state, reason))
+    for place, run in enumerate(runs, 1):
+        state, reason, title = "done before", "", f"[{place}/{len(runs)}] {run.settings.experiment}"
+        if run in missing:
+            say(f"{title} ...")
+            state, reason = execute(run, timeout, title, say)
+            _warn_of_untold(run, state)
+        rows.append(_row(run, state, reason))
         say(describe_end(rows[-1], state))
     return rows
 
 
-def _row(settings, folder, state, reason):
+def _row(run, state, reason):
     """The row of a run that ended like this, also where its folder does not say so."""
     ended = {} if state == "done before" else {"status": state, "reason": reason}
-    return {**describe(folder), "experiment": settings.experiment, **ended}
+    return {**describe(run.folder), "experiment": run.settings.experiment, **ended}
 
 
-def _warn_of_untold(settings, folder, state):
+def _warn_of_untold(run, state):
     """`warn_of_untold` of a run that is done: here, where the terminal is; a notebook would keep
     it.
     """
     if state == "done":
         with quiet_libraries():
             from dpsynth.runs.budget import warn_of_untold
-        warn_of_untold(settings, folder)
+        warn_of_untold(run)
 
 # %% ../../nbs/13_runs/22_sweep.ipynb #a254ce34
 def preflight(experiments, out):
