@@ -37,7 +37,7 @@ from dpsynth.imports import (
     provenance,
     save_preset,
     terms_of,
-    whole_folder,
+    model_folder,
 )
 from dpsynth.manifest import (
     CERTIFICATE,
@@ -49,9 +49,9 @@ from dpsynth.manifest import (
     statement,
     statement_of,
 )
-from .models import adapted_layers, preset_hash, takes_adapter_apart, tuning_mode
-from .pipeline import load_generator
-from .runs import write_json, write_text
+from .files import write_json, write_text
+from .models import adapted_layers, preset_hash, takes_factored_lora, tuning_mode
+from .runs.stages import load_generator
 from .settings import ModelError, SettingsError
 
 # %% ../nbs/14a_export.ipynb #fcac9d48
@@ -470,7 +470,7 @@ def write_peft(model, folder, settings):
 
     Raises ModelError where a layer that has no place in peft carries an adapter.
     """
-    adapted = {id(layer) for layer in adapted_layers(model) if takes_adapter_apart(layer)}
+    adapted = {id(layer) for layer in adapted_layers(model) if takes_factored_lora(layer)}
     pairs = {name: as_pair(layer) for name, layer in modules(model).items() if id(layer) in adapted}
     if len(pairs) != len(adapted_layers(model)):
         raise ModelError(
@@ -677,7 +677,7 @@ def export_run(settings, run, to, out=None):
     """
     check_run(settings, run, to)
     folder = pathlib.Path(out or pathlib.Path(run) / f"export-{to}")
-    with whole_folder(folder) as scratch:
+    with model_folder(folder) as scratch:
         certificate = released(settings, run)
         model = load_trained(settings, run)
         check_base(model, certificate)

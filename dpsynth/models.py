@@ -6,8 +6,8 @@
 __all__ = ['PROGRAM_SECONDS', 'PROGRAMS', 'TINY', 'CARD', 'PROBE_SECONDS', 'WEIGHTS', 'NETWORK_WORDS', 'REFUSAL_WORDS',
            'check_environment', 'keep_programs', 'preset_path', 'base_name', 'preset_hash', 'Unreachable',
            'has_weights', 'in_hub_cache', 'check_hub', 'first_line', 'is_remote', 'load_model', 'is_embedding_preset',
-           'load_embedder', 'load_sentence_encoder', 'check_embedder_preset', 'spread', 'everywhere', 'divisible',
-           'called_as', 'recomputed', 'adapted_layers', 'takes_adapter_apart', 'call_apart', 'adapters_apart',
+           'load_embedder', 'load_sentence_encoder', 'check_embedder_preset', 'shard', 'replicate', 'divisible',
+           'called_as', 'recomputed', 'adapted_layers', 'takes_factored_lora', 'factored_lora_call', 'adapters_apart',
            'control_ids', 'plain_ids', 'check_spelling', 'LanguageModel', 'tuning_mode', 'lora_layers', 'enable_lora',
            'setup_tuning', 'refuse_cross_example_layers', 'load_tokenizer', 'count_parameters', 'by_shapes',
            'save_adapter', 'load_adapter', 'read_arrays']
@@ -390,14 +390,14 @@ def check_embedder_preset(name):
         raise ModelError(f"preset {name!r}: the folder has a configuration and no weights")
 
 # %% ../nbs/06_models.ipynb #51e42876
-def spread(tree):
+def shard(tree):
     """Arrays [rows, …] with the rows divided among the devices; those whose rows cannot be divided evenly are
     on each device.
     """
     return _put(tree, lambda leaf, count: leaf.ndim > 0 and leaf.shape[0] % count == 0)
 
 
-def everywhere(tree):
+def replicate(tree):
     """Arrays on each device."""
     return _put(tree, lambda leaf, count: False)
 
@@ -446,8 +446,8 @@ def adapted_layers(model):
     ]
 
 
-def takes_adapter_apart(layer):
-    """Whether what `call_apart` gives is what the layer computes: a plain projection whose kernel ends in the
+def takes_factored_lora(layer):
+    """Whether what `factored_lora_call` gives is what the layer computes: a plain projection whose kernel ends in the
     outputs' last axis.
     """
     if type(layer) not in (keras.layers.Dense, keras.layers.EinsumDense) or layer.quantization_mode:
@@ -456,7 +456,7 @@ def takes_adapter_apart(layer):
     return kernel[-1] == outputs[-1]
 
 
-def call_apart(layer):
+def factored_lora_call(layer):
     """`layer.call` with the adapter's two thin products beside the kernel's own, and not a sum of kernel and
     adapter.
 
@@ -479,8 +479,8 @@ def call_apart(layer):
 
 
 def adapters_apart(model):
-    """Inside, layers compute their adapters as `call_apart` does, where it gives what they give."""
-    return called_as(list(filter(takes_adapter_apart, adapted_layers(model))), call_apart)
+    """Inside, layers compute their adapters as `factored_lora_call` does, where it gives what they give."""
+    return called_as(list(filter(takes_factored_lora, adapted_layers(model))), factored_lora_call)
 
 # %% ../nbs/06_models.ipynb #5e4d8fa7
 @functools.lru_cache(maxsize=4)

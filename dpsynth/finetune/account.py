@@ -186,7 +186,7 @@ class Account:
         return f"privacy: {self.title} will charge {cost} to {self.name} in {self.kept_in}"
 
     @contextlib.contextmanager
-    def given_up_on(self, *errors):
+    def abandon_on(self, *errors):
         """Inside, an error of these kinds notes in the ledger that the training was abandoned, and any error
         frees what is only reserved.
 

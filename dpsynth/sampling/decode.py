@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..models import everywhere, spread
+from ..models import replicate, shard
 from ..progress import Progress
 from .choice import Choice, choose, samplable
 from .prompts import (
-    adapters_off, kept, merged_weights, position_axes, prefill, reorder_products)
+    adapters_off, cached, merged_weights, position_axes, prefill, reorder_products)
 from ..settings import DataError
 
 # %% ../../nbs/08_sampling/03_decode.ipynb #ef3160f5
@@ -166,8 +166,8 @@ def shrink(slots, size):
 
 def among_devices(slots):
     """Slots divided among the devices, where there are several; what belongs to the block is on each."""
-    shared = everywhere({name: getattr(slots, name) for name in Slots._fields if name not in OF_SLOTS})
-    return slots._replace(**shared, **{name: spread(getattr(slots, name)) for name in OF_SLOTS})
+    shared = replicate({name: getattr(slots, name) for name in Slots._fields if name not in OF_SLOTS})
+    return slots._replace(**shared, **{name: shard(getattr(slots, name)) for name in OF_SLOTS})
 
 
 def empty_slots(row_cache, slots, rows, max_length, vocabulary):
@@ -226,12 +226,12 @@ class Decoder:
     """
 
     def __init__(self, model, prompts, choice, *, seed, max_length, slots, rows):
-        self.model, self.weights, self.key = model, everywhere(merged_weights(model)), jax.random.key(seed)
+        self.model, self.weights, self.key = model, replicate(merged_weights(model)), jax.random.key(seed)
         with adapters_off(model):
             self.prompts = prefill(model, self.weights, prompts, max_length)
-        self.look, self.prompt_lengths = kept(model, build_look, choice), np.asarray(self.prompts.length)
+        self.look, self.prompt_lengths = cached(model, build_look, choice), np.asarray(self.prompts.length)
         self.slots, self.rows, self.max_length = slots, rows, max_length
-        self.row_cache = kept(model, type(model).empty_cache, 1, max_length)
+        self.row_cache = cached(model, type(model).empty_cache, 1, max_length)
         self.seen = self.prompts.seen.shape[1] if choice.repetition_penalty != 1 else 0
 
     def block(self, first, assignment):
