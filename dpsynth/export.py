@@ -37,7 +37,7 @@ from dpsynth.imports import (
     provenance,
     save_preset,
     terms_of,
-    whole_folder,
+    model_folder,
 )
 from dpsynth.manifest import (
     CERTIFICATE,
@@ -51,7 +51,7 @@ from dpsynth.manifest import (
 )
 from .models import adapted_layers, preset_hash, takes_factored_lora, tuning_mode
 from .pipeline import load_generator
-from .runs import write_json, write_text
+from .files import write_json, write_text
 from .settings import ModelError, SettingsError
 
 # %% ../nbs/14a_export.ipynb #fcac9d48
@@ -677,7 +677,7 @@ def export_run(settings, run, to, out=None):
     """
     check_run(settings, run, to)
     folder = pathlib.Path(out or pathlib.Path(run) / f"export-{to}")
-    with whole_folder(folder) as scratch:
+    with model_folder(folder) as scratch:
         certificate = released(settings, run)
         model = load_trained(settings, run)
         check_base(model, certificate)

@@ -8,15 +8,14 @@ __all__ = ['LLAMA3_RULE', 'FAMILIES', 'NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFI
            'STATED', 'gguf_package', 'Gguf', 'sha256_of', 'by_heads', 'halves_apart', 'Family', 'family_of',
            'assign_weights', 'Vocabulary', 'read_vocabulary', 'sentencepiece_model', 'register_tokenizer',
            'make_tokenizer', 'merge_ranks', 'on_the_way', 'keep_pieces', 'public_texts', 'used_pieces', 'pack_pieces',
-           'english_pieces', 'whole_folder', 'kept_of', 'describe_vocabulary', 'card_text', 'build_model',
+           'english_pieces', 'model_folder', 'kept_of', 'describe_vocabulary', 'card_text', 'build_model',
            'choose_pieces', 'import_gguf', 'save_preset', 'write_preset', 'Bundle', 'assemble', 'cache_folder',
-           'only_one', 'packaged', 'terms_of', 'packaged_preset', 'fewer_pieces', 'provenance', 'describe_import',
-           'goes_together', 'is_a_choice']
+           'packaged', 'terms_of', 'packaged_preset', 'fewer_pieces', 'provenance', 'describe_import', 'goes_together',
+           'is_a_choice']
 
 # %% ../nbs/06a_imports.ipynb #8e5f20e5
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import importlib.resources
 import importlib.util
@@ -33,6 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .data import other_texts
+from .files import load_json, lock_file, whole_folder
 from .settings import DataError, ModelError, Settings, quiet_libraries
 
 # %% ../nbs/06a_imports.ipynb #3b6c8f21
@@ -629,24 +629,13 @@ FACTS = "import.json"
 
 
 @contextlib.contextmanager
-def whole_folder(folder):
-    """A new folder beside `folder` to write into, which takes its place if the block ends well and is gone if
-    it does not.
-
-    Raises:
-        ModelError: there is something at `folder`.
-    """
+def model_folder(folder):
+    """`files.whole_folder` for a model. Raises ModelError where there is something at `folder`."""
     folder = pathlib.Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelError(f"{folder}: is there already; choose another place, or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with whole_folder(folder) as scratch:
         yield scratch
-        scratch.chmod(0o755)
-        os.replace(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def kept_of(full, kept, chosen="", texts=()):
@@ -765,7 +754,7 @@ def import_gguf(
     word = family_of(file).classes[pieces.kind]
     kept, stated = choose_pieces(file, pieces, word, vocabulary, public)
     facts = _facts(file, digest, licence, stated)
-    with whole_folder(folder) as scratch:
+    with model_folder(folder) as scratch:
         write_preset(build_model(file, pieces, kept, word, progress), scratch, facts, extra)
     return facts
 
@@ -865,15 +854,6 @@ def cache_folder():
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "dpsynth"
 
 
-@contextlib.contextmanager
-def only_one(path):
-    """Hold a lock file; a second process waits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def packaged(name):
     """(`Bundle`, vocabulary) of a name such as `gemma3_270m` or `gemma3_270m:english`; None where it names no
     installed package.
@@ -911,7 +891,8 @@ def packaged_preset(name):
     chosen = sha256_of(ENGLISH)[:8] if vocabulary == "english" else "full"
     target = cache_folder() / "presets" / f"{name.replace(':', '-')}-{FORMAT}-{bundle.sha256[:8]}-{chosen}"
     if not target.is_dir():
-        with only_one(target.with_name(f".{target.name}.lock")):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with lock_file(target.with_name(f".{target.name}.lock")):
             if not target.is_dir():
                 _make_preset(name, bundle, vocabulary, target)
     return target
@@ -960,11 +941,12 @@ def provenance(name):
     path = pathlib.Path(packaged_preset(name) or name) / FACTS
     if name == "tiny" or not path.is_file():
         return None
+    damaged = "damaged, or of an earlier version; import the model again"
+    facts = load_json(path, damaged, ModelError)
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
         return {key: facts[key] for key in STATED}
-    except (ValueError, KeyError, TypeError):
-        raise ModelError(f"{path}: damaged, or of an earlier version; import the model again") from None
+    except (KeyError, TypeError):
+        raise ModelError(f"{path}: {damaged}") from None
 
 
 def describe_import(stated):
