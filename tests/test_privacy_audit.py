@@ -1266,7 +1266,7 @@ def test_the_chances_of_a_false_alarm_add_up_to_what_is_said():
 )
 def test_the_certificate_says_what_refutes_it_and_nothing_of_the_rows(finished, changes, refuted):
     from dpsynth.certificate import verify
-    from dpsynth.runs import Findings, _certify
+    from dpsynth.runs.audit_run import Findings, _certify
 
     claim = {**CLAIM, "epsilon": 1.0}
     _certify(
