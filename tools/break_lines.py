@@ -1048,8 +1048,8 @@ BREAKS = [
         13,
         "a fetched base model has no hash",
         "finetune/prepare",
-        "    return digest.hexdigest()\n\n\ndef processor",
-        '    return "none"\n\n\ndef processor',
+        "    return digest.hexdigest()\n",
+        '    return "none"\n',
         "test_privacy_base_model.py::test_a_model_without_files_here_is_known_by_its_arrays",
     ),
     Break(

@@ -35,7 +35,7 @@ from ..sampling import (
     Block, Choice, Decoder, MANY_ROWS, ROUNDS, STEPS, adapters_off, among_devices, boundaries, empty_slots)
 from ..settings import DpsynthError, Settings, SettingsError, evaluation_settings, make_settings
 
-# %% ../../nbs/13_runs/14_cost.ipynb #02f736fd
+# %% ../../nbs/13_runs/14_cost.ipynb #d9fff319
 def seconds_of(work, least=0.5, most=5):
     """`(seconds, compiling)` of `work()`: the median of up to `most` calls, until they have taken `least`
     seconds; and what the first one took longer."""
@@ -47,7 +47,7 @@ def seconds_of(work, least=0.5, most=5):
     seconds = float(np.median(spent[1:]))
     return seconds, max(0.0, spent[0] - seconds)
 
-# %% ../../nbs/13_runs/14_cost.ipynb #824aa461
+# %% ../../nbs/13_runs/14_cost.ipynb #405a1f52
 class IdleTrainer(Trainer):
     """A `Trainer` whose updates sum over nothing."""
 
@@ -61,7 +61,7 @@ def invented_rows(model, settings, length):
     rng = np.random.default_rng(0)
     return prompt, rng.integers(0, model.vocabulary_size, length - len(prompt)).tolist()
 
-# %% ../../nbs/13_runs/14_cost.ipynb #92c71b02
+# %% ../../nbs/13_runs/14_cost.ipynb #366ccc35
 def measure_training(model, settings, bands, lengths):
     """`(microbatch, update, compiling)`: seconds of a microbatch of rows of each length, by length, of an
     update beside its microbatches, and of what comes before the first ones."""
@@ -93,7 +93,7 @@ def measure_training(model, settings, bands, lengths):
         update, first = seconds_of(lambda: (idle.update(), jax.block_until_ready(idle.trainable)))
     return microbatch, update, compiling + first
 
-# %% ../../nbs/13_runs/14_cost.ipynb #99a63b10
+# %% ../../nbs/13_runs/14_cost.ipynb #555700c5
 def play_block(lengths, prompt, most, slots, rows):
     """dict of (slots, reach) to the number of looks that a block of rows needs whose lengths in tokens,
     prompt included, are given.
@@ -116,7 +116,7 @@ def play_block(lengths, prompt, most, slots, rows):
             busy = np.maximum(busy - STEPS, 0)
     return looks
 
-# %% ../../nbs/13_runs/14_cost.ipynb #22b1996c
+# %% ../../nbs/13_runs/14_cost.ipynb #cd6ab12f
 def looks_needed(settings, lengths, prompt):
     """The looks of a whole sampling, as `play_block`; its rows take turns with the given lengths."""
     edges = [edge for edge in boundaries(settings.num_samples) if edge <= settings.num_samples]
@@ -130,7 +130,7 @@ def looks_needed(settings, lengths, prompt):
     )
     return {kind: count * settings.num_samples / rows for kind, count in block.items()}
 
-# %% ../../nbs/13_runs/14_cost.ipynb #4f64e6fe
+# %% ../../nbs/13_runs/14_cost.ipynb #13c0a2c6
 def measure_sampling(model, settings, kinds):
     """`(seconds, compiling)`: of each kind of look, a list of (slots, reach); and before the first ones."""
     edges = [edge for edge in boundaries(settings.num_samples) if edge <= settings.num_samples]
@@ -150,7 +150,7 @@ def _look(decoder, rows, slots, reach):
     with adapters_off(decoder.model):
         jax.block_until_ready(decoder.look(decoder.weights, slots, block, decoder.prompts, reach))
 
-# %% ../../nbs/13_runs/14_cost.ipynb #071aba43
+# %% ../../nbs/13_runs/14_cost.ipynb #f557aaa5
 @dataclasses.dataclass(frozen=True)
 class Pace:
     """What was measured of one kind of run.
@@ -173,7 +173,7 @@ class Pace:
     memory: int
     device_memory: int
 
-# %% ../../nbs/13_runs/14_cost.ipynb #94c3df54
+# %% ../../nbs/13_runs/14_cost.ipynb #3bd9aa94
 def measure_here(settings, bands, lengths, kinds):
     """`Pace` as a dict, measured in this process, whose memory is that of all it ever did."""
     began = time.perf_counter()
@@ -197,7 +197,7 @@ def measure_here(settings, bands, lengths, kinds):
         ),
     }
 
-
+# %% ../../nbs/13_runs/14_cost.ipynb #d9ad55b0
 def serve(path):
     """Answer the question in a JSON file, in its place."""
     asked = read_json(path)
@@ -209,7 +209,7 @@ def serve(path):
         answer = {"error": str(error)}
     write_json(path, answer)
 
-# %% ../../nbs/13_runs/14_cost.ipynb #10211284
+
 @functools.lru_cache(maxsize=64)
 def _ask(question):
     with tempfile.TemporaryDirectory() as folder:
@@ -234,7 +234,7 @@ def _ask(question):
         raise SettingsError(answer["error"])
     return answer
 
-# %% ../../nbs/13_runs/14_cost.ipynb #b2751a50
+# %% ../../nbs/13_runs/14_cost.ipynb #00f79b09
 UNREAD = {
     "data",
     "test_data",
@@ -248,8 +248,6 @@ UNREAD = {
     "contamination_reference",
     *evaluation_settings(Settings()),
 }
-
-
 UNMEASURED = {
     "epsilon": 1.0,
     "delta": 0.0,
@@ -264,7 +262,7 @@ UNMEASURED = {
     "num_mauve_samples": 2,
 }  # what makes no difference to what is measured
 
-
+# %% ../../nbs/13_runs/14_cost.ipynb #572c855d
 def measure(settings, bands, lengths, kinds):
     """`Pace` of a run with these settings, measured in a process of its own; remembered for settings that
     make no difference to it.
@@ -296,7 +294,7 @@ def measure(settings, bands, lengths, kinds):
         **{**answer, "microbatch": {int(length): seconds for length, seconds in answer["microbatch"].items()}}
     )
 
-# %% ../../nbs/13_runs/14_cost.ipynb #7abca858
+# %% ../../nbs/13_runs/14_cost.ipynb #e4d7e110
 def expected_microbatches(mean, size):
     """Expected number of microbatches of `size` units for a Poisson number of units with this mean: E⌈n /
     size⌉.
@@ -316,7 +314,7 @@ def update_seconds(pace, settings, lengths):
         for bucket, mean in zip(buckets, means)
     )
 
-# %% ../../nbs/13_runs/14_cost.ipynb #bc1ad878
+# %% ../../nbs/13_runs/14_cost.ipynb #533aa76d
 def token_lengths(survey, records, most=1000):
     """int[n]: tokens, prompt and end included, of at most so many of the rows."""
     rows = records.take(some_rows(most, len(records), survey.settings.seed))
@@ -333,7 +331,7 @@ def unit_lengths(survey, records):
     lengths = token_lengths(survey, records, most=len(records))
     return np.append(lengths, 0)[rows].max(1)
 
-# %% ../../nbs/13_runs/14_cost.ipynb #b0e30993
+# %% ../../nbs/13_runs/14_cost.ipynb #16a72594
 def held_out_seconds(pace, settings, rows):
     """Seconds of the loss on at most so many test rows, before and after the training. A forward pass is a
     third of a gradient."""
@@ -347,7 +345,7 @@ def sampling_seconds(looks, kinds, pace):
     seconds = dict(zip(kinds, pace.looks))
     return pace.compiling_looks + float(sum(count * seconds[kind] for kind, count in looks.items()))
 
-# %% ../../nbs/13_runs/14_cost.ipynb #7cdea720
+# %% ../../nbs/13_runs/14_cost.ipynb #edc1e96a
 KERNEL = 0.2 * 2**30  # bytes of what a run has beside a trial: a kernel and what evaluates its rows
 
 
