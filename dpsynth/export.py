@@ -49,9 +49,9 @@ from dpsynth.manifest import (
     statement,
     statement_of,
 )
-from .models import adapted_layers, preset_hash, takes_factored_lora, tuning_mode
-from .pipeline import load_generator
 from .files import write_json, write_text
+from .models import adapted_layers, preset_hash, takes_factored_lora, tuning_mode
+from .runs.stages import load_generator
 from .settings import ModelError, SettingsError
 
 # %% ../nbs/14a_export.ipynb #fcac9d48

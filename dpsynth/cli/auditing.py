@@ -61,9 +61,11 @@ def _audit_files(synthetic, train, holdout, json=None, **options):
 
 def _audit_run(run):
     with held(run) as settings:
-        pipeline = slow_import("pipeline")
-        pipeline.rows_of_run(settings, run)
-        model = pipeline.load_generator(settings, run) if settings.generator == "finetune" else None
-        found = pipeline.audit_stage(settings, run, pipeline.load_stage(settings, run), model)
+        stages = slow_import("runs.stages")
+        stages.rows_of_run(settings, run)
+        model = stages.load_generator(settings, run) if settings.generator == "finetune" else None
+        found = slow_import("runs.audit_run").audit_stage(
+            settings, run, stages.load_stage(settings, run), model
+        )
     print(found)
     return int(not found.passed)

@@ -57,9 +57,10 @@ def _register(config, path):
     """(name in the ledger of the rows that a configuration reads, path of the ledger): they can have a cap
     before a run charges them.
     """
-    from dpsynth import data, experiments
+    from dpsynth import data
+    from dpsynth.runs.configs import read_configs
 
-    (settings,) = experiments.read_configs([config], [])
+    (settings,) = read_configs([config], [])
     runs = pathlib.Path(path or "runs")
     if path and not runs.is_dir():
         settings = settings.model_copy(update={"ledger": str(path)})

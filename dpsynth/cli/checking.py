@@ -58,11 +58,11 @@ def findings(survey: Any) -> Iterator[tuple[str, str]]:
             describe_mechanism(survey.mechanism, "rows" if survey.settings.unit == "row" else "groups"),
         )
         if survey.mechanism.private:
-            plan = slow_import("plan")
+            plan = slow_import("runs.plan")
             yield "attacker", plan.attacker_sentence(survey.mechanism)
             for line in plan.advice(survey.mechanism):
                 yield "instead", line
-    yield from (("embedder", line) for line in slow_import("pipeline").describe_embedders(survey.settings))
+    yield from (("embedder", line) for line in slow_import("runs.surveys").describe_embedders(survey.settings))
 
 # %% ../../nbs/15_cli/04_checking.ipynb #254d1bed
 def describe_time(found: dict[str, Any], rows: str) -> str:
@@ -97,11 +97,11 @@ def costs(survey: Any, args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         f", {trained:,} of them trained" if survey.settings.generator == "finetune" else ""
     )
     if args.no_time:
-        memory = slow_import("pipeline").estimate_memory(survey.settings, total, trained)
+        memory = slow_import("runs.memory").estimate_memory(survey.settings, total, trained)
         yield "memory", f"roughly {memory / 2**30:.1f} GiB {counted}; not measured"
         return
     try:
-        found = slow_import("estimate").estimate(survey, args.look)
+        found = slow_import("runs.cost").estimate(survey, args.look)
     except DpsynthError as error:
         survey.unknown.append(f"memory and time: {error}")
         return
@@ -146,7 +146,7 @@ def cost_of_better(settings: Settings, args: argparse.Namespace, load: Callable)
     tuning = "lora" if settings.tuning == "full" else settings.tuning
     better = settings.model_copy(update={**BETTER, "tuning": tuning})
     try:
-        survey = slow_import("pipeline").survey(better, lenient=True, load=load)
+        survey = slow_import("runs.surveys").survey(better, lenient=True, load=load)
         return [f"{topic}: {text}" for topic, text in costs(survey, args)] + survey.unknown
     except DpsynthError as error:
         return [f"not measured: {error}"]
@@ -154,15 +154,15 @@ def cost_of_better(settings: Settings, args: argparse.Namespace, load: Callable)
 # %% ../../nbs/15_cli/04_checking.ipynb #07bee276
 def check(args: argparse.Namespace) -> None:
     """Look at configurations without running them."""
-    from dpsynth import experiments
+    from dpsynth.runs.configs import check_template, read_configs
 
-    all_settings = experiments.read_configs(args.configs, args.set)
-    experiments.check_template()
-    pipeline = slow_import("pipeline")
-    print(f"  {'device':12} {pipeline.device_name()}")
-    look = pipeline.remember()
+    all_settings = read_configs(args.configs, args.set)
+    check_template()
+    surveys = slow_import("runs.surveys")
+    print(f"  {'device':12} {slow_import('runs.stages').device_name()}")
+    look = surveys.remember()
     for settings in all_settings:
-        survey = pipeline.survey(settings, lenient=True, data=not args.no_data, load=look)
+        survey = surveys.survey(settings, lenient=True, data=not args.no_data, load=look)
         guarantee = f"epsilon {settings.epsilon:g}" if settings.private else "NOT PRIVATE"
         print(f"{settings.experiment}: {settings.generator}, {guarantee}")
         looked = look_at_rows(survey, args.out) if args.look else ()

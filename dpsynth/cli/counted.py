@@ -51,7 +51,7 @@ def describe_labels(records: Any, settings: Settings) -> str:
 # %% ../../nbs/15_cli/03_counted.ipynb #6e8cb771
 def describe_lengths(survey: Any) -> str:
     """How the training texts fit into the sequence."""
-    lengths = sorted(slow_import("estimate").token_lengths(survey, survey.splits.train).tolist())
+    lengths = sorted(slow_import("runs.cost").token_lengths(survey, survey.splits.train).tolist())
     cut = sum(length > survey.settings.sequence_length for length in lengths) / len(lengths)
     return (
         f"median {lengths[len(lengths) // 2]}, longest {lengths[-1]} tokens with the prompt; {cut:.0%}"
@@ -104,7 +104,7 @@ def _counted(survey):
         f"{records.source['duplicates']:,} exact copies among the rows to train on;"
         f" {records.source['train_rows_in_test']:,} of these rows are test rows too",
     )
-    yield from (("written", line) for line in slow_import("pipeline").written_differently(survey))
+    yield from (("written", line) for line in slow_import("runs.surveys").written_differently(survey))
     if settings.unit != "row":
         yield "units", describe_units(records, settings)
     if settings.label_column:

@@ -15,7 +15,7 @@ from ..settings import Settings, SettingsError, make_settings, parse_overrides, 
 # %% ../../nbs/15_cli/05_planning.ipynb #6897213e
 def plan_settings(data: str | None, overrides: Iterable[str]) -> tuple[Settings, bool]:
     """(settings of a configuration, or of data without one, whether there was one)."""
-    from dpsynth.experiments import read_configs
+    from dpsynth.runs.configs import read_configs
 
     if data and data.endswith((".yaml", ".yml")):
         return read_configs([data], overrides)[0], True
@@ -39,7 +39,7 @@ def public_units(settings: Settings) -> int:
 # %% ../../nbs/15_cli/05_planning.ipynb #e458ccc4
 def seconds_by_batch(settings: Settings, bands: int) -> Callable[[int], float]:
     """f(expected batch): seconds of an update on rows of full length, measured now."""
-    estimate = slow_import("estimate")
+    estimate = slow_import("runs.cost")
     longest = [settings.sequence_length]
     pace = estimate.measure(settings, bands, longest, [])
     return lambda batch: estimate.update_seconds(
@@ -50,7 +50,7 @@ def seconds_by_batch(settings: Settings, bands: int) -> Callable[[int], float]:
 def plan(args: argparse.Namespace) -> None:
     """Show what epsilon, batch and updates buy, in noise and minutes."""
     settings, given = plan_settings(args.data, args.set)
-    module = slow_import("plan")
+    module = slow_import("runs.plan")
     mechanism = module.planned(settings, args.units or public_units(settings), given)
     print(module.plan_table(mechanism, None if args.no_time else seconds_by_batch(settings, mechanism.bands)))
     if settings.model == "tiny" and not args.no_time and not settings.data == "demo":

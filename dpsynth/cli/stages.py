@@ -21,11 +21,12 @@ def held(folder: str | pathlib.Path) -> Iterator[Settings]:
 
     Raises SettingsError where it is none or another process is at it.
     """
-    from dpsynth import runs
+    from dpsynth.runs.folder import locked, read_settings
+    from dpsynth.runs.status import check_files
 
-    settings = runs.read_settings(folder)
-    with runs.locked(folder):
-        runs.check_files(folder)
+    settings = read_settings(folder)
+    with locked(folder):
+        check_files(folder)
         yield settings
 
 
@@ -34,26 +35,26 @@ def by_hand(folder: str | pathlib.Path) -> Iterator[Settings]:
     """`held`, for a stage: what status.json says of an earlier end is no longer true once the block has ended
     well.
     """
-    from dpsynth import runs
+    from dpsynth.runs.status import read_status
 
     with held(folder) as settings:
         yield settings
-        if runs.read_status(folder)["state"] != "done":
+        if read_status(folder)["state"] != "done":
             (pathlib.Path(folder) / "status.json").unlink(missing_ok=True)
 
 # %% ../../nbs/15_cli/06_stages.ipynb #711ad60a
 def fit(args: argparse.Namespace) -> None:
     """Fine-tune, or resume."""
     with by_hand(args.run) as settings:
-        pipeline, data = slow_import("pipeline"), slow_import("data")
-        splits = pipeline.survey(settings).splits
-        if line := data.left_out(splits.train):
+        stages, budget = slow_import("runs.stages"), slow_import("runs.budget")
+        splits = slow_import("runs.surveys").survey(settings).splits
+        if line := slow_import("data").left_out(splits.train):
             print(line)
-        pipeline.load_stage(settings, args.run, splits)
+        stages.load_stage(settings, args.run, splits)
         if settings.generator == "finetune":
-            pipeline.announce(settings, splits.train, args.run)
-        pipeline.fit_stage(settings, args.run, splits)
-        pipeline.warn_of_untold(settings, args.run)
+            budget.announce(settings, splits.train, args.run)
+        stages.fit_stage(settings, args.run, splits)
+        budget.warn_of_untold(settings, args.run)
     print(f"{args.run}: fitted")
 
 # %% ../../nbs/15_cli/06_stages.ipynb #7388d055
@@ -77,7 +78,7 @@ def sample(args: argparse.Namespace) -> None:
         with held(args.run) as settings:
             seed = new_seed(settings, args.seed)
             print(
-                slow_import("pipeline").sample_again(
+                slow_import("runs.stages").sample_again(
                     settings, args.run, args.rows or settings.num_samples, seed
                 )
             )
@@ -87,22 +88,21 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def _sample_run(settings, folder):
-    pipeline, real = slow_import("pipeline"), settings.generator.startswith("real")
-    splits = pipeline.load_stage(settings, folder) if real else None
-    pipeline.sample_stage(
-        settings, folder, splits, None if real else pipeline.load_generator(settings, folder)
-    )
-    return pipeline.rows_file(settings, folder)
+    stages, real = slow_import("runs.stages"), settings.generator.startswith("real")
+    splits = stages.load_stage(settings, folder) if real else None
+    stages.sample_stage(settings, folder, splits, None if real else stages.load_generator(settings, folder))
+    return stages.rows_file(settings, folder)
 
 # %% ../../nbs/15_cli/06_stages.ipynb #b7f785a8
 def evaluate(args: argparse.Namespace) -> None:
     """Compare the rows of a run with real test rows."""
-    from dpsynth.experiments import collect, results_table
+    from dpsynth.runs.results import collect
+    from dpsynth.runs.table import results_table
 
     with by_hand(args.run) as settings:
-        pipeline = slow_import("pipeline")
-        pipeline.rows_of_run(settings, args.run)
-        pipeline.evaluate_stage(settings, args.run, pipeline.load_stage(settings, args.run))
+        stages = slow_import("runs.stages")
+        stages.rows_of_run(settings, args.run)
+        stages.evaluate_stage(settings, args.run, stages.load_stage(settings, args.run))
     print(results_table(collect(args.run)))
 
 

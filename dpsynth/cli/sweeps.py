@@ -23,10 +23,11 @@ def demo(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run experiments and print their table."""
-    from dpsynth import experiments
+    from dpsynth.runs.sweep import run_sweep
+    from dpsynth.runs.table import results_table
 
-    rows = experiments.run(args.configs, args.out, args.set, args.timeout)
-    print(f"\n{experiments.results_table(rows)}")
+    rows = run_sweep(args.configs, args.out, args.set, args.timeout)
+    print(f"\n{results_table(rows)}")
     bad = [row for row in rows if row["status"] != "done"]
     if bad:
         complain(
@@ -37,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
 # %% ../../nbs/15_cli/02_sweeps.ipynb #66d06b3c
 def results(args: argparse.Namespace) -> None:
     """Print the table of what has been run, or of a record that comes with the package."""
-    from dpsynth.experiments import collect, record_folder, record_names, results_table
+    from dpsynth.runs.results import collect, record_folder, record_names
+    from dpsynth.runs.table import results_table
 
     if args.watch:
         return watch(args)
@@ -55,7 +57,8 @@ def watch(args: argparse.Namespace) -> None:
     """Print the table of a folder of runs again and again, on a terminal in place, elsewhere once a minute,
     until no run is running.
     """
-    from dpsynth.experiments import collect, results_table
+    from dpsynth.runs.results import collect
+    from dpsynth.runs.table import results_table
     from dpsynth.progress import MINUTE, TICK
 
     if args.records is not None:
