@@ -11,7 +11,7 @@ import json
 import pathlib
 
 from dpsynth.ledger import (
-    EXPOSED, HIDDEN, Ledger, MORE, Newcomer, RUNS_LEDGER, accesses_event, note_look, release_id,
+    EXPOSED, HIDDEN, Ledger, MORE, NewDataset, RUNS_LEDGER, accesses_event, note_look, release_id,
     was_looked_at)
 from ..privacy import load_secret, stored_run
 from ..settings import PrivacyError
@@ -103,7 +103,7 @@ class Account:
             settings.unit_count == "private"
         )  # then nothing may follow from it, the ledger's own delta neither
         delta, units = (settings.delta, HIDDEN) if hidden else (None, records.public_units)
-        self.dataset = Newcomer(
+        self.dataset = NewDataset(
             records.name, records.ledger_names(), delta, units, settings.unit, records.earlier_names()
         )
 
