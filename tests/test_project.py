@@ -245,7 +245,8 @@ def test_card_of_the_bundled_model_says_what_it_is(pretraining):
 GENERATED = (
     "README.md",
     "dpsynth/_modidx.py",
-    "dpsynth/cli.py",
+    "dpsynth/files.py",
+    "dpsynth/cli/parser.py",
     "dpsynth/assets/experiment.ipynb",
     "dpsynth/assets/configs/demo/dp_ft.yaml",
 )
@@ -253,7 +254,9 @@ WRITTEN = (
     "dpsynth/__init__.py",
     "dpsynth/_version.py",
     "configs/demo/dp_ft.yaml",
-    "nbs/15_cli.ipynb",
+    "dpsynth/cli/__init__.py",
+    "dpsynth/cli/__main__.py",
+    "nbs/15_cli/11_parser.ipynb",
     "nbs/templates/experiment.ipynb",
 )
 
