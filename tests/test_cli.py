@@ -360,7 +360,7 @@ def unreachable(monkeypatch):
     """Every preset but the bundled one is out of reach."""
     from dpsynth import models
 
-    load = models._from_preset
+    load = models.loading.from_preset
 
     def from_preset(kind, name, **options):
         if name != "tiny":
@@ -369,7 +369,7 @@ def unreachable(monkeypatch):
             )
         return load(kind, name, **options)
 
-    monkeypatch.setattr(models, "_from_preset", from_preset)
+    monkeypatch.setattr(models.loading, "from_preset", from_preset)
     models.load_tokenizer.cache_clear()
 
 
@@ -396,7 +396,7 @@ def own_rows(tmp_path):
 def test_check_recommends_a_model_for_rows_of_ones_own_and_fetches_none(dpsynth, own_rows, monkeypatch):
     from dpsynth import imports, pipeline
 
-    monkeypatch.setattr(imports, "_package_folder", lambda package: None)
+    monkeypatch.setattr(imports.packages, "_package_folder", lambda package: None)
     surveyed, survey = [], pipeline.survey
     monkeypatch.setattr(
         pipeline,
