@@ -13,9 +13,9 @@ import types
 
 from .settings import quiet_libraries
 
-# %% ../nbs/05c_backend.ipynb #4d21a195
-def cache_folder():
-    """Where presets are kept: $XDG_CACHE_HOME/dpsynth, or ~/.cache/dpsynth."""
+# %% ../nbs/05c_backend.ipynb #cfb44b2f
+def cache_folder() -> pathlib.Path:
+    """$XDG_CACHE_HOME/dpsynth, or ~/.cache/dpsynth."""
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "dpsynth"
 
 # %% ../nbs/05c_backend.ipynb #7537fef8
@@ -53,17 +53,14 @@ def _byte_level(parent):
 
     return ByteLevelTokenizer
 
-# %% ../nbs/05c_backend.ipynb #fcd1aad9
-def register_tokenizer(keras_hub):
-    """Make `ByteLevelTokenizer` known to Keras, which looks it up when a preset names it.
-
-    Returns the class.
-    """
+# %% ../nbs/05c_backend.ipynb #e466c420
+def register_tokenizer(library: types.ModuleType) -> type:
+    """Make `ByteLevelTokenizer` known to Keras, and return the class; `library` is keras_hub."""
     import keras
 
     known = keras.saving.get_registered_object("dpsynth>ByteLevelTokenizer")
     return known or keras.saving.register_keras_serializable("dpsynth")(
-        _byte_level(keras_hub.tokenizers.BytePairTokenizer)
+        _byte_level(library.tokenizers.BytePairTokenizer)
     )
 
 # %% ../nbs/05c_backend.ipynb #1913bd12

@@ -25,7 +25,8 @@ from .formats import TextFormat
 from .models import base_name, divisible, load_model
 from .pipeline import reference_rows
 from .privacy import Mechanism, Randomness
-from .runs import read_json, same_package, write_json
+from .files import write_json
+from .runs import read_json, same_package
 from dpsynth.sampling import (
     MANY_ROWS,
     ROUNDS,

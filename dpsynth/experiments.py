@@ -38,6 +38,7 @@ from papermill.exceptions import PapermillExecutionError
 from .ledger import existing_part, known_names
 from .manifest import released_certificate
 from .progress import MINUTE, TICK, live_line, progress_line
+from .files import write_text
 from dpsynth.runs import (
     BusyError,
     check_files,
@@ -52,7 +53,6 @@ from dpsynth.runs import (
     record,
     same_package,
     write_status,
-    write_text,
 )
 from dpsynth.settings import (
     PrivacyError,

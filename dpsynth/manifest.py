@@ -13,7 +13,6 @@ __all__ = ['MANIFEST', 'CERTIFICATE', 'FITTED', 'EXPORTED', 'SAMPLED', 'content_
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import re
 import warnings
@@ -25,7 +24,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from .certificate import read_certificate, verify, write_certificate
 from .privacy import told_delta
-from .runs import read_json, write_json
+from .files import load_json, new_file, replacing, write_json
+from .runs import read_json
 from .settings import DataError, SettingsError
 from .state import file_hash
 
@@ -45,10 +45,7 @@ def read_sealed(path, way_back):
 
     Raises DataError.
     """
-    try:
-        content = json.loads(pathlib.Path(path).read_bytes())
-    except ValueError:  # neither JSON nor UTF-8
-        content = None
+    content = load_json(path, f"damaged; {way_back}")
     known = content.pop("sha256", None) if isinstance(content, dict) else None
     if known is None or content_hash(content) != known:
         raise DataError(f"{path}: damaged; {way_back}")
@@ -409,17 +406,18 @@ def make_key(path):
     for there in filter(pathlib.Path.exists, (path, public)):
         raise SettingsError(f"{there}: is there already; a key is not overwritten, choose another file")
     key = Ed25519PrivateKey.generate()
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+    with new_file(path, private=True) as file:
         file.write(
             key.private_bytes(
                 serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
             )
         )
-    public.write_bytes(
-        key.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    with new_file(public) as file:
+        file.write(
+            key.public_key().public_bytes(
+                serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+            )
         )
-    )
     return public
 
 
@@ -474,7 +472,8 @@ def sign_release(path, key):
         signature_of(manifest): private.sign(manifest.read_bytes()) for manifest in manifests(release)
     }
     for file, signature in signatures.items():
-        file.write_bytes(signature)
+        with replacing(file) as temporary:
+            temporary.write_bytes(signature)
     return list(signatures)
 
 

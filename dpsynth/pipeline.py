@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import pathlib
 import shutil
 import sys
@@ -112,6 +111,7 @@ from dpsynth.privacy import (
     software,
     stored_run,
 )
+from .files import move, write_private, write_text
 from .runs import forget_scores, on_terminal, prepare_folder, read_json, record, timed
 from .sampling import adapters_off, position_axes, sample_to_file
 from dpsynth.settings import (
@@ -122,7 +122,6 @@ from dpsynth.settings import (
     quiet_libraries,
     result_settings,
 )
-from .state import write_private
 from .evaluation.usefulness import no_evidence, writing_differences
 
 import jax
@@ -268,7 +267,7 @@ def write_rows(records, path):
     rows = (
         {"index": i, "label": name, "text": text} for i, (name, text) in enumerate(zip(names, records.texts))
     )
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     add_to_manifest(manifest_of(path), None, {path.name: entry(path, rows=len(records))})
 
 
@@ -326,7 +325,7 @@ def sample_again(settings, folder, rows, seed):
         belongs_to,
         {target.name: entry(scratch / "synthetic.jsonl", rows=rows, seed=seed)},
     )
-    os.replace(scratch / "synthetic.jsonl", target)
+    move(scratch / "synthetic.jsonl", target)
     shutil.rmtree(scratch)
     return target
 

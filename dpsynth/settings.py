@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EXPERIMENT', 'LISTS', 'SIGNS', 'NOT_SETTINGS', 'ELSEWHERE', 'UNDECIDED', 'EARLIER', 'SMOKE_CAPS', 'UNCAPPED',
            'DpsynthError', 'SettingsError', 'DataError', 'ModelError', 'BudgetError', 'PrivacyError', 'Settings',
-           'make_settings', 'load_settings', 'read_yaml', 'parse_overrides', 'dump_settings', 'load_earlier', 'resolve',
-           'affects_result', 'result_settings', 'evaluation_settings', 'settings_table', 'parameters_cell',
-           'quiet_libraries', 'check_backend']
+           'make_settings', 'load_settings', 'read_yaml', 'parse_overrides', 'settings_text', 'dump_settings',
+           'load_earlier', 'resolve', 'affects_result', 'result_settings', 'evaluation_settings', 'settings_table',
+           'parameters_cell', 'quiet_libraries', 'check_backend']
 
 # %% ../nbs/00_settings.ipynb #61d03bc6
 import contextlib
@@ -745,11 +745,14 @@ def parse_overrides(pairs):
     return values
 
 
+def settings_text(settings):
+    """Every setting, defaults included, as YAML."""
+    return yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True)
+
+
 def dump_settings(settings, path):
-    """Write every setting, defaults included, as YAML."""
-    pathlib.Path(path).write_text(
-        yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
+    """Write every setting, defaults included, into a YAML file."""
+    pathlib.Path(path).write_text(settings_text(settings), encoding="utf-8")
 
 # %% ../nbs/00_settings.ipynb #83ead435
 EARLIER = {

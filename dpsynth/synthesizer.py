@@ -24,10 +24,10 @@ from .manifest import statement_of
 from .models import check_environment
 from .pipeline import announce, guarantee, load_generator, load_stage, survey, warn_of_untold
 
+from .files import write_private
 from .runs import locked, read_json, read_settings, record, timed
 from .sampling import sample_to_file
 from .settings import EXPERIMENT, UNDECIDED, DataError, SettingsError, make_settings, resolve
-from .state import write_private
 from .evaluation.usefulness import utility_verdict
 
 import pandas as pd

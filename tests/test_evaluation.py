@@ -196,7 +196,8 @@ def test_two_runs_that_start_at_once_have_one_key(tmp_path):
 
 
 def test_a_cached_result_needs_no_model(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(evaluation.embedders, "load_embedder", lambda name: tiny.model)
+    model = tiny.model
+    monkeypatch.setattr(evaluation.embedders, "load_embedder", lambda name: model)
     vectors = evaluation.embed(["a text"], "tiny", cache=tmp_path, progress=False)
     monkeypatch.setattr(evaluation.embedders, "load_embedder", lambda name: pytest.fail("loaded"))
     assert np.array_equal(evaluation.embed(["a text"], "tiny", cache=tmp_path, progress=False), vectors)

@@ -39,6 +39,7 @@ from dpsynth.experiments import (
     results_table,
     run,
 )
+from dpsynth.files import write_json
 from dpsynth.runs import (
     BusyError,
     locked,
@@ -49,7 +50,6 @@ from dpsynth.runs import (
     read_status,
     record,
     timed,
-    write_json,
     write_status,
 )
 from dpsynth.settings import (

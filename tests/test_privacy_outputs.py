@@ -15,7 +15,7 @@ from dpsynth.formats import TextFormat
 from dpsynth.manifest import file_hash, statement_of
 from dpsynth.pipeline import evaluate_stage, fit_stage, load_stage, sample_stage
 from dpsynth.settings import DataError
-from dpsynth.state import write_private
+from dpsynth.files import write_private
 
 
 def without_hashes(file):
@@ -199,7 +199,7 @@ def test_vectors_of_rows_lie_in_private_folders_under_names_that_nobody_can_gues
 
 @pytest.mark.parametrize("lies_there", ["file", "link"])
 def test_a_private_file_is_not_written_into_what_lies_there(tmp_path, lies_there):
-    temporary, elsewhere = tmp_path / "a.json.tmp", tmp_path / "elsewhere"
+    temporary, elsewhere = tmp_path / ".a.json.tmp", tmp_path / "elsewhere"
     elsewhere.write_text("mine")
     temporary.symlink_to(elsewhere) if lies_there == "link" else temporary.write_text("open to all")
     elsewhere.chmod(0o644), temporary.chmod(0o644)

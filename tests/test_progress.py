@@ -12,7 +12,8 @@ from dpsynth import progress, runs
 from dpsynth.cli import main
 from dpsynth.finetune import train
 from dpsynth.progress import GRAIN, Progress, in_words, progress_line, told
-from dpsynth.runs import prepare_folder, read_status, timed, write_json
+from dpsynth.files import write_json
+from dpsynth.runs import prepare_folder, read_status, timed
 from dpsynth.settings import Settings
 
 

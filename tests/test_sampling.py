@@ -438,19 +438,20 @@ def test_what_was_changed_while_a_sampling_was_interrupted_is_made_again(
     assert contents(tmp_path / "changed") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("step", ["replace_file", "save_state"])
+@pytest.mark.parametrize("step", ["replacing", "save_state"])
 def test_a_run_killed_while_it_finishes(model, small_blocks, tmp_path, monkeypatch, step):
     make(model, tmp_path / "whole")
-    real, calls = getattr(sampling, step), []
+    real, calls = getattr(sampling.rows, step), []
 
     def dying(*arguments):
         if (
             (tmp_path / "killed" / "synthetic.parquet").exists()
-            or step == "replace_file"
+            or step == "replacing"
             and "parquet" in str(arguments[0])
         ):
             raise KeyboardInterrupt
         calls.append(real(*arguments))
+        return calls[-1]
 
     with monkeypatch.context() as patch:
         patch.setattr(sampling.rows, step, dying)

@@ -303,9 +303,9 @@ BREAKS = [
     Break(
         6,
         "the secret can be read by others",
-        "state",
-        "os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600",
-        "os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644",
+        "files",
+        "mode = 0o600 if private else 0o666",
+        "mode = 0o644 if private else 0o666",
         "test_privacy_noise.py::test_secret_is_private_to_its_file",
     ),
     Break(
@@ -1182,6 +1182,14 @@ BREAKS = [
     ),
     Break(
         14,
+        "a private file has its name before it is on disk",
+        "files",
+        "    sync(source)\n    os.replace(source, target)\n",
+        "    os.replace(source, target)\n",
+        "test_files.py::test_content_is_on_disk_before_its_name_and_the_name_before_the_call_returns",
+    ),
+    Break(
+        14,
         "a seal drops that of what is still there",
         "state",
         "[self._seal(name, path), *self._seals(name)]",
@@ -1600,10 +1608,10 @@ BREAKS = [
     Break(
         11,
         "a private file is written into what lies there",
-        "state",
+        "files",
         "os.O_WRONLY | os.O_CREAT | os.O_EXCL",
         "os.O_WRONLY | os.O_CREAT | os.O_TRUNC",
-        "test_privacy_outputs.py::test_a_private_file_is_not_written_into_what_lies_there",
+        "test_files.py::test_a_new_file_is_whole_or_gone_and_never_another_ones",
     ),
     Break(
         14,

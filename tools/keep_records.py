@@ -15,7 +15,8 @@ import shutil
 import sys
 import tempfile
 
-from dpsynth.runs import read_json, write_json
+from dpsynth.files import write_json
+from dpsynth.runs import read_json
 
 ROWS = 50
 FILES = ("settings.yaml", "metrics.json", "release/certificate.json", "release/NOT_PRIVATE.md")

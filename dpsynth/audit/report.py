@@ -21,7 +21,7 @@ from .pool import make_pool, read_rows
 from .tests import Attack, LEVEL, holm, pairs_bound
 from ..privacy import default_delta
 from ..settings import DataError
-from ..state import write_private
+from ..files import write_private
 
 # %% ../../nbs/12_audit/05_report.ipynb #684de5b9
 CAVEAT = (

@@ -18,7 +18,7 @@ from .json_schema import _where, schema
 from .page import Certificate, refutation
 from .statement import ALONE, FACTS, FORMAT, GROUPS, complete
 from ..imports import goes_together, is_a_choice
-from ..runs import write_json, write_text
+from ..files import write_json, write_text
 from ..settings import PrivacyError, SettingsError
 from ..verify import verify as recompute
 

@@ -6,12 +6,12 @@
 __all__ = ['TokenStore']
 
 # %% ../../nbs/01_data/09_tokens.ipynb #70a5dadd
-import os
 import pathlib
 import shutil
 
 import numpy as np
 
+from ..files import whole_folder
 from ..settings import DataError
 
 # %% ../../nbs/01_data/09_tokens.ipynb #f7884203
@@ -38,24 +38,14 @@ def _write_rows(file, rows):
     return lengths, prompt_lengths
 
 
-def _save(path, array):
-    """Save an array and wait until it is on disk."""
-    with open(path, "wb") as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _write_store(folder, rows):
     """Write the three files of a store into an empty folder."""
     with open(folder / "ids.npy", "wb") as file:
         lengths, prompt_lengths = _write_rows(file, rows)
-        file.flush()
-        os.fsync(file.fileno())
     if not lengths:
         raise DataError("no rows to store")
-    _save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
-    _save(folder / "prompt_lengths.npy", np.array(prompt_lengths, np.int32))
+    np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
+    np.save(folder / "prompt_lengths.npy", np.array(prompt_lengths, np.int32))
 
 # %% ../../nbs/01_data/09_tokens.ipynb #001e8587
 class TokenStore:
@@ -104,18 +94,12 @@ class TokenStore:
             DataError: if there are no rows, or a row has no tokens.
         """
         folder = pathlib.Path(folder)
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(mode=0o700, parents=True)
-        try:
+        with whole_folder(folder, private=True) as partial:
             _write_store(partial, rows)
             if before is not None:
                 before(partial)
             if folder.exists():
                 shutil.rmtree(folder)
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         return cls(folder)
 
     def __len__(self):

@@ -6,17 +6,15 @@
 __all__ = ['KEY_BYTES', 'private_folder', 'cache_secret', 'cache_key', 'embed_with', 'embed']
 
 # %% ../../nbs/10_evaluation/04_cache.ipynb #c805a971
-import contextlib
 import hmac
 import json
-import os
 import pathlib
 import secrets
-import tempfile
 
 import numpy as np
 
 from .embedders import open_embedder
+from ..files import publishing, replacing
 from ..settings import DataError
 
 # %% ../../nbs/10_evaluation/04_cache.ipynb #9bd6755c
@@ -39,12 +37,8 @@ def cache_secret(folder):
     """
     path = private_folder(folder) / "key"
     if not path.exists():
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp") as file:  # mode 0600
-            file.write(secrets.token_bytes(KEY_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-            with contextlib.suppress(FileExistsError):
-                os.link(file.name, path)
+        with publishing(path) as temporary:
+            temporary.write_bytes(secrets.token_bytes(KEY_BYTES))
     key = path.read_bytes()
     if len(key) != KEY_BYTES:
         raise DataError(
@@ -63,12 +57,9 @@ def cache_key(embedder, texts, key):
 
 
 def _save_array(path, array):
-    """Write an .npy file under a temporary name, then rename it."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
+    """Write an .npy file; several runs may share the folder."""
+    with replacing(path, private=True, several=True) as temporary, open(temporary, "wb") as file:
         np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
 
 
 def embed_with(embedder, texts, cache, progress):

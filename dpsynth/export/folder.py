@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TARGETS', 'FACTS', 'check_run', 'released', 'check_base', 'load_trained', 'facts_of', 'write_papers', 'export_run']
 
-# %% ../../nbs/14a_export/08_folder.ipynb #8740356f
+# %% ../../nbs/14a_export/08_folder.ipynb #3ea8c986
 import os
 import pathlib
 import shutil
@@ -17,8 +17,9 @@ from .papers import card
 from .to_keras import write_keras
 from .to_peft import hugging_face_name, write_peft
 from .to_transformers import write_transformers
+from ..files import write_json, write_text
 from ..finetune import mark_not_private
-from ..imports import terms_of, whole_folder
+from ..imports import model_folder, terms_of
 from dpsynth.manifest import (
     CERTIFICATE,
     EXPORTED,
@@ -31,7 +32,6 @@ from dpsynth.manifest import (
 )
 from ..models import LanguageModel, preset_hash, tuning_mode
 from ..pipeline import load_generator
-from ..runs import write_json, write_text
 from ..settings import ModelError, Settings, SettingsError
 
 # %% ../../nbs/14a_export/08_folder.ipynb #a5acc66a
@@ -114,7 +114,7 @@ def write_papers(model, settings, run, folder, to, certificate):
     listed = {path.relative_to(folder).as_posix(): entry(path) for path in files}
     add_to_manifest(folder / MANIFEST, certificate and statement(certificate), listed)
 
-# %% ../../nbs/14a_export/08_folder.ipynb #b2f75966
+# %% ../../nbs/14a_export/08_folder.ipynb #6ea0208b
 def export_run(
     settings: Settings, run: str | os.PathLike, to: str, out: str | os.PathLike | None = None
 ) -> pathlib.Path:
@@ -130,7 +130,7 @@ def export_run(
     """
     check_run(settings, run, to)
     folder = pathlib.Path(out or pathlib.Path(run) / f"export-{to}")
-    with whole_folder(folder) as scratch:
+    with model_folder(folder) as scratch:
         certificate = released(settings, run)
         model = load_trained(settings, run)
         check_base(model, certificate)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['HUGGING_FACE', 'hugging_face_name', 'peft_config', 'write_peft']
 
-# %% ../../nbs/14a_export/05_to_peft.ipynb #f219bb93
+# %% ../../nbs/14a_export/05_to_peft.ipynb #fe9f32e7
 import pathlib
 
 from .families import modules
 from .projections import as_pair
 from .to_transformers import write_arrays, write_transformers
+from ..files import write_json
 from ..models import LanguageModel, adapted_layers, takes_factored_lora
-from ..runs import write_json
 from ..sampling import adapters_off
 from ..settings import ModelError, Settings
 

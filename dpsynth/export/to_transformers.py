@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['generation_config', 'write_arrays', 'write_transformers']
 
-# %% ../../nbs/14a_export/04_to_transformers.ipynb #fe4b8f3b
+# %% ../../nbs/14a_export/04_to_transformers.ipynb #c898ea2c
 import pathlib
 
 import numpy as np
@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 
 from .families import FAMILIES, state_dict
 from .tokenizer_files import write_tokenizer
+from ..files import write_json
 from ..models import LanguageModel
-from ..runs import write_json
 from ..settings import Settings
 
 # %% ../../nbs/14a_export/04_to_transformers.ipynb #38e56198

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['merges_of', 'tokenizer_of_sentencepiece', 'make_tokenizer', 'tokenizer_config', 'write_tokenizer']
 
-# %% ../../nbs/14a_export/03_tokenizer_files.ipynb #7bab85e3
+# %% ../../nbs/14a_export/03_tokenizer_files.ipynb #3b03918a
 import pathlib
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
+from ..files import write_json
 from ..imports import BLANK, CONTROL, NORMAL, SPARE, UNKNOWN, UNUSED, USER_DEFINED
 from ..models import LanguageModel
-from ..runs import write_json
 from ..settings import ModelError
 
 # %% ../../nbs/14a_export/03_tokenizer_files.ipynb #49eec993

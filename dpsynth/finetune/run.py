@@ -8,7 +8,6 @@ __all__ = ['NOT_PRIVATE', 'finetune_run', 'mechanism_of', 'public_mechanism', 'L
 
 # %% ../../nbs/07_finetune/08_run.ipynb #a5d4773b
 import json
-import os
 import pathlib
 import tempfile
 
@@ -29,7 +28,7 @@ from ..ledger import accesses_event, release_id
 from ..manifest import checked_fit, file_hash, standing, write_release
 from ..models import base_name, check_spelling, load_adapter, save_adapter, tuning_mode
 from ..privacy import Randomness, bind_run, count_accesses, load_secret, make_mechanism, run_identity
-from ..runs import write_text
+from ..files import move, write_text
 from ..settings import PrivacyError, SettingsError, result_settings
 
 # %% ../../nbs/07_finetune/08_run.ipynb #a98ab962
@@ -191,7 +190,7 @@ NOT_PRIVATE = {
 def mark_not_private(settings, folder):
     """Say in `NOT_PRIVATE.md` in a folder why no guarantee covers what a run without one put there."""
     text = f"# Not private\n\n{NOT_PRIVATE[settings.generator]}\n\nThere is no certificate.\n"
-    (pathlib.Path(folder) / "NOT_PRIVATE.md").write_text(text, encoding="utf-8")
+    write_text(pathlib.Path(folder) / "NOT_PRIVATE.md", text)
 
 
 def dry_run_certificate(mechanism, settings, base):
@@ -222,7 +221,7 @@ def _finish(model, settings, mechanism, counts, base, composed, release):
     else:
         mark_not_private(settings, release)
     write_release(certificate, release, files)
-    os.replace(files["adapter.npz"], release / "adapter.npz")
+    move(files["adapter.npz"], release / "adapter.npz")
 
 
 def with_prior(settings, folder):

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['STATED', 'provenance', 'describe_import', 'goes_together', 'is_a_choice']
 
-# %% ../../nbs/06a_imports/08_origin.ipynb #db7cf181
-import json
+# %% ../../nbs/06a_imports/08_origin.ipynb #7a4b4e44
 import pathlib
 
+from ..files import load_json
 from .conversion import FACTS, describe_vocabulary
 from .packages import BUNDLES, packaged_preset
 from ..settings import ModelError
 
-# %% ../../nbs/06a_imports/08_origin.ipynb #7cb281ab
+# %% ../../nbs/06a_imports/08_origin.ipynb #7265583e
 STATED = ("source", "sha256", "licence", "vocabulary")
 
 
@@ -26,11 +26,12 @@ def provenance(name: str) -> dict | None:
     path = pathlib.Path(packaged_preset(name) or name) / FACTS
     if name == "tiny" or not path.is_file():
         return None
+    damaged = "damaged, or of an earlier version; import the model again"
+    facts = load_json(path, damaged, ModelError)
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
         return {key: facts[key] for key in STATED}
-    except (ValueError, KeyError, TypeError):
-        raise ModelError(f"{path}: damaged, or of an earlier version; import the model again") from None
+    except (KeyError, TypeError):
+        raise ModelError(f"{path}: {damaged}") from None
 
 # %% ../../nbs/06a_imports/08_origin.ipynb #fe2f544e
 def describe_import(stated: dict | None) -> str:

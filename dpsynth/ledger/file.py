@@ -14,8 +14,8 @@ import pathlib
 import sqlite3
 import stat
 
+from ..files import publishing
 from ..settings import PrivacyError
-from ..state import sync
 
 # %% ../../nbs/05_ledger/03_file.ipynb #1e41dd17
 def default_path():
@@ -34,22 +34,6 @@ def existing_part(path):
     return next((part for part in (path, *path.parents) if os.path.lexists(part)), path)
 
 
-@contextlib.contextmanager
-def _published(path):
-    """A temporary file of mode 0600 that appears as `path` in one step, unless somebody else's is there
-    first.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    try:
-        yield temporary
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink()
-
-
 def _load_key(path, ledger):
     """The 32 bytes beside a ledger, made on first use.
 
@@ -57,9 +41,8 @@ def _load_key(path, ledger):
         PrivacyError: the ledger has lost its key, or the key file is damaged.
     """
     if not path.exists() and not ledger.exists():
-        with _published(path) as temporary:
+        with publishing(path) as temporary:
             temporary.write_bytes(os.urandom(32))
-            sync(temporary)
     if not path.exists():
         raise PrivacyError(
             f"{path}: the key of the ledger is missing; restore it, without it no row is recognised as spent"
@@ -110,7 +93,7 @@ def _digest(key, purpose, content, size):
 
 def _create(path, key):
     """Build an empty ledger beside `path` and publish it."""
-    with _published(path) as temporary:
+    with publishing(path) as temporary:
         with contextlib.closing(sqlite3.connect(temporary, isolation_level=None)) as db:
             db.execute("PRAGMA journal_mode = WAL")
             db.executescript(
@@ -118,7 +101,6 @@ def _create(path, key):
                 f" {SCHEMA} COMMIT;"
             )
             db.execute("INSERT INTO locks VALUES (?)", [_digest(key, b"dpsynth key", b"", 16)])
-        sync(temporary)
 
 
 def _check_file(db, path, key):

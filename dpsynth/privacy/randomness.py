@@ -15,7 +15,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 import numpy as np
 
 from ..settings import PrivacyError
-from ..state import State, kept, write_private
+from ..files import write_private
+from ..state import State, kept
 
 # %% ../../nbs/04_privacy/06_randomness.ipynb #84437e27
 SECRET_BYTES, DISTINCT_BYTES = 32, 16  # random ones have fewer than 16 distinct values once in 10^15 times
