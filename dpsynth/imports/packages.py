@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['HOW_TO_INSTALL', 'BUNDLES', 'FORMAT', 'Bundle', 'packaged', 'terms_of', 'assemble', 'packaged_preset', 'fewer_pieces']
 
-# %% ../../nbs/06a_imports/07_packages.ipynb #f5b3eeb9
+# %% ../../nbs/06a_imports/07_packages.ipynb #c7d69f42
 import dataclasses
-import importlib.resources
+import importlib.util
 import pathlib
 import shutil
 import sys
