@@ -252,10 +252,16 @@ def keras_api_contender(options):
     )
     losses = []
 
+    class Batches(keras.utils.PyDataset):  # of arrays, Keras makes a tf.data set that takes seconds to go away
+        def __len__(self):
+            return accumulated
+
+        def __getitem__(self, number):
+            part = slice(number * batch, (number + 1) * batch)
+            return {name: array[part] for name, array in x.items()}, tokens[part, 1:], weights[part]
+
     def update():
-        history = language_model.fit(
-            x, tokens[:, 1:], sample_weight=weights, batch_size=batch, epochs=1, shuffle=False, verbose=0
-        )
+        history = language_model.fit(Batches(), epochs=1, shuffle=False, verbose=0)
         losses.append(history.history["loss"][0] * inputs * len(tokens) / float(weights.sum()))
 
     return {"keras_api": update, "loss": lambda: losses[0]}

@@ -20,9 +20,16 @@ import tempfile
 import time
 
 from .data import TokenStore
-from .finetune import Trainer, bucket_lengths, one_by_one, prepare_model, rows_of_units, some_rows
+from dpsynth.finetune import (
+    Trainer,
+    bucket_lengths,
+    prepare_model,
+    rows_of_units,
+    some_rows,
+    units_of_a_call,
+)
 from .formats import TextFormat
-from .models import base_name, divisible, load_model
+from .models import base_name, load_model
 from .pipeline import reference_rows
 from .privacy import Mechanism, Randomness
 from .files import write_json
@@ -76,7 +83,7 @@ def measure_training(model, settings, bands, lengths):
     """`(microbatch, update, compiling)`: seconds of a microbatch of rows of each length, by length, of an
     update beside its microbatches, and of what comes before the first ones."""
     most = 1 if settings.unit == "row" else settings.max_records_per_unit
-    size = max(2 if one_by_one() else 1, divisible(settings.microbatch_size))
+    size = units_of_a_call(settings)
     mechanism = Mechanism(
         num_units=size * 64,
         expected_batch_size=1,
@@ -321,7 +328,7 @@ def update_seconds(pace, settings, lengths):
     """Seconds of an update whose units are as long as these, in tokens with the prompt."""
     buckets = bucket_lengths(settings.sequence_length)
     place = np.searchsorted(buckets, np.minimum(lengths, buckets[-1]))
-    size = max(2 if one_by_one() else 1, divisible(settings.microbatch_size))
+    size = units_of_a_call(settings)
     means = settings.batch_size * np.bincount(place, minlength=len(buckets)) / len(place)
     return pace.update + sum(
         expected_microbatches(mean, size) * pace.microbatch.get(bucket, 0.0)
@@ -349,7 +356,7 @@ def unit_lengths(survey, records):
 def held_out_seconds(pace, settings, rows):
     """Seconds of the loss on at most so many test rows, before and after the training. A forward pass is a
     third of a gradient."""
-    size = max(2 if one_by_one() else 1, divisible(settings.microbatch_size))
+    size = units_of_a_call(settings)
     each = pace.microbatch.get(settings.sequence_length, 0.0) / 3
     return 2 * math.ceil(min(settings.validation_size, rows) / size) * each
 

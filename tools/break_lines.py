@@ -1441,7 +1441,7 @@ BREAKS = [
         13,
         "the base model is not named",
         "certificate/statement",
-        '                "base_model": base,\n',
+        '        "base_model": base,\n',
         "",
         "test_privacy_certificate.py::test_certificate_verifies_and_a_false_one_does_not",
     ),
