@@ -53,10 +53,11 @@ def demo(args):
 
 def run(args):
     """Run experiments and print their table."""
-    from dpsynth import experiments
+    from dpsynth.runs.sweep import run_sweep
+    from dpsynth.runs.table import results_table
 
-    rows = experiments.run(args.configs, args.out, args.set, args.timeout)
-    print(f"\n{experiments.results_table(rows)}")
+    rows = run_sweep(args.configs, args.out, args.set, args.timeout)
+    print(f"\n{results_table(rows)}")
     bad = [row for row in rows if row["status"] != "done"]
     if bad:
         complain(
@@ -67,7 +68,8 @@ def run(args):
 
 def results(args):
     """Print the table of what has been run, or of a record that comes with the package."""
-    from dpsynth.experiments import collect, record_folder, record_names, results_table
+    from dpsynth.runs.results import collect, record_folder, record_names
+    from dpsynth.runs.table import results_table
 
     if args.watch:
         return watch(args)
@@ -85,7 +87,8 @@ def watch(args):
     """Print the table of a folder of runs again and again, on a terminal in place, elsewhere once a minute,
     until no run is running.
     """
-    from dpsynth.experiments import collect, results_table
+    from dpsynth.runs.results import collect
+    from dpsynth.runs.table import results_table
     from dpsynth.progress import MINUTE, TICK
 
     if args.records is not None:
@@ -102,15 +105,15 @@ def watch(args):
 # %% ../nbs/15_cli.ipynb #1ad1d19c
 def check(args):
     """Look at configurations without running them."""
-    from dpsynth import experiments
+    from dpsynth.runs.configs import check_template, read_configs
 
-    all_settings = experiments.read_configs(args.configs, args.set)
-    experiments.check_template()
-    pipeline = slow_import("pipeline")
-    print(f"  {'device':12} {pipeline.device_name()}")
-    look = pipeline.remember()
+    all_settings = read_configs(args.configs, args.set)
+    check_template()
+    surveys = slow_import("runs.surveys")
+    print(f"  {'device':12} {slow_import('runs.stages').device_name()}")
+    look = surveys.remember()
     for settings in all_settings:
-        survey = pipeline.survey(settings, lenient=True, data=not args.no_data, load=look)
+        survey = surveys.survey(settings, lenient=True, data=not args.no_data, load=look)
         guarantee = f"epsilon {settings.epsilon:g}" if settings.private else "NOT PRIVATE"
         print(f"{settings.experiment}: {settings.generator}, {guarantee}")
         looked = look_at_rows(survey, args.out) if args.look else ()
@@ -145,11 +148,11 @@ def findings(survey):
             describe_mechanism(survey.mechanism, "rows" if survey.settings.unit == "row" else "groups"),
         )
         if survey.mechanism.private:
-            plan = slow_import("plan")
+            plan = slow_import("runs.plan")
             yield "attacker", plan.attacker_sentence(survey.mechanism)
             for line in plan.advice(survey.mechanism):
                 yield "instead", line
-    yield from (("embedder", line) for line in slow_import("pipeline").describe_embedders(survey.settings))
+    yield from (("embedder", line) for line in slow_import("runs.surveys").describe_embedders(survey.settings))
 
 
 def costs(survey, args):
@@ -161,11 +164,11 @@ def costs(survey, args):
         f", {trained:,} of them trained" if survey.settings.generator == "finetune" else ""
     )
     if args.no_time:
-        memory = slow_import("pipeline").estimate_memory(survey.settings, total, trained)
+        memory = slow_import("runs.memory").estimate_memory(survey.settings, total, trained)
         yield "memory", f"roughly {memory / 2**30:.1f} GiB {counted}; not measured"
         return
     try:
-        found = slow_import("estimate").estimate(survey, args.look)
+        found = slow_import("runs.cost").estimate(survey, args.look)
     except DpsynthError as error:
         survey.unknown.append(f"memory and time: {error}")
         return
@@ -208,7 +211,7 @@ def cost_of_better(settings, args, load):
     tuning = "lora" if settings.tuning == "full" else settings.tuning
     better = settings.model_copy(update={**BETTER, "tuning": tuning})
     try:
-        survey = slow_import("pipeline").survey(better, lenient=True, load=load)
+        survey = slow_import("runs.surveys").survey(better, lenient=True, load=load)
         return [f"{topic}: {text}" for topic, text in costs(survey, args)] + survey.unknown
     except DpsynthError as error:
         return [f"not measured: {error}"]
@@ -270,7 +273,7 @@ def look_at_rows(survey, out):
             f" {source['train_rows_in_test']:,} of these rows are test rows too"
         ),
     )
-    yield from (("written", line) for line in slow_import("pipeline").written_differently(survey))
+    yield from (("written", line) for line in slow_import("runs.surveys").written_differently(survey))
     if settings.unit != "row":
         yield "units", describe_units(records, settings)
     if settings.label_column:
@@ -322,7 +325,7 @@ def describe_labels(records, settings):
 
 def describe_lengths(survey):
     """How the training texts fit into the sequence."""
-    lengths = sorted(slow_import("estimate").token_lengths(survey, survey.splits.train).tolist())
+    lengths = sorted(slow_import("runs.cost").token_lengths(survey, survey.splits.train).tolist())
     cut = sum(length > survey.settings.sequence_length for length in lengths) / len(lengths)
     return (
         f"median {lengths[len(lengths) // 2]}, longest {lengths[-1]} tokens with the prompt; {cut:.0%}"
@@ -362,7 +365,7 @@ def describe_mechanism(mechanism, units="rows"):
 def plan(args):
     """Show what epsilon, batch and updates buy, in noise and minutes."""
     settings, given = plan_settings(args.data, args.set)
-    module = slow_import("plan")
+    module = slow_import("runs.plan")
     mechanism = module.planned(settings, args.units or public_units(settings), given)
     print(module.plan_table(mechanism, None if args.no_time else seconds_by_batch(settings, mechanism.bands)))
     if settings.model == "tiny" and not args.no_time and not settings.data == "demo":
@@ -374,7 +377,7 @@ def plan(args):
 
 def plan_settings(data, overrides):
     """(settings of a configuration, or of data without one, whether there was one)."""
-    from dpsynth.experiments import read_configs
+    from dpsynth.runs.configs import read_configs
 
     if data and data.endswith((".yaml", ".yml")):
         return read_configs([data], overrides)[0], True
@@ -398,7 +401,7 @@ def public_units(settings):
 
 def seconds_by_batch(settings, bands):
     """f(expected batch): seconds of an update on rows of full length, measured now."""
-    estimate = slow_import("estimate")
+    estimate = slow_import("runs.cost")
     longest = [settings.sequence_length]
     pace = estimate.measure(settings, bands, longest, [])
     return lambda batch: estimate.update_seconds(
@@ -412,11 +415,12 @@ def held(folder):
 
     Raises SettingsError where it is none or another process is at it.
     """
-    from dpsynth import runs
+    from dpsynth.runs.folder import locked, read_settings
+    from dpsynth.runs.status import check_files
 
-    settings = runs.read_settings(folder)
-    with runs.locked(folder):
-        runs.check_files(folder)
+    settings = read_settings(folder)
+    with locked(folder):
+        check_files(folder)
         yield settings
 
 
@@ -425,26 +429,26 @@ def by_hand(folder):
     """`held`, for a stage: what status.json says of an earlier end is no longer true once the block has ended
     well.
     """
-    from dpsynth import runs
+    from dpsynth.runs.status import read_status
 
     with held(folder) as settings:
         yield settings
-        if runs.read_status(folder)["state"] != "done":
+        if read_status(folder)["state"] != "done":
             (pathlib.Path(folder) / "status.json").unlink(missing_ok=True)
 
 
 def fit(args):
     """Fine-tune, or resume."""
     with by_hand(args.run) as settings:
-        pipeline, data = slow_import("pipeline"), slow_import("data")
-        splits = pipeline.survey(settings).splits
-        if line := data.left_out(splits.train):
+        stages, budget = slow_import("runs.stages"), slow_import("runs.budget")
+        splits = slow_import("runs.surveys").survey(settings).splits
+        if line := slow_import("data").left_out(splits.train):
             print(line)
-        pipeline.load_stage(settings, args.run, splits)
+        stages.load_stage(settings, args.run, splits)
         if settings.generator == "finetune":
-            pipeline.announce(settings, splits.train, args.run)
-        pipeline.fit_stage(settings, args.run, splits)
-        pipeline.warn_of_untold(settings, args.run)
+            budget.announce(settings, splits.train, args.run)
+        stages.fit_stage(settings, args.run, splits)
+        budget.warn_of_untold(settings, args.run)
     print(f"{args.run}: fitted")
 
 
@@ -454,7 +458,7 @@ def sample(args):
         with held(args.run) as settings:
             seed = new_seed(settings, args.seed)
             print(
-                slow_import("pipeline").sample_again(
+                slow_import("runs.stages").sample_again(
                     settings, args.run, args.rows or settings.num_samples, seed
                 )
             )
@@ -478,22 +482,21 @@ def new_seed(settings, seed=None):
 
 
 def _sample_run(settings, folder):
-    pipeline, real = slow_import("pipeline"), settings.generator.startswith("real")
-    splits = pipeline.load_stage(settings, folder) if real else None
-    pipeline.sample_stage(
-        settings, folder, splits, None if real else pipeline.load_generator(settings, folder)
-    )
-    return pipeline.rows_file(settings, folder)
+    stages, real = slow_import("runs.stages"), settings.generator.startswith("real")
+    splits = stages.load_stage(settings, folder) if real else None
+    stages.sample_stage(settings, folder, splits, None if real else stages.load_generator(settings, folder))
+    return stages.rows_file(settings, folder)
 
 
 def evaluate(args):
     """Compare the rows of a run with real test rows."""
-    from dpsynth.experiments import collect, results_table
+    from dpsynth.runs.results import collect
+    from dpsynth.runs.table import results_table
 
     with by_hand(args.run) as settings:
-        pipeline = slow_import("pipeline")
-        pipeline.rows_of_run(settings, args.run)
-        pipeline.evaluate_stage(settings, args.run, pipeline.load_stage(settings, args.run))
+        stages = slow_import("runs.stages")
+        stages.rows_of_run(settings, args.run)
+        stages.evaluate_stage(settings, args.run, stages.load_stage(settings, args.run))
     print(results_table(collect(args.run)))
 
 # %% ../nbs/15_cli.ipynb #7def0afc
@@ -519,10 +522,12 @@ def _audit_files(synthetic, train, holdout, json=None, **options):
 
 def _audit_run(run):
     with held(run) as settings:
-        pipeline = slow_import("pipeline")
-        pipeline.rows_of_run(settings, run)
-        model = pipeline.load_generator(settings, run) if settings.generator == "finetune" else None
-        found = pipeline.audit_stage(settings, run, pipeline.load_stage(settings, run), model)
+        stages = slow_import("runs.stages")
+        stages.rows_of_run(settings, run)
+        model = stages.load_generator(settings, run) if settings.generator == "finetune" else None
+        found = slow_import("runs.audit_run").audit_stage(
+            settings, run, stages.load_stage(settings, run), model
+        )
     print(found)
     return int(not found.passed)
 
@@ -571,9 +576,10 @@ def _register(config, path):
     """(name in the ledger of the rows that a configuration reads, path of the ledger): they can have a cap
     before a run charges them.
     """
-    from dpsynth import data, experiments
+    from dpsynth import data
+    from dpsynth.runs.configs import read_configs
 
-    (settings,) = experiments.read_configs([config], [])
+    (settings,) = read_configs([config], [])
     runs = pathlib.Path(path or "runs")
     if path and not runs.is_dir():
         settings = settings.model_copy(update={"ledger": str(path)})

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from .certificate import read_certificate, verify, write_certificate
 from .privacy import told_delta
 from .files import load_json, new_file, replacing, write_json
-from .runs import read_json
+from .runs.folder import read_json
 from .settings import DataError, SettingsError
 from .state import file_hash
 

@@ -22,10 +22,13 @@ from .finetune import finetune_run, with_prior
 from .formats import TextFormat
 from .manifest import statement_of
 from .models import check_environment
-from .pipeline import announce, guarantee, load_generator, load_stage, survey, warn_of_untold
+from .runs.budget import announce, warn_of_untold
+from .runs.stages import guarantee, load_generator, load_stage
+from .runs.surveys import survey
 
 from .files import write_private
-from .runs import locked, read_json, read_settings, record, timed
+from .runs.folder import locked, read_json, read_settings
+from .runs.metrics import record, timed
 from .sampling import sample_to_file
 from .settings import EXPERIMENT, UNDECIDED, DataError, SettingsError, make_settings, resolve
 from .evaluation.usefulness import utility_verdict

@@ -177,7 +177,7 @@ def test_a_ledger_that_cannot_be_written_is_refused(refused, config, tmp_path):
 
 @pytest.mark.parametrize("failure", ["raises", "is no number"])
 def test_scores_stay_until_there_are_new_ones(tmp_path, monkeypatch, failure):
-    from dpsynth import pipeline
+    from dpsynth.runs import stages
 
     settings = Settings(generator="prompt", **SMALL)
     folder = prepare_folder(settings, tmp_path / "dp_ft")
@@ -191,15 +191,15 @@ def test_scores_stay_until_there_are_new_ones(tmp_path, monkeypatch, failure):
             raise ModelError("no such embedder")
         return {"mauve_mean": float("nan")}
 
-    monkeypatch.setattr(pipeline, "evaluate", evaluate)
+    monkeypatch.setattr(stages, "evaluate", evaluate)
     with pytest.raises(DpsynthError):
-        pipeline.evaluate_stage(settings, folder, SimpleNamespace(test=None))
+        stages.evaluate_stage(settings, folder, SimpleNamespace(test=None))
     kept = lambda: {
         k: v for k, v in read_json(folder / "metrics.json").items() if not k.startswith("seconds")
     }
     assert kept() == {"steps": 5, "mauve_mean": 0.8, "mauve2_mean": 0.9, "warnings": ["small"]}
-    monkeypatch.setattr(pipeline, "evaluate", lambda *arguments: {"mauve_mean": 0.7})
-    pipeline.evaluate_stage(settings, folder, SimpleNamespace(test=None))
+    monkeypatch.setattr(stages, "evaluate", lambda *arguments: {"mauve_mean": 0.7})
+    stages.evaluate_stage(settings, folder, SimpleNamespace(test=None))
     assert kept() == {"steps": 5, "mauve_mean": 0.7}
 
 
@@ -287,7 +287,7 @@ def test_results_without_a_folder_find_the_demo(dpsynth, tmp_path, monkeypatch):
 
 
 def test_records_are_printed_by_name_and_listed_without(dpsynth):
-    from dpsynth.experiments import RECORDS, collect, results_table
+    from dpsynth.runs import RECORDS, collect, results_table
 
     code, out, err = dpsynth("results", "--records")
     assert (code, err) == (0, "") and "demo" in out.split()
@@ -394,12 +394,13 @@ def own_rows(tmp_path):
 
 
 def test_check_recommends_a_model_for_rows_of_ones_own_and_fetches_none(dpsynth, own_rows, monkeypatch):
-    from dpsynth import imports, pipeline
+    from dpsynth import imports
+    from dpsynth.runs import surveys
 
     monkeypatch.setattr(imports.packages, "_package_folder", lambda package: None)
-    surveyed, survey = [], pipeline.survey
+    surveyed, survey = [], surveys.survey
     monkeypatch.setattr(
-        pipeline,
+        surveys,
         "survey",
         lambda settings, **more: surveyed.append(settings.model) or survey(settings, **more),
     )
@@ -424,7 +425,8 @@ def test_check_recommends_a_model_for_rows_of_ones_own_and_fetches_none(dpsynth,
 
 def test_check_measures_the_recommended_model_where_it_is_installed(dpsynth, own_rows, monkeypatch):
     """The model of one layer is in the place of the recommended one."""
-    from dpsynth import cli, estimate, imports, models
+    from dpsynth import cli, imports, models
+    from dpsynth.runs import cost as costs
 
     monkeypatch.setattr(models, "packaged_preset", lambda name: None)
     monkeypatch.setattr(cli, "BETTER", {**cli.BETTER, "model": MICRO, "vocabulary": "full"})
@@ -440,7 +442,7 @@ def test_check_measures_the_recommended_model_where_it_is_installed(dpsynth, own
         "device_memory": 0,
     }
     monkeypatch.setattr(
-        estimate, "estimate", lambda survey, looked=False: measured.append(survey.settings) or cost
+        costs, "estimate", lambda survey, looked=False: measured.append(survey.settings) or cost
     )
     out = dpsynth("check", own_rows).out
     (asked, better), told = measured, out.partition("  recommended  ")[2]

@@ -10,7 +10,7 @@ import pytest
 
 from parts import MICRO, RUN
 from dpsynth.models import load_model, load_tokenizer
-from dpsynth.pipeline import survey
+from dpsynth.runs import survey
 from dpsynth.runs import prepare_folder
 from dpsynth.settings import SettingsError, check_backend
 from dpsynth.synthesizer import Synthesizer

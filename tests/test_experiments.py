@@ -20,35 +20,34 @@ import papermill
 import pytest
 import yaml
 
-from dpsynth import experiments
+import dpsynth
+from dpsynth import runs
 from dpsynth.certificate import FORMAT, verify
-from dpsynth.experiments import (
+from dpsynth.files import write_json
+from dpsynth.progress import now
+from dpsynth.runs import (
     COLUMNS,
     ORDER,
     RECORDS,
     TEMPLATE,
+    BusyError,
     check_template,
     collect,
     embedder_name,
     execute,
     is_done,
-    plot_results,
-    read_configs,
-    record_folder,
-    record_names,
-    results_table,
-    run,
-)
-from dpsynth.files import write_json
-from dpsynth.runs import (
-    BusyError,
     locked,
-    now,
+    plot_results,
     prepare_folder,
+    read_configs,
     read_json,
     read_settings,
     read_status,
     record,
+    record_folder,
+    record_names,
+    results_table,
+    run_sweep,
     timed,
     write_status,
 )
@@ -92,8 +91,9 @@ def template(tmp_path, monkeypatch):
             ),
             path,
         )
-        monkeypatch.setattr(experiments, "TEMPLATE", str(path))
-        monkeypatch.setattr(experiments, "preflight", lambda experiments, out: [])
+        monkeypatch.setattr(runs.configs, "TEMPLATE", str(path))
+        monkeypatch.setattr(runs.execution, "TEMPLATE", str(path))
+        monkeypatch.setattr(runs.sweep, "preflight", lambda experiments, out: [])
         return path
 
     return make
@@ -160,7 +160,7 @@ def test_template_that_differs_from_the_settings_is_refused(template, change):
 def test_template_without_the_tag_is_refused(template, tmp_path):
     path = template("", tags=())
     with pytest.raises(SettingsError, match="parameters cell"):
-        run([config(tmp_path / "c", "a")], tmp_path / "runs")
+        run_sweep([config(tmp_path / "c", "a")], tmp_path / "runs")
     assert not (tmp_path / "runs").exists() and path.exists()
 
 
@@ -192,7 +192,7 @@ def test_one_bad_run_does_not_stop_the_others(template, tmp_path):
     for name in names:
         config(tmp_path / "sweep", name, epsilon=3, batch_size=64)
     lines = []
-    rows = run([tmp_path / "sweep"], tmp_path / "runs", timeout=8, say=lines.append)
+    rows = run_sweep([tmp_path / "sweep"], tmp_path / "runs", timeout=8, say=lines.append)
     assert [r["experiment"] for r in rows] == names
     assert lines[::2] == [f"[{i}/6] {name} ..." for i, name in enumerate(names, 1)]
     assert lines[3] == "b_fails: failed (ValueError: its message may quote a row and is not shown)"
@@ -215,7 +215,7 @@ def test_one_bad_run_does_not_stop_the_others(template, tmp_path):
     assert "failed: train.csv, row 3: no label" in table and table.count("\n") == 7
     assert rows == collect(tmp_path / "runs")
 
-    rows = run([tmp_path / "sweep"], tmp_path / "runs", say=lines.append)  # finishes what is missing
+    rows = run_sweep([tmp_path / "sweep"], tmp_path / "runs", say=lines.append)  # finishes what is missing
     assert [r["status"] for r in rows] == ["done", "done", "failed", "done", "done", "done"]
     calls = {name: len((tmp_path / "runs" / name / "calls").read_text()) for name in names}
     assert calls == {"a_works": 1, "b_fails": 2, "c_refuses": 2, "d_dies": 2, "e_sleeps": 2, "f_works": 1}
@@ -224,9 +224,9 @@ def test_one_bad_run_does_not_stop_the_others(template, tmp_path):
 def test_memory_settings_may_change_and_do_not_start_a_done_run_again(template, tmp_path):
     template("")
     path = config(tmp_path / "c", "a", epsilon=3)
-    run([path], tmp_path / "runs")
+    run_sweep([path], tmp_path / "runs")
     assert [
-        r["status"] for r in run([path], tmp_path / "runs", ["microbatch_size=2", "sample_batch_size=3"])
+        r["status"] for r in run_sweep([path], tmp_path / "runs", ["microbatch_size=2", "sample_batch_size=3"])
     ] == ["done"]
     assert (tmp_path / "runs" / "a" / "calls").read_text() == "x"
 
@@ -249,7 +249,7 @@ def test_changed_settings_are_refused(template, tmp_path, epsilon, override, kin
     write_status(folder, state)
     before = (folder / "settings.yaml").read_bytes()
     with pytest.raises(kind) as caught:
-        run([path], tmp_path / "runs", [override])
+        run_sweep([path], tmp_path / "runs", [override])
     name = override.partition("=")[0]
     assert f"{folder} was made with {name}=" in str(caught.value) and "\n" not in str(caught.value)
     assert (folder / "settings.yaml").read_bytes() == before and not (folder / "notebook.ipynb").exists()
@@ -261,7 +261,7 @@ def test_refusal_reads_like_a_sentence(template, tmp_path):
     with pytest.raises(
         PrivacyError, match=r"was made with epsilon=10, not 3; choose another --out or remove it"
     ):
-        run([config(tmp_path / "c", "dp_ft")], tmp_path, ["epsilon=3"])
+        run_sweep([config(tmp_path / "c", "dp_ft")], tmp_path, ["epsilon=3"])
 
 
 def test_all_configurations_are_checked_before_anything_runs(template, tmp_path):
@@ -269,14 +269,14 @@ def test_all_configurations_are_checked_before_anything_runs(template, tmp_path)
     config(tmp_path / "c", "a")
     config(tmp_path / "c", "b", epsilom=3)
     with pytest.raises(SettingsError, match=r"b\.yaml.*did you mean 'epsilon'"):
-        run([tmp_path / "c"], tmp_path / "runs")
+        run_sweep([tmp_path / "c"], tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
 def test_two_experiments_of_one_name_are_refused(template, tmp_path):
     template("")
     with pytest.raises(SettingsError, match="already defined"):
-        run([config(tmp_path / "c", "a"), config(tmp_path / "d", "a")], tmp_path / "runs")
+        run_sweep([config(tmp_path / "c", "a"), config(tmp_path / "d", "a")], tmp_path / "runs")
 
 
 SHADOWED = "import dpsynth, sys; (folder / 'seen').write_text(dpsynth.__file__ + str('' in sys.path or os.getcwd() in sys.path))"
@@ -291,9 +291,7 @@ def test_the_kernel_has_the_package_of_its_caller_whatever_lies_in_the_working_d
         (tmp_path / name / "__init__.py").write_text("raise ImportError('the wrong one')")
     monkeypatch.chdir(tmp_path)
     assert execute(Settings(experiment="e"), tmp_path / "e") == ("done", "")
-    assert (tmp_path / "e" / "seen").read_text() == experiments.__file__.replace(
-        "experiments.py", "__init__.py"
-    ) + "False"
+    assert (tmp_path / "e" / "seen").read_text() == dpsynth.__file__ + "False"
 
 
 DAMAGED = {
@@ -335,7 +333,7 @@ def test_a_damaged_file_is_named_with_the_way_back(template, tmp_path, name, dam
         assert row["status"] == "unreadable" and name in row["reason"] and "remove it" in row["reason"]
     for file in {name, *(("status.json",) if name == "metrics.json" else ())}:
         (folder / file).unlink()
-    assert [row["status"] for row in run([path], tmp_path / "runs", say=lambda line: None)] == [
+    assert [row["status"] for row in run_sweep([path], tmp_path / "runs", say=lambda line: None)] == [
         "done"
     ]  # the way back is one
 
@@ -357,8 +355,8 @@ with timed(folder, "fit"), progress.Progress("fine-tune", 32, facts=lambda now: 
 
 def test_a_waiting_user_and_status_json_see_completed_updates(template, tmp_path, monkeypatch):
     template(RUNNING)
-    monkeypatch.setattr(experiments, "TICK", 0.2)
-    monkeypatch.setattr(experiments, "MINUTE", 0.2)
+    monkeypatch.setattr(runs.execution, "TICK", 0.2)
+    monkeypatch.setattr(runs.execution, "MINUTE", 0.2)
     lines, seen, folder = [], [], tmp_path / "runs" / "a"
 
     def say(line):
@@ -366,7 +364,7 @@ def test_a_waiting_user_and_status_json_see_completed_updates(template, tmp_path
         seen.append(read_json(folder / "status.json"))
 
     (tmp_path / "a.yaml").write_text("epsilon: 3\n")
-    (row,) = experiments.run([tmp_path / "a.yaml"], tmp_path / "runs", say=say)
+    (row,) = run_sweep([tmp_path / "a.yaml"], tmp_path / "runs", say=say)
     assert row["status"] == "done" and not (folder / ".progress.json").exists()
     told_lines = [line for line in lines if "updates" in line]
     assert told_lines and all(
@@ -409,7 +407,7 @@ def test_a_run_that_cannot_start_does_not_stop_the_others(template, tmp_path):
             (tmp_path / "runs" / "b_spoilt").write_text("")
 
     with locked(elsewhere):
-        rows = run([tmp_path / "sweep"], tmp_path / "runs", say=say)
+        rows = run_sweep([tmp_path / "sweep"], tmp_path / "runs", say=say)
     assert [(r["experiment"], r["status"]) for r in rows] == [
         ("a_elsewhere", "running elsewhere"),
         ("b_spoilt", "failed"),
@@ -433,9 +431,9 @@ def test_a_run_that_was_finished_meanwhile_is_not_run_again(template, tmp_path, 
         write_status(prepare_folder(experiments[0], out / "a"), "done")
         return []
 
-    monkeypatch.setattr(experiments, "preflight", other_process)
+    monkeypatch.setattr(runs.sweep, "preflight", other_process)
     lines = []
-    assert [r["status"] for r in run([path], tmp_path / "runs", say=lines.append)] == ["done"]
+    assert [r["status"] for r in run_sweep([path], tmp_path / "runs", say=lines.append)] == ["done"]
     assert (
         lines == ["[1/1] a ...", "a: done before"]
         and not (tmp_path / "runs" / "a" / "notebook.ipynb").exists()
@@ -459,20 +457,20 @@ def test_the_lock_ends_with_its_process_however_it_ends(tmp_path):
 def test_run_folders_are_checked_before_anything_runs(template, tmp_path, monkeypatch, spoilt):
     template("")
     monkeypatch.setattr(
-        experiments, "preflight", lambda missing, out: pytest.fail("the rows are looked at first")
+        runs.sweep, "preflight", lambda missing, out: pytest.fail("the rows are looked at first")
     )
     (tmp_path / "runs" / spoilt).parent.mkdir(parents=True)
     (tmp_path / "runs" / spoilt).write_text("")
     lines = []
     with pytest.raises(SettingsError, match=f"{tmp_path / 'runs' / spoilt}.*: cannot be written"):
-        run([config(tmp_path / "c", "a"), config(tmp_path / "c", "b")], tmp_path / "runs", say=lines.append)
+        run_sweep([config(tmp_path / "c", "a"), config(tmp_path / "c", "b")], tmp_path / "runs", say=lines.append)
     assert not lines and not (tmp_path / "runs" / "b").exists()
 
 
 def test_a_sweep_that_is_refused_makes_no_folder(template, tmp_path, monkeypatch):
     template("")
     monkeypatch.setattr(
-        experiments, "preflight", lambda missing, out: (_ for _ in ()).throw(DataError("no rows"))
+        runs.sweep, "preflight", lambda missing, out: (_ for _ in ()).throw(DataError("no rows"))
     )
     (tmp_path / "file").write_text("")
     for out, error in (
@@ -480,7 +478,7 @@ def test_a_sweep_that_is_refused_makes_no_folder(template, tmp_path, monkeypatch
         (tmp_path / "file" / "runs", "file/runs: cannot be written.*choose another --out"),
     ):
         with pytest.raises((DataError, SettingsError), match=error):
-            run([config(tmp_path / "c", "a")], out)
+            run_sweep([config(tmp_path / "c", "a")], out)
     assert not (tmp_path / "new").exists() and (tmp_path / "file").read_text() == ""
 
 
@@ -490,16 +488,16 @@ def test_a_full_disk_is_a_reason_like_any_other(template, tmp_path, monkeypatch)
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(experiments.papermill, "execute_notebook", full)
-    monkeypatch.setattr(experiments, "remove_times", lambda path: nbformat.reads("", 4))
-    rows = run(
+    monkeypatch.setattr(runs.execution.papermill, "execute_notebook", full)
+    monkeypatch.setattr(runs.execution, "remove_times", lambda path: nbformat.reads("", 4))
+    rows = run_sweep(
         [config(tmp_path / "c", "a"), config(tmp_path / "c", "b")], tmp_path / "runs", say=lambda line: None
     )
     assert [(r["status"], r["reason"]) for r in rows] == [
         ("failed", "OSError: [Errno 28] No space left on device")
     ] * 2
     assert rows == collect(tmp_path / "runs")
-    monkeypatch.setattr(experiments, "write_status", full)
+    monkeypatch.setattr(runs.execution, "write_status", full)
     assert execute(Settings(experiment="c"), tmp_path / "c")[0] == "failed"
 
 
@@ -513,7 +511,7 @@ def test_an_interrupted_run_leaves_no_time_of_an_update(tmp_path, monkeypatch):
         nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiments.papermill, "execute_notebook", interrupted)
+    monkeypatch.setattr(runs.execution.papermill, "execute_notebook", interrupted)
     with pytest.raises(KeyboardInterrupt):
         execute(Settings(experiment="c"), tmp_path / "c")
     text = (tmp_path / "c" / "notebook.ipynb").read_text()
@@ -538,7 +536,7 @@ def test_what_only_evaluation_reads_may_change(template, tmp_path):
     other = ["second_embedder=", "num_mauve_trials=3", "utility=false"]
     assert is_done(read_configs([path])[0], folder) and not is_done(read_configs([path], other)[0], folder)
     for repeat in range(2):
-        assert [r["status"] for r in run([path], tmp_path / "runs", other, say=lambda line: None)] == ["done"]
+        assert [r["status"] for r in run_sweep([path], tmp_path / "runs", other, say=lambda line: None)] == ["done"]
         assert (folder / "calls").read_text() == "x" and read_settings(folder) == read_configs([path], other)[
             0
         ]
@@ -558,7 +556,7 @@ def test_scores_outlive_an_evaluation_that_fails_and_say_whose_they_are(template
     )
     template("raise OSError('no such model')")
     for repeat in range(2):
-        (row,) = run([path], tmp_path / "runs", other, say=lambda line: None)
+        (row,) = run_sweep([path], tmp_path / "runs", other, say=lambda line: None)
         assert (row["status"], row["reason"], row["mauve_mean"]) == ("failed", "OSError: no such model", 0.8)
         assert row["warnings"] == ["small", note] and [row] == collect(tmp_path / "runs")
     for form in ("table", "markdown"):
@@ -566,7 +564,7 @@ def test_scores_outlive_an_evaluation_that_fails_and_say_whose_they_are(template
         assert "0.800 ± 0.010" in text and "failed: OSError: no such model" in text and f"* {note}" in text
     assert [t.get_text() for t in plot_results([row]).axes[0].get_yticklabels()] == ["dp_ft (failed)"]
     template(MEASURED)
-    (row,) = run([path], tmp_path / "runs", other, say=lambda line: None)
+    (row,) = run_sweep([path], tmp_path / "runs", other, say=lambda line: None)
     assert (row["status"], row["mauve_mean"], row.get("warnings")) == ("done", 0.7, None)
 
 
@@ -575,7 +573,7 @@ def test_scores_of_the_same_settings_are_no_earlier_ones(template, tmp_path):
     path, folder = config(tmp_path / "c", "dp_ft", epsilon=3), tmp_path / "runs" / "dp_ft"
     write_status(prepare_folder(read_configs([path])[0], folder), "failed")
     write_json(folder / "metrics.json", {"mauve_mean": 0.8})
-    run([path], tmp_path / "runs", say=lambda line: None)
+    run_sweep([path], tmp_path / "runs", say=lambda line: None)
     assert read_json(folder / "metrics.json") == {"mauve_mean": 0.8}
 
 
@@ -608,14 +606,14 @@ def test_seconds_add_up_over_attempts(tmp_path):
 
 
 def test_seconds_of_a_killed_process_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("dpsynth.runs.BEAT", 0.01)
+    monkeypatch.setattr("dpsynth.runs.metrics.BEAT", 0.01)
     clock = tmp_path / ".clock.json"
     with timed(tmp_path, "fit"):
         while not clock.exists():
             time.sleep(0.01)
         left = read_json(clock)
     assert left["fit"] > 0 and not clock.exists()
-    monkeypatch.setattr("dpsynth.runs.BEAT", 60)
+    monkeypatch.setattr("dpsynth.runs.metrics.BEAT", 60)
     write_json(clock, {"fit": 40.0})  # what a killed process leaves
     with timed(tmp_path, "sample"):
         assert not clock.exists()
@@ -801,7 +799,7 @@ def test_embedders_of_one_name_that_differ_do_not_share_a_column():
             ("/a/minilm", 64),
         )
     ]
-    assert len(experiments.score_columns(rows)) == 4
+    assert len(runs.score_columns(rows)) == 4
 
 
 def test_a_table_with_scores_through_the_bundled_model_begins_with_what_they_are_worth(sweep):
@@ -875,12 +873,12 @@ def test_an_accuracy_of_an_earlier_version_is_called_that(sweep):
 
 def test_what_is_promised_and_what_is_learnt_stand_together(sweep):
     row = collect(sweep)[1]
-    promised, taught = experiments.worth(utility_of(row, 0.51)).splitlines()
+    promised, taught = runs.worth(utility_of(row, 0.51)).splitlines()
     assert "ε = 9.99" in promised and "learns nothing about the label" in taught
-    assert "0.930" in experiments.worth(
+    assert "0.930" in runs.worth(
         utility_of(row, 0.93)
-    ) and "always reaches 0.500" in experiments.worth(utility_of(row, 0.93))
-    assert "not measured" in experiments.worth({**row, "utility_accuracy": None})
+    ) and "always reaches 0.500" in runs.worth(utility_of(row, 0.93))
+    assert "not measured" in runs.worth({**row, "utility_accuracy": None})
 
 
 def scores(**means):
@@ -898,19 +896,19 @@ def scores(**means):
 
 
 def test_a_column_in_which_real_rows_score_below_synthetic_ones_is_worthless():
-    below = experiments.real_rows_below(scores(dp_ft=0.402, use_train=0.160, upper_bound=0.95))
+    below = runs.real_rows_below(scores(dp_ft=0.402, use_train=0.160, upper_bound=0.95))
     assert (
         "the real rows of use_train score 0.160, below the 0.402 of dp_ft" in below[0]
         and "dpsynth check" in below[0]
     )
     assert "the ceiling is low, the real rows of use_train score 0.160" in below[1] and len(below) == 2
     assert (
-        experiments.real_rows_below(scores(dp_ft=0.852, use_train=0.959))
+        runs.real_rows_below(scores(dp_ft=0.852, use_train=0.959))
         == []
-        == experiments.real_rows_below(scores(dp_ft=0.852))
+        == runs.real_rows_below(scores(dp_ft=0.852))
     )
     assert (
-        experiments.real_rows_below(scores(dp_ft=0.91, use_train=0.90)) == []
+        runs.real_rows_below(scores(dp_ft=0.91, use_train=0.90)) == []
     )  # within what the trials scatter
 
 
@@ -942,7 +940,7 @@ def test_results_can_be_read_from_a_file(sweep, tmp_path):
 
 
 def test_a_table_that_an_earlier_version_wrote_is_read(sweep, tmp_path):
-    new = set(experiments.NEW_COLUMNS)
+    new = set(runs.NEW_COLUMNS)
     assert len(new) == 6 and "utility_accuracy" not in new
     write_json(
         tmp_path / "old.json",

@@ -26,7 +26,7 @@ from dpsynth.finetune import (
     unit_loss,
 )
 from dpsynth.models import LanguageModel, load_model, setup_tuning
-from dpsynth.pipeline import DATA_SETTINGS
+from dpsynth.runs import DATA_SETTINGS
 from dpsynth.settings import Settings, SettingsError
 
 import jax

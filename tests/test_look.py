@@ -7,18 +7,13 @@ import pytest
 import yaml
 
 from parts import MICRO, RUN, mechanism, splits
-from dpsynth import data, estimate, pipeline
+from dpsynth import data, runs
+from dpsynth.runs import cost as costs
 from dpsynth.certificate import read_certificate
 from dpsynth.finetune import Account, finetune_run
 from dpsynth.ledger import Ledger, was_looked_at
-from dpsynth.plan import (
-    advice,
-    attacker_sentence,
-    changed,
-    found_at_most,
-    noise_to_signal,
-    plan_rows,
-    planned,
+from dpsynth.runs import (
+    advice, attacker_sentence, changed, found_at_most, noise_to_signal, plan_rows, planned
 )
 from dpsynth.settings import Settings, SettingsError
 
@@ -103,7 +98,7 @@ def test_certificates_of_data_that_was_looked_at_say_so(tmp_path):
 
 def test_what_an_attacker_finds_is_what_the_certificate_will_say(run):
     certificate = read_certificate(run / "release" / "certificate.json")
-    made = pipeline.promised_mechanism(RUN, run, splits())
+    made = runs.promised_mechanism(RUN, run, splits())
     (shown,) = re.findall(r"finds at most ([\d.]+)% of the units", certificate.markdown())
     assert f"{found_at_most(made):.1%}" == f"{shown}%" and f"{shown}%" in attacker_sentence(made).replace(
         "100.0%", f"{shown}%"
@@ -123,7 +118,7 @@ def test_advice_names_what_would_change():
 
 def test_a_plan_for_a_number_reads_no_file(monkeypatch, dpsynth, refused, configs):
     monkeypatch.setattr(data, "load", lambda settings: pytest.fail("rows are read"))
-    monkeypatch.setattr("dpsynth.plan.EPSILONS", (2.0,))
+    monkeypatch.setattr("dpsynth.runs.plan.EPSILONS", (2.0,))
     out = dpsynth("plan", "--units", 4000, "--no-time", "--set", "epsilon=2").out
     rows = [line.split() for line in out.splitlines()[2:] if line.strip().startswith("2 ")]
     assert len(rows) == 6 and {row[2] for row in rows} == {"31", "125", "500"} and "finds at most" in out
@@ -135,7 +130,7 @@ def test_a_plan_for_a_number_reads_no_file(monkeypatch, dpsynth, refused, config
 
 
 def test_a_plan_reads_the_number_of_units_and_nothing_else(configs, dpsynth, monkeypatch):
-    monkeypatch.setattr("dpsynth.plan.EPSILONS", (8.0,))
+    monkeypatch.setattr("dpsynth.runs.plan.EPSILONS", (8.0,))
     first, second = (dpsynth("plan", config, "--no-time").out for config in configs)
     assert first == second and "finds at most" in first
     with pytest.raises(SettingsError, match="private fine-tuning"):
@@ -145,17 +140,17 @@ def test_a_plan_reads_the_number_of_units_and_nothing_else(configs, dpsynth, mon
 
 
 def test_an_estimate_is_measured_and_reads_no_training_row(monkeypatch):
-    found = pipeline.survey(
+    found = runs.survey(
         RUN.model_copy(update={"num_samples": 40, "num_mauve_samples": 40}),
         load=lambda settings: splits(settings=settings),
     )
-    counted, read = estimate.token_lengths, []
+    counted, read = costs.token_lengths, []
     monkeypatch.setattr(
-        estimate,
+        costs,
         "token_lengths",
         lambda survey, records, **more: read.append(records) or counted(survey, records, **more),
     )
-    cost = estimate.estimate(found)
+    cost = costs.estimate(found)
     assert read and all(records is not found.splits.train for records in read)
     assert (
         cost["seconds"] == pytest.approx(cost["training"] + cost["sampling"])
@@ -164,7 +159,7 @@ def test_an_estimate_is_measured_and_reads_no_training_row(monkeypatch):
     )
     asked = []
     monkeypatch.setattr(
-        estimate,
+        costs,
         "_ask",
         lambda question: (
             asked.append(question)
@@ -180,21 +175,21 @@ def test_an_estimate_is_measured_and_reads_no_training_row(monkeypatch):
             }
         ),
     )
-    cost = estimate.estimate(found)
-    full = estimate.expected_microbatches(8, 8)
+    cost = costs.estimate(found)
+    full = costs.expected_microbatches(8, 8)
     assert cost["per_update"] == pytest.approx(0.25 + 0.5 * full) and cost["training"] == pytest.approx(
         1 + 3 + 2 * 0.5 / 3 + found.mechanism.steps * cost["per_update"]
     )
-    estimate.measure(
+    costs.measure(
         found.settings.model_copy(update={"epsilon": 3.0, "seed": 7, "epochs": 2.0}), 1, [32], [(32, 32)]
     )
-    estimate.measure(found.settings, 1, [32], [(32, 32)])
+    costs.measure(found.settings, 1, [32], [(32, 32)])
     assert asked[-1] == asked[-2]  # what makes no difference is not measured again
 
 
 def test_a_trial_that_fails_is_a_line_of_the_check():
     with pytest.raises(SettingsError, match="no such folder"):
-        estimate.measure(RUN.model_copy(update={"model": "./no/such/preset"}), 1, [32], [])
+        costs.measure(RUN.model_copy(update={"model": "./no/such/preset"}), 1, [32], [])
 
 
 def test_a_block_is_played_as_it_is_decoded(micro):
@@ -214,5 +209,5 @@ def test_a_block_is_played_as_it_is_decoded(micro):
     look, micro_stops = decoder.look, micro.stop_ids
     decoder.look = lambda *arguments: seen.append(arguments[-1]) or look(*arguments)
     lengths = [prompt + sample.tokens for sample in decoder.block(0, [0] * 20)]
-    played = estimate.looks_needed(settings, lengths, prompt)
+    played = costs.looks_needed(settings, lengths, prompt)
     assert micro_stops and sum(played.values()) == pytest.approx(len(seen), abs=2)

@@ -282,7 +282,7 @@ from dpsynth.sampling import sample_stream
 from dpsynth.data import TokenStore
 from dpsynth.finetune import Trainer
 from dpsynth.models import load_model, setup_tuning
-from dpsynth.pipeline import device_name
+from dpsynth.runs import device_name
 from dpsynth.privacy import Mechanism, Randomness
 from dpsynth.settings import Settings
 
@@ -420,15 +420,15 @@ def test_a_preset_is_read_for_its_hash_once_and_again_where_a_file_changed(tmp_p
 
 def test_the_base_model_of_an_audit_is_the_tuned_one_without_its_adapters(monkeypatch):
     from parts import RUN, splits
-    from dpsynth import pipeline
+    from dpsynth.runs import audit_run
     from dpsynth.formats import TextFormat
 
     records, fmt = splits().test, TextFormat(RUN.prompt, RUN.labels)
     base = finetune.row_losses(load_model(MICRO, seed=RUN.seed), records, fmt, RUN)
     tuned = finetune.prepare_model(RUN)
     tuned.assign([a + 0.5 for a in tuned.trainable])
-    monkeypatch.setattr(pipeline, "prepare_model", lambda settings: pytest.fail("loaded again"))
-    assert np.allclose(pipeline.base_losses(tuned, records, fmt, RUN), base, atol=1e-5)
+    monkeypatch.setattr(audit_run, "prepare_model", lambda settings: pytest.fail("loaded again"))
+    assert np.allclose(audit_run.base_losses(tuned, records, fmt, RUN), base, atol=1e-5)
     assert not np.allclose(finetune.row_losses(tuned, records, fmt, RUN), base, atol=1e-2)
 
 
@@ -463,7 +463,7 @@ def test_kept_programs_hold_no_row(programs, tmp_path):
     """The programs of a whole run are the same ones for other rows of the same shapes: what is compiled has no row in it."""
     from jax.experimental.compilation_cache import compilation_cache
     from parts import RUN, splits
-    from dpsynth.pipeline import evaluate_stage, fit_stage, load_stage, sample_stage
+    from dpsynth.runs import evaluate_stage, fit_stage, load_stage, sample_stage
 
     settings = RUN.model_copy(
         update={

@@ -6,7 +6,7 @@ import nbclient
 import nbformat
 import pytest
 
-from dpsynth.experiments import kernel_manager
+from dpsynth.runs import kernel_manager
 
 NBS = pathlib.Path(__file__).resolve().parent.parent / "nbs"
 NOTEBOOKS = sorted(

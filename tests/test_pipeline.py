@@ -3,7 +3,8 @@
 import pytest
 
 from parts import RUN, splits
-from dpsynth import finetune, models, pipeline
+from dpsynth import finetune, models, runs
+from dpsynth.runs import memory
 from dpsynth.finetune import make_plain_sum, make_private_sum
 from dpsynth.formats import TextFormat
 from dpsynth.models import LanguageModel, Unreachable, by_shapes, load_model, setup_tuning
@@ -16,7 +17,7 @@ import numpy as np
 
 
 def survey(lenient=False, **changes):
-    return pipeline.survey(
+    return runs.survey(
         RUN.model_copy(update={"experiment": "x", **changes}),
         lenient=lenient,
         load=lambda settings: splits(settings=settings),
@@ -103,13 +104,13 @@ def estimated(settings):
     """The same by `estimate_memory`."""
     total, trained = models.count_parameters(settings)
     alone = (
-        pipeline.LIBRARY_BYTES
-        + pipeline.functions_compiled(settings) * pipeline.COMPILED
+        runs.LIBRARY_BYTES
+        + runs.functions_compiled(settings) * runs.COMPILED
         + 4 * total
         + 16 * trained
     )
     return (
-        pipeline.estimate_memory(settings.model_copy(update={"sample_batch_size": 1}), total, trained) - alone
+        runs.estimate_memory(settings.model_copy(update={"sample_batch_size": 1}), total, trained) - alone
     )
 
 
@@ -119,7 +120,7 @@ def estimated(settings):
     ids=str,
 )
 def test_memory_is_what_the_compiler_plans_within_a_factor_of_two(monkeypatch, one_by_one, changes):
-    for module in (finetune.loss, finetune.clipping, pipeline):
+    for module in (finetune.loss, finetune.clipping, memory):
         monkeypatch.setattr(module, "one_by_one", lambda: one_by_one)
     settings = SHAPE.model_copy(update=changes)
     assert 0.5 < planned(settings) / estimated(settings) < 2
@@ -128,7 +129,7 @@ def test_memory_is_what_the_compiler_plans_within_a_factor_of_two(monkeypatch, o
 def test_one_unit_at_a_time_needs_memory_once(monkeypatch):
     many = SHAPE.model_copy(update={"microbatch_size": 400})
     assert estimated(many) == estimated(SHAPE)
-    monkeypatch.setattr(pipeline, "one_by_one", lambda: False)
+    monkeypatch.setattr(memory, "one_by_one", lambda: False)
     assert estimated(many) == pytest.approx(100 * estimated(SHAPE))
     assert estimated(SHAPE.model_copy(update={"unit": "user", "max_records_per_unit": 3})) > 2.5 * estimated(
         SHAPE
@@ -138,15 +139,15 @@ def test_one_unit_at_a_time_needs_memory_once(monkeypatch):
 def test_computing_again_saves_memory_on_accelerators_only(monkeypatch):
     again = SHAPE.model_copy(update={"rematerialize": True})
     assert estimated(again) == estimated(SHAPE)
-    monkeypatch.setattr(pipeline.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(memory.jax, "default_backend", lambda: "gpu")
     assert estimated(again) < estimated(SHAPE) / 2
 
 
 def test_sampling_counts_the_cache_of_each_row():
-    cached = by_shapes(SHAPE, lambda model: pipeline.sampling_bytes(model, SHAPE))
+    cached = by_shapes(SHAPE, lambda model: runs.sampling_bytes(model, SHAPE))
     prompted = SHAPE.model_copy(update={"generator": "prompt", "sample_batch_size": 64})
     grown = prompted.model_copy(update={"sample_batch_size": 65})
-    assert pipeline.estimate_memory(grown, 10, 0) - pipeline.estimate_memory(prompted, 10, 0) == cached
+    assert runs.estimate_memory(grown, 10, 0) - runs.estimate_memory(prompted, 10, 0) == cached
     model = load_model("tiny")
     assert cached > sum(array.nbytes for array in jax.tree.leaves(model.empty_cache(1, 96)))
 
@@ -161,7 +162,7 @@ def test_real_rows_are_cut_where_generated_ones_would_be():
         update={"generator": "real_train", "num_samples": 40, "sequence_length": max(prompts) + 3}
     )
     whole, cut = (
-        pipeline.real_rows(settings.model_copy(update={"cut_real_rows": wanted}), splits(settings=settings))
+        runs.real_rows(settings.model_copy(update={"cut_real_rows": wanted}), splits(settings=settings))
         for wanted in (False, True)
     )
     lengths = np.array([len(tokenizer([text])[0]) for text in cut.texts])

@@ -98,10 +98,10 @@ def test_fresh_texts_pass(texts):
 
 
 def test_twenty_honest_audits_of_rows_pass_with_a_probability_of_four_in_five():
-    from dpsynth import pipeline
+    from dpsynth import runs
 
     used = inspect.signature(audit.audit_files).parameters["level"].default
-    assert used == audit.LEVEL and pipeline.ROWS_ERROR <= audit.LEVEL and (1 - audit.LEVEL) ** 20 >= 0.8
+    assert used == audit.LEVEL and runs.ROWS_ERROR <= audit.LEVEL and (1 - audit.LEVEL) ** 20 >= 0.8
 
 
 def test_the_verdict_is_the_worst_attack_not_the_average(tables):
@@ -1209,7 +1209,7 @@ def replayed(*broken):
     ],
 )
 def test_findings_pass_only_if_something_was_looked_for_and_nothing_found(changes, verdict):
-    from dpsynth.pipeline import Findings
+    from dpsynth.runs import Findings
 
     parts = {
         "claim": CLAIM,
@@ -1234,7 +1234,7 @@ def test_findings_pass_only_if_something_was_looked_for_and_nothing_found(change
 
 
 def test_an_audit_without_any_attack_says_so():
-    from dpsynth.pipeline import Findings
+    from dpsynth.runs import Findings
 
     assert "Cannot tell: no attack was made; set audit_fraction" in str(Findings(CLAIM, replayed()))
     assert "no attack that could have shown anything was made" in str(
@@ -1243,13 +1243,13 @@ def test_an_audit_without_any_attack_says_so():
 
 
 def test_the_chances_of_a_false_alarm_add_up_to_what_is_said():
-    from dpsynth import pipeline
+    from dpsynth import runs
 
     most = audit.replay_checks(mechanism(), Randomness(bytes(32), "run")).checks
     assert (
         len(most) <= 10
-        and pipeline.ROWS_ERROR + 3 * pipeline.BOUND_ERROR + 10 * audit.CHECK_P
-        <= pipeline.ERROR + 1e-12
+        and runs.ROWS_ERROR + 3 * runs.BOUND_ERROR + 10 * audit.CHECK_P
+        <= runs.ERROR + 1e-12
         == 0.05 + 1e-12
     )
 
@@ -1266,7 +1266,7 @@ def test_the_chances_of_a_false_alarm_add_up_to_what_is_said():
 )
 def test_the_certificate_says_what_refutes_it_and_nothing_of_the_rows(finished, changes, refuted):
     from dpsynth.certificate import verify
-    from dpsynth.pipeline import Findings, _certify
+    from dpsynth.runs import Findings, _certify
 
     claim = {**CLAIM, "epsilon": 1.0}
     _certify(
@@ -1304,7 +1304,7 @@ def test_the_certificate_says_what_refutes_it_and_nothing_of_the_rows(finished, 
 @pytest.fixture(scope="module")
 def tuned(run):
     """The model of the finished run."""
-    from dpsynth.pipeline import load_generator
+    from dpsynth.runs import load_generator
 
     return load_generator(RUN, run)
 
@@ -1312,17 +1312,17 @@ def tuned(run):
 @pytest.fixture
 def sensitive(monkeypatch):
     """Nothing moves a sum by more than the sensitivity: it need not be computed."""
-    from dpsynth import pipeline
+    from dpsynth.runs import promises
 
     monkeypatch.setattr(
-        pipeline, "sensitivity_check", lambda model, settings, mechanism: audit.Check("move", 1.0, 1.0, 1.0)
+        promises, "sensitivity_check", lambda model, settings, mechanism: audit.Check("move", 1.0, 1.0, 1.0)
     )
 
 
 def test_a_finished_run_keeps_its_promises(finished, tuned):
-    from dpsynth import pipeline
+    from dpsynth import runs
 
-    found = pipeline.audit_stage(RUN, finished, splits(), tuned)
+    found = runs.audit_stage(RUN, finished, splits(), tuned)
     assert found.replay.passed and found.verdict == "cannot tell", str(
         found
     )  # no canaries, and no row was kept out
@@ -1341,7 +1341,7 @@ def test_a_finished_run_keeps_its_promises(finished, tuned):
     ]
     assert len(names) == 17 and "noise recorded by the training, over the promised one" in names
     assert "largest move of the sum by one unit, over the sensitivity" in names
-    told, promised = certified(finished), pipeline.promised_mechanism(RUN, finished, splits())
+    told, promised = certified(finished), runs.promised_mechanism(RUN, finished, splits())
     assert promised.describe() == told["mechanism"] and (promised.num_units, promised.delta) == (
         told["num_units"],
         told["delta"],
@@ -1375,7 +1375,7 @@ def test_a_finished_run_keeps_its_promises(finished, tuned):
     ],
 )
 def test_a_run_whose_training_recorded_something_else_fails(finished, sensitive, change, says):
-    from dpsynth.pipeline import audit_stage
+    from dpsynth.runs import audit_stage
 
     state = stored_run(finished / "private").state(finished / "private")
     state.write("checks.json", json.dumps(change(state.read_json("checks.json"))))
@@ -1384,7 +1384,7 @@ def test_a_run_whose_training_recorded_something_else_fails(finished, sensitive,
 
 
 def test_too_few_rows_kept_out_are_told_and_the_rest_is_audited(finished, sensitive):
-    from dpsynth.pipeline import audit_stage
+    from dpsynth.runs import audit_stage
 
     few = dataclasses.replace(splits(), kept_out=splits().test.take(range(5)))
     with pytest.warns(UserWarning, match="the rows are not attacked: fewer than 20 units were kept out"):
@@ -1396,7 +1396,7 @@ def test_too_few_rows_kept_out_are_told_and_the_rest_is_audited(finished, sensit
 
 @pytest.mark.parametrize("missing", ["private/checks.json", "release/certificate.json"])
 def test_a_run_without_its_records_fails(finished, sensitive, missing):
-    from dpsynth.pipeline import audit_stage
+    from dpsynth.runs import audit_stage
 
     (finished / missing).unlink()
     found = audit_stage(RUN, finished, splits(), None)
@@ -1405,8 +1405,8 @@ def test_a_run_without_its_records_fails(finished, sensitive, missing):
 
 @pytest.mark.parametrize("by_model, by_rows", [(0.2, 0.7), (0.7, 0.2)])
 def test_the_worse_of_two_canary_audits_is_certified(finished, monkeypatch, by_model, by_rows):
-    from dpsynth import pipeline
     from dpsynth.certificate import verify
+    from dpsynth.runs import audit_run
 
     some = types.SimpleNamespace(included=np.arange(40) < 20, texts=[])
     for name, result in (
@@ -1419,13 +1419,13 @@ def test_the_worse_of_two_canary_audits_is_certified(finished, monkeypatch, by_m
         ("base_losses", None),
         ("rows_of_run", ([], [])),
     ):
-        monkeypatch.setattr(pipeline, name, lambda *args, result=result, **options: result)
-    monkeypatch.setattr(pipeline.CanaryCoins, "read", lambda count, state: some)
-    monkeypatch.setattr(pipeline, "check_same_rows", lambda *args: None)
+        monkeypatch.setattr(audit_run, name, lambda *args, result=result, **options: result)
+    monkeypatch.setattr(audit_run.CanaryCoins, "read", lambda count, state: some)
+    monkeypatch.setattr(audit_run, "check_same_rows", lambda *args: None)
     monkeypatch.setattr(
-        pipeline, "replay_run", lambda *args: replayed()
+        audit_run, "replay_run", lambda *args: replayed()
     )  # the run had no canaries: its certificate would not agree
-    pipeline.audit_stage(RUN.model_copy(update={"canaries": 40}), finished, splits(), None)
+    audit_run.audit_stage(RUN.model_copy(update={"canaries": 40}), finished, splits(), None)
     told = certified(finished)["audit"]
     assert (
         told["epsilon_bound"] == 0.7
@@ -1445,7 +1445,7 @@ def test_the_worse_of_two_canary_audits_is_certified(finished, monkeypatch, by_m
 
 
 def test_canaries_that_changed_since_the_training_are_not_looked_for(tmp_path):
-    from dpsynth.pipeline import check_same_canaries
+    from dpsynth.runs import check_same_canaries
 
     settings, included = (
         Settings(canaries=40, canary_copies=2, epsilon="inf", sequence_length=8),
@@ -1472,21 +1472,21 @@ def test_canaries_that_changed_since_the_training_are_not_looked_for(tmp_path):
 
 
 def test_rows_are_attacked_at_the_delta_of_the_run_and_without_those_that_had_copies(finished, monkeypatch):
-    from dpsynth import pipeline
+    from dpsynth.runs import audit_run
 
     asked = {}
     report = types.SimpleNamespace(to_dict=dict)
     monkeypatch.setattr(
-        pipeline,
+        audit_run,
         "audit_files",
         lambda rows, train, kept, **options: asked.update(train=train, kept=kept, **options) or report,
     )
-    monkeypatch.setattr(pipeline, "rows_of_run", lambda settings, folder: (["a"], [""]))
+    monkeypatch.setattr(audit_run, "rows_of_run", lambda settings, folder: (["a"], [""]))
     frame = pd.DataFrame({"text": [f"row {i % 90}" for i in range(100)], "label": 0})
     settings = RUN.model_copy(update={"duplicates": "drop", "audit_fraction": 0.4})
     rows = from_frame(frame, settings, test=frame[:10])
     assert (
-        pipeline.audit_rows(settings, finished, rows) is report
+        audit_run.audit_rows(settings, finished, rows) is report
         and asked["delta"] == certified(finished)["delta"]
     )
     once = frame["text"][~frame["text"].duplicated(keep=False)].tolist()
@@ -1495,12 +1495,12 @@ def test_rows_are_attacked_at_the_delta_of_the_run_and_without_those_that_had_co
         and sorted(asked["train"] + asked["kept"]) == sorted(once)
         and len(rows.train) > len(asked["train"])
     )
-    pipeline.audit_rows(RUN, finished, splits())
+    audit_run.audit_rows(RUN, finished, splits())
     assert asked["train"] == splits().train.texts  # nothing is left out where copies are kept
 
 
 def test_rows_that_were_dealt_by_their_text_are_judged_by_text(tmp_path):
-    from dpsynth import pipeline
+    from dpsynth import runs
 
     for name in ("private", "release"):
         (tmp_path / name).mkdir()
@@ -1520,11 +1520,11 @@ def test_rows_that_were_dealt_by_their_text_are_judged_by_text(tmp_path):
         texts = np.where(
             rng.random(900) < 0.5, rng.choice(common, 900), words(900)
         )  # half of the rows repeat one of five texts
-        pipeline.write_rows(
+        runs.write_rows(
             Records(pd.DataFrame({"text": texts[:300]}), "synthetic", ("",), {}),
             tmp_path / "release" / "synthetic.jsonl",
         )
-        return pipeline.audit_rows(
+        return runs.audit_rows(
             settings, tmp_path, from_frame(pd.DataFrame({"text": texts[300:]}), settings)
         )
 
@@ -1566,9 +1566,9 @@ def audit_table(repo):
 def test_a_run_with_its_noise_switched_off_fails_and_never_has_a_certificate(
     audit_table, sensitive, tmp_path, monkeypatch
 ):
-    from dpsynth import pipeline
+    from dpsynth import runs
 
-    folder, train = pipeline.prepare_folder(RUN, tmp_path / "dp"), audit_table.fit_stage
+    folder, train = runs.prepare_folder(RUN, tmp_path / "dp"), audit_table.fit_stage
     marked = lambda: "switched off on purpose" in (folder / "release" / "NOT_PRIVATE.md").read_text()
     monkeypatch.setattr(
         audit_table,
@@ -1581,7 +1581,7 @@ def test_a_run_with_its_noise_switched_off_fails_and_never_has_a_certificate(
         and not [*(folder / "release").glob("certificate*")]
     )
     assert json.loads((folder / "metrics.json").read_text())["epsilon"] is None
-    found = pipeline.audit_stage(RUN, folder, splits(), None)
+    found = runs.audit_stage(RUN, folder, splits(), None)
     assert (
         not found.passed
         and "noise recorded by the training, over the promised one is 0 instead of 1" in str(found)

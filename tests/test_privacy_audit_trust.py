@@ -11,7 +11,7 @@ import pytest
 
 from parts import RUN, splits
 import dpsynth.privacy
-from dpsynth import audit, certificate, pipeline
+from dpsynth import audit, certificate, runs
 from dpsynth.certificate import Certificate, make_certificate, verify
 from dpsynth.finetune import charges, finetune_run
 from dpsynth.ledger import RUNS_LEDGER, group_privacy
@@ -31,7 +31,7 @@ def quick():
         return {"units": units, "epsilon": epsilon, "delta": delta}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "sensitivity_check", lambda *args: audit.Check("move", 1.0, 1.0, 1.0))
+        patch.setattr(runs.promises, "sensitivity_check", lambda *args: audit.Check("move", 1.0, 1.0, 1.0))
         patch.setattr(certificate.statement, "group_guarantee", of_group)
         yield
 
@@ -91,7 +91,7 @@ def differing(told):
 
 
 def audited(folder):
-    return pipeline.audit_stage(COUNTED, folder, splits(), None)
+    return runs.audit_stage(COUNTED, folder, splits(), None)
 
 
 def test_what_ran_is_what_is_certified_recorded_and_charged(copied):
@@ -207,7 +207,7 @@ def test_a_run_by_other_code_is_held_to_what_it_recorded_and_to_its_target(copie
 
 def test_settings_that_were_changed_after_the_run_are_not_audited_as_its_own(copied):
     with pytest.raises(PrivacyError, match=r"other settings \(epsilon: 8.0, now 0.5\)"):
-        pipeline.audit_stage(COUNTED.model_copy(update={"epsilon": 0.5}), copied, splits(), None)
+        runs.audit_stage(COUNTED.model_copy(update={"epsilon": 0.5}), copied, splits(), None)
 
 
 @pytest.mark.parametrize("name", ["identity.json", "counts.json", "checks.json"])

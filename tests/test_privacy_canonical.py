@@ -15,7 +15,7 @@ from dpsynth.certificate import NOT_COVERED
 from dpsynth.data import from_frame, load
 from dpsynth.finetune import rows_of_units
 from dpsynth.ledger import Ledger
-from dpsynth.pipeline import load_stage
+from dpsynth.runs import load_stage
 from dpsynth.settings import BudgetError, DataError, Settings
 
 DELTA = 1e-5

@@ -15,7 +15,7 @@ from dpsynth.certificate import read_certificate, verify
 from dpsynth.data import from_frame
 from dpsynth.finetune import Account, Trainer, finetune_run
 from dpsynth.ledger import RUNS_LEDGER, Ledger, ledger_command
-from dpsynth.pipeline import Survey, announce, spending, warn_of_untold
+from dpsynth.runs import Survey, announce, spending, warn_of_untold
 from dpsynth.settings import BudgetError, PrivacyError
 
 

@@ -22,15 +22,9 @@ from dpsynth.manifest import (
     statement_of,
     verify_release,
 )
-from dpsynth.pipeline import (
-    audit_stage,
-    evaluate_stage,
-    fit_stage,
-    load_generator,
-    load_stage,
-    rows_of_run,
-    sample_again,
-    sample_stage,
+from dpsynth.runs import (
+    audit_stage, evaluate_stage, fit_stage, load_generator, load_stage, rows_of_run, sample_again,
+    sample_stage
 )
 from dpsynth.runs import read_settings
 from dpsynth.settings import DataError, DpsynthError, ModelError, PrivacyError, SettingsError
@@ -229,7 +223,7 @@ def does(verb, run):
     """Do in this process what a verb of the command line does."""
     settings = read_settings(run)
     if verb == "results":
-        from dpsynth.experiments import describe
+        from dpsynth.runs import describe
 
         found = describe(run)
         assert found["status"] == "unreadable"
@@ -337,7 +331,7 @@ def test_rows_that_were_cut_off_are_not_counted_as_done(run, refused, lines):
 
 
 def test_real_rows_that_were_cut_off_are_found_too(tmp_path, refused):
-    from dpsynth.pipeline import write_rows
+    from dpsynth.runs import write_rows
 
     (tmp_path / "private").mkdir()
     path = tmp_path / "private" / "synthetic.jsonl"

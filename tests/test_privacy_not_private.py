@@ -6,7 +6,7 @@ import math
 import pytest
 
 from parts import RUN, splits
-from dpsynth import pipeline
+from dpsynth import runs
 from dpsynth.finetune import finetune_run
 from dpsynth.settings import SettingsError
 
@@ -36,10 +36,10 @@ def test_rows_that_no_guarantee_covers_are_marked_with_their_reason(tmp_path, mo
         (folder / "synthetic.jsonl").write_text(json.dumps({"text": "a row", "label": "positive"}) + "\n")
         return {"rejected": {}}
 
-    monkeypatch.setattr(pipeline, "sample_to_file", sampled)
+    monkeypatch.setattr(runs.stages, "sample_to_file", sampled)
     settings = RUN.model_copy(update={"generator": generator})
-    folder = pipeline.prepare_folder(settings, tmp_path / "run")
-    pipeline.sample_stage(settings, folder, splits(), None)
+    folder = runs.prepare_folder(settings, tmp_path / "run")
+    runs.sample_stage(settings, folder, splits(), None)
     (mark,), (rows,) = folder.rglob("NOT_PRIVATE.md"), folder.rglob("synthetic.jsonl")
     assert mark.parent == rows.parent and mark.parent.name == (
         "release" if generator == "prompt" else "private"
@@ -54,7 +54,7 @@ def test_rows_of_a_fine_tuned_model_are_marked_if_it_was_trained_without_privacy
     tmp_path, monkeypatch, epsilon
 ):
     monkeypatch.setattr(
-        pipeline,
+        runs.stages,
         "sample_to_file",
         lambda model, settings, fmt, folder, statement: [
             (folder / "synthetic.jsonl").write_text('{"text": "a row"}\n'),
@@ -62,8 +62,8 @@ def test_rows_of_a_fine_tuned_model_are_marked_if_it_was_trained_without_privacy
         ][1],
     )
     settings = RUN.model_copy(update={"epsilon": epsilon})
-    folder = pipeline.prepare_folder(settings, tmp_path / "run")
-    pipeline.sample_stage(settings, folder, None, None)
+    folder = runs.prepare_folder(settings, tmp_path / "run")
+    runs.sample_stage(settings, folder, None, None)
     marks = [mark.read_text() for mark in folder.rglob("NOT_PRIVATE.md")]
     assert len(marks) == (epsilon == math.inf) and all(
         "without differential privacy" in mark for mark in marks

@@ -13,7 +13,7 @@ from dpsynth.data import from_frame
 from dpsynth.finetune import finetune_run, prepare_model, row_losses, some_rows
 from dpsynth.formats import TextFormat
 from dpsynth.manifest import file_hash, statement_of
-from dpsynth.pipeline import evaluate_stage, fit_stage, load_stage, sample_stage
+from dpsynth.runs import evaluate_stage, fit_stage, load_stage, sample_stage
 from dpsynth.settings import DataError
 from dpsynth.files import write_private
 

@@ -8,12 +8,12 @@ import time
 import pytest
 
 from parts import trainer
-from dpsynth import progress, runs
+from dpsynth import progress
 from dpsynth.cli import main
 from dpsynth.finetune import train
 from dpsynth.progress import GRAIN, Progress, in_words, progress_line, told
 from dpsynth.files import write_json
-from dpsynth.runs import prepare_folder, read_status, timed
+from dpsynth.runs import metrics, prepare_folder, read_status, timed
 from dpsynth.settings import Settings
 
 
@@ -73,11 +73,11 @@ def test_a_training_tells_updates_noise_and_epsilon_and_nothing_else(micro, stor
     """Neither a count of clipped gradients, nor a loss, nor how large a batch was, nor a figure of a single update."""
     states = []
     monkeypatch.setattr(progress, "TICK", 0.02)
-    token = runs.REPORT.set(states.append)
+    token = progress.REPORT.set(states.append)
     one = trainer(micro, store, steps=24, target_epsilon=20.0, delta=1e-3)
     one.update = _fast(one)
     train(one, tmp_path / "checkpoint.npz", progress=False)
-    runs.REPORT.reset(token)
+    progress.REPORT.reset(token)
     assert states[-1]["done"] == 24 and len({state["done"] for state in states}) >= 2
     for state in states:
         assert re.fullmatch(PUBLIC, progress_line(state)), state
@@ -100,7 +100,7 @@ def test_files_of_a_run_are_written_at_ticks_only(tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "TICK", 0.2)
     written = []
     monkeypatch.setattr(
-        runs,
+        metrics,
         "write_json",
         lambda path, value: written.append((time.monotonic(), path.name, value)) or write_json(path, value),
     )
@@ -139,7 +139,7 @@ def test_results_watch_shows_how_far_and_ends_with_the_runs(tmp_path, monkeypatc
     )
     other = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
     write_json(
-        folder / "status.json", {"state": "running", "reason": "", "started": runs.now(), "pid": other.pid}
+        folder / "status.json", {"state": "running", "reason": "", "started": progress.now(), "pid": other.pid}
     )
     assert read_status(folder)["reason"] == "fit, 16 of 40 updates, epsilon=1/8, about 2 minutes left"
 

@@ -294,7 +294,7 @@ def test_no_undefined_or_unused_names(repo):
     )
 
 
-@pytest.mark.parametrize("module", ["dpsynth.experiments", "dpsynth.evaluation.usefulness"])
+@pytest.mark.parametrize("module", ["dpsynth.runs.sweep", "dpsynth.runs.table", "dpsynth.evaluation.usefulness"])
 def test_a_table_of_results_waits_for_no_model_library(module):
     code = f"import sys, {module}; print({{'jax', 'keras', 'sklearn', 'tensorflow'}} & {{*sys.modules}} or 'none')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

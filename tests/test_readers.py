@@ -22,7 +22,7 @@ from dpsynth import audit, data
 from dpsynth.data import as_frame, from_frame, left_out, load
 from dpsynth.formats import TextFormat
 from dpsynth.models import check_spelling, control_ids, load_tokenizer, plain_ids
-from dpsynth.pipeline import survey
+from dpsynth.runs import survey
 from dpsynth.runs import read_settings
 from dpsynth.sampling import samplable
 from dpsynth.settings import (
@@ -370,7 +370,7 @@ def test_check_and_run_and_fit_tell_which_columns_are_left_out(dpsynth, refused,
     assert line in refused("check", "x.yaml") and line in refused("run", "x.yaml")
     code, out, _ = dpsynth("check", "x.yaml", "--set", "columns=ignore")
     assert code == 0 and f"  columns      x.csv: {line}\n" in out
-    from dpsynth.experiments import preflight
+    from dpsynth.runs import preflight
 
     assert (
         preflight([load_settings("x.yaml", ["columns=ignore"])], pathlib.Path("runs"))[0] == f"x.csv: {line}"
@@ -564,12 +564,12 @@ def test_a_library_that_quotes_a_row_is_not_quoted(tmp_path, dpsynth, monkeypatc
     pytest.importorskip("datasets")
     said = refusal(load, Settings(data=f"hf:{tmp_path / 'set'}", data_dir=str(tmp_path / "cache")))
     assert not quoted(said) and "cannot be downloaded" in said
-    from dpsynth import experiments, pipeline
+    from dpsynth import runs
 
     def fails(*arguments, **options):
         raise ValueError(f"cannot handle {SECRET}")
 
-    monkeypatch.setattr(pipeline, "survey", fails)
+    monkeypatch.setattr(runs.surveys, "survey", fails)
     write("x.yaml", "epsilon: 1\n")
     for verb in (["check", "x.yaml"], ["run", "x.yaml"]):
         code, out, err = dpsynth(*verb)
@@ -580,15 +580,15 @@ def test_a_library_that_quotes_a_row_is_not_quoted(tmp_path, dpsynth, monkeypatc
             and err.count("\n") == 1
         )
     assert (
-        not quoted(experiments.one_line("ValueError", SECRET))
-        and experiments.one_line("DataError", "a, row 1") == "a, row 1"
+        not quoted(runs.one_line("ValueError", SECRET))
+        and runs.one_line("DataError", "a, row 1") == "a, row 1"
     )
 
 
 def test_a_notebook_keeps_no_message_that_may_quote_a_row(tmp_path):
     import nbformat
 
-    from dpsynth.experiments import remove_times
+    from dpsynth.runs import remove_times
 
     cell = nbformat.v4.new_code_cell("fit()", outputs=[nbformat.v4.new_output("error", ename=name, evalue=SECRET, traceback=[SECRET]) for name in
                                                        ("KeyError", "DataError")])  # fmt: skip

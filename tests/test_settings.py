@@ -483,8 +483,8 @@ def test_what_decides_on_rows_or_is_certified_is_no_measuring(decision):
 
 
 def test_nothing_that_makes_rows_reads_a_measuring_setting(repo):
-    allowed = dict.fromkeys(MEASURING, {"evaluation", "pipeline", "synthesizer"}) | {
-        "validation_size": {"finetune", "estimate"}
+    allowed = dict.fromkeys(MEASURING, {"evaluation", "runs", "synthesizer"}) | {
+        "validation_size": {"finetune", "runs"}
     }
     for name in MEASURING:
         readers = {

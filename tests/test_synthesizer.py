@@ -14,7 +14,7 @@ from dpsynth import synthesizer as module
 from dpsynth.cli import main
 from dpsynth.data import load
 from dpsynth.ledger import RUNS_LEDGER, Ledger
-from dpsynth.pipeline import check_same_rows
+from dpsynth.runs import check_same_rows
 from dpsynth.runs import locked, read_settings
 from dpsynth.settings import DataError, PrivacyError, Settings, SettingsError, dump_settings
 from dpsynth.synthesizer import Synthesizer

@@ -34,17 +34,9 @@ from dpsynth.audit import (
 from dpsynth.canaries import make_canaries
 from dpsynth.data import load
 from dpsynth.demo import reviews
-from dpsynth.pipeline import (
-    BOUND_ERROR,
-    ERROR,
-    ROWS_ERROR,
-    Findings,
-    audit_stage,
-    fit_stage,
-    load_generator,
-    load_stage,
-    read_kept,
-    sample_stage,
+from dpsynth.runs import (
+    BOUND_ERROR, ERROR, Findings, ROWS_ERROR, audit_stage, fit_stage, load_generator, load_stage,
+    read_kept, sample_stage
 )
 from dpsynth.runs import read_json
 from dpsynth.settings import make_settings, parse_overrides

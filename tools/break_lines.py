@@ -495,7 +495,7 @@ BREAKS = [
     Break(
         9,
         "an exact number of units that was paid to be hidden",
-        "pipeline",
+        "runs/stages",
         'if settings.unit_count == "public" else {}\n    record(',
         "if True else {}\n    record(",
         "test_privacy_paid_access.py::test_an_exact_number_of_units_that_was_paid_to_be_hidden_is_in_no_file",
@@ -536,8 +536,8 @@ BREAKS = [
         7,
         "a module that decides a release is not in the identity",
         "privacy/identity",
-        'NOT_RELEASING = ("cli",',
-        'NOT_RELEASING = ("demo", "cli",',
+        'NOT_RELEASING = (\n    "cli",',
+        'NOT_RELEASING = (\n    "demo",\n    "cli",',
         "test_privacy_hard_stop.py::test_every_module_that_decides_a_release_is_in_the_identity_of_a_run",
     ),
     Break(
@@ -759,7 +759,7 @@ BREAKS = [
     Break(
         17,
         "an audit asks for the exact number of units",
-        "pipeline",
+        "runs/audit_run",
         '.get("num_units", 0)\n        if hidden\n',
         '.get("num_units", 0)\n        if False\n',
         "test_privacy_paid_access.py::test_an_audit_asks_for_enough_units_by_the_estimate",
@@ -831,7 +831,7 @@ BREAKS = [
     Break(
         16,
         "how many names were merged is said outside private/",
-        "pipeline",
+        "runs/stages",
         '/ "private" / "names_merged.json"',
         '/ "release" / "names_merged.json"',
         "test_privacy_canonical.py::test_how_many_names_were_merged_is_told_under_private_only",
@@ -855,7 +855,7 @@ BREAKS = [
     Break(
         17,
         "what the rows have spent elsewhere is written to files",
-        "runs",
+        "runs/status",
         "    if sys.stderr.isatty():\n",
         "    if True:\n",
         "test_privacy_ledger_of_runs.py::test_rows_that_have_spent_more_than_the_certificate_composes_are_told_on_a_terminal_and_nowhere_else",
@@ -943,7 +943,7 @@ BREAKS = [
     Break(
         11,
         "an interrupted run leaves the times of its updates",
-        "experiments",
+        "runs/execution",
         "        clean()\n        raise",
         "        raise",
         "test_experiments.py::test_an_interrupted_run_leaves_no_time_of_an_update",
@@ -951,7 +951,7 @@ BREAKS = [
     Break(
         11,
         "the times of cells stay in the notebook",
-        "experiments",
+        "runs/execution",
         'part.metadata.pop("execution", None)',
         "pass",
         "test_experiments.py::test_an_interrupted_run_leaves_no_time_of_an_update",
@@ -1007,7 +1007,7 @@ BREAKS = [
     Break(
         9,
         "an estimate follows from the lengths of training rows",
-        "estimate",
+        "runs/cost",
         "survey.splits.train if looked else reference_rows(settings, survey.splits)",
         "survey.splits.train",
         "test_look.py::test_an_estimate_is_measured_and_reads_no_training_row",
@@ -1231,7 +1231,7 @@ BREAKS = [
     Break(
         15,
         "the audit believes the certificate",
-        "pipeline",
+        "runs/promises",
         "    expected = expected_certificate(settings, mechanism, read_identity(private))\n",
         "    expected = {}\n",
         "test_privacy_audit_trust.py::test_another_certificate_that_holds_by_itself_is_refuted",
@@ -1239,7 +1239,7 @@ BREAKS = [
     Break(
         15,
         "the audit does not look at who ran",
-        "pipeline",
+        "runs/promises",
         '        "code_hash": identity["code"],\n        "versions"',
         '        "versions"',
         "test_privacy_audit_trust.py::test_what_ran_cannot_be_told_otherwise",
@@ -1247,7 +1247,7 @@ BREAKS = [
     Break(
         15,
         "the audit does not ask the ledger",
-        "pipeline",
+        "runs/promises",
         '    return [agreement("what the ledger charged this run for", charged, events)]',
         "    return []",
         "test_privacy_audit_trust.py::test_a_ledger_that_knows_another_event_is_told",
@@ -1255,7 +1255,7 @@ BREAKS = [
     Break(
         15,
         "a ledger that is away is passed over",
-        "pipeline",
+        "runs/promises",
         "[LEDGER_AWAY] * (charged is None)",
         "[]",
         "test_privacy_audit_trust.py::test_a_ledger_that_is_not_at_hand_is_told",
@@ -1263,7 +1263,7 @@ BREAKS = [
     Break(
         15,
         "the audit does not compare what was recorded",
-        "pipeline",
+        "runs/promises",
         'agreement("what the training recorded of its mechanism", recorded.get("mechanism", {}),',
         'agreement("what the training recorded of its mechanism", known,',
         "test_privacy_audit.py::test_a_run_whose_training_recorded_something_else_fails",
@@ -1271,7 +1271,7 @@ BREAKS = [
     Break(
         15,
         "settings that were changed are audited as those of the run",
-        "pipeline",
+        "runs/audit_run",
         '    bind_run(private, {"settings": result_settings(settings)}, finished=True)\n',
         "",
         "test_privacy_audit_trust.py::test_settings_that_were_changed_after_the_run_are_not_audited_as_its_own",
@@ -1311,7 +1311,7 @@ BREAKS = [
     Break(
         17,
         "the message of a library stays in the notebook",
-        "experiments",
+        "runs/execution",
         'output.output_type == "error" and',
         "False and",
         "test_readers.py::test_a_notebook_keeps_no_message_that_may_quote_a_row",
@@ -1327,7 +1327,7 @@ BREAKS = [
     Break(
         7,
         "an emptied settings file is one of defaults",
-        "runs",
+        "runs/folder",
         "    check_whole(path)\n    return resolve",
         "    return resolve",
         "test_readers.py::test_a_run_folder_whose_settings_were_emptied_or_cut_is_refused",
@@ -1464,7 +1464,7 @@ BREAKS = [
     Break(
         11,
         "vectors of real rows lie beside the runs",
-        "pipeline",
+        "runs/stages",
         'folder / "private" / "embeddings",\n            sweep',
         'sweep.parent / ".embeddings",\n            sweep',
         "test_privacy_outputs.py::test_vectors_of_rows_lie_in_private_folders_under_names_that_nobody_can_guess",
@@ -1520,7 +1520,7 @@ BREAKS = [
     Break(
         14,
         "a model is loaded whatever its adapter is",
-        "pipeline",
+        "runs/stages",
         'checked_fit(release, "adapter.npz", settings.private)',
         'release / "adapter.npz"',
         "test_privacy_manifest.py::test_files_of_another_run_are_refused_by_name",
@@ -1536,7 +1536,7 @@ BREAKS = [
     Break(
         14,
         "an audit does not look at what was released",
-        "pipeline",
+        "runs/audit_run",
         "    check_release(settings, folder)\n    with timed",
         "    with timed",
         "test_privacy_manifest.py::test_files_of_another_run_are_refused_by_name",
@@ -1736,7 +1736,7 @@ BREAKS = [
     Break(
         "§4",
         "an audit that looked at nothing passes",
-        "pipeline",
+        "runs/findings",
         '"passes" if any(able) else "cannot tell"',
         '"passes" if all(able) else "cannot tell"',
         "test_privacy_audit.py::test_findings_pass_only_if_something_was_looked_for_and_nothing_found",

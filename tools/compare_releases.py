@@ -20,10 +20,13 @@ import tempfile
 RUN = """
 import json, pathlib, sys
 import pandas as pd
-import dpsynth, dpsynth.synthesizer, dpsynth.pipeline, dpsynth.finetune
+import dpsynth, dpsynth.synthesizer, dpsynth.finetune
 from dpsynth.data import from_frame
 from dpsynth.demo import reviews
-from dpsynth.pipeline import fit_stage, sample_stage
+try:
+    from dpsynth.runs import fit_stage, sample_stage
+except ImportError:  # of a version that had all stages in one module
+    from dpsynth.pipeline import fit_stage, sample_stage
 from dpsynth.settings import Settings
 
 fixed = {"code_hash": lambda: "0" * 64, "noisy_counts": lambda counts, scale: [int(c) + 3 for c in counts]}

@@ -14,7 +14,7 @@ import time
 
 import yaml
 
-from dpsynth.pipeline import evaluate_stage, fit_stage, load_stage, sample_stage
+from dpsynth.runs import evaluate_stage, fit_stage, load_stage, sample_stage
 from dpsynth.settings import make_settings
 
 # `tiny` and the plain accuracy are what the record in benchmarks/records was measured with: one table, one scale.

@@ -17,7 +17,7 @@ import psutil
 from .datasets import Dataset
 from .file import UNKNOWN_UNIT
 from .spending import Release, _by_privacy, _count_runs, _held, _histories, _worst
-from ..runs import now
+from ..progress import now
 from ..settings import BudgetError, PrivacyError
 
 # %% ../../nbs/05_ledger/06_releases.ipynb #758c0e22

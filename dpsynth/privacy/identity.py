@@ -18,7 +18,15 @@ from ..settings import PrivacyError
 from ..state import SEALS, State, kept
 
 # %% ../../nbs/04_privacy/08_identity.ipynb #8602761b
-NOT_RELEASING = ("cli", "experiments", "evaluation", "export", "synthesizer", "_modidx", "_version")
+NOT_RELEASING = (
+    "cli",
+    "evaluation",
+    "export",
+    "synthesizer",
+    *(f"runs/{name}" for name in ("configs", "execution", "pictures", "results", "scores", "sweep", "table")),
+    "_modidx",
+    "_version",
+)
 LIBRARIES = (
     "jax",
     "jaxlib",
