@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TARGETS', 'FACTS', 'check_run', 'released', 'check_base', 'load_trained', 'facts_of', 'write_papers', 'export_run']
 
-# %% ../../nbs/14a_export/08_folder.ipynb #63b0ad5c
+# %% ../../nbs/14a_export/08_folder.ipynb #be1b1786
 import os
 import pathlib
 import shutil
@@ -31,7 +31,7 @@ from dpsynth.manifest import (
     statement_of,
 )
 from ..models import LanguageModel, preset_hash, tuning_mode
-from ..runs import load_generator
+from ..runs.stages import load_generator
 from ..settings import ModelError, Settings, SettingsError
 
 # %% ../../nbs/14a_export/08_folder.ipynb #a5acc66a
