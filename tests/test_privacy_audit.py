@@ -590,7 +590,7 @@ def test_times_with_zones_and_categories_with_numbers_have_one_form():
         (
             "pay",
             lambda rows: [f"{int(pay):,}" for pay in rows["pay"]],
-            "column pay: 150 of 150 values in {} are no numbers, as all in train are",
+            "column pay: 150 of 150 values in {} are not numbers, as all in train are",
         ),
         (
             "pay",
@@ -600,23 +600,23 @@ def test_times_with_zones_and_categories_with_numbers_have_one_form():
         (
             "pay",
             lambda rows: pd.to_datetime(rows["day"]),
-            "column pay: 150 of 150 values in {} are no numbers",
+            "column pay: 150 of 150 values in {} are not numbers",
         ),
         (
             "day",
             lambda rows: pd.to_datetime(rows["day"]).dt.strftime("%d/%m/%Y"),
-            "day: 150 of 150 values in {} are no dates such as 2024-01-31",
+            "day: 150 of 150 values in {} are not dates such as 2024-01-31",
         ),
-        ("day", lambda rows: range(150), "column day: 150 of 150 values in {} are no dates"),
+        ("day", lambda rows: range(150), "column day: 150 of 150 values in {} are not dates"),
         (
             "town",
             lambda rows: range(150),
-            "column town: 150 of 150 values in train are no numbers, as all in {} are",
+            "column town: 150 of 150 values in train are not numbers, as all in {} are",
         ),
         (
             "town",
             lambda rows: pd.to_datetime(rows["day"]),
-            "column town: 150 of 150 values in train are no dates such as 2024-01-31, as all in {} are",
+            "column town: 150 of 150 values in train are not dates such as 2024-01-31, as all in {} are",
         ),
     ],
 )

@@ -1417,8 +1417,8 @@ BREAKS = [
         "§4",
         "a pass says nothing of what could not have been seen",
         "audit/report",
-        'at level {self.level:g}. {self.unseen}"',
-        'at level {self.level:g}."',
+        'at level {report.level:g}. {report.unseen}"',
+        'at level {report.level:g}."',
         "test_audit_words.py::test_the_verdict_says_what_could_not_have_been_seen",
     ),
     Break(

@@ -21,16 +21,14 @@ from ..settings import PrivacyError
 
 # %% ../../nbs/07_finetune/07_estimates.ipynb #bc4d57dc
 def check_counts(settings, path, begun):
-    """Raise PrivacyError where a training that has begun has lost its counts: drawing them again would be a
-    second release.
-    """
+    """Raise PrivacyError if a training that has begun has lost its counts: a new draw is a second release."""
     if begun and count_accesses(settings) and not path.exists():
         raise PrivacyError(
             f"{path}: the counts that this run was charged for are missing; restore the file, or begin in"
             " another folder"
         )
 
-
+# %% ../../nbs/07_finetune/07_estimates.ipynb #1d204e9a
 def estimate_counts(settings, records, units, state, model):
     """The counts that are estimated out of ε, those that the settings ask for, by name; each a list of int.
 
@@ -53,7 +51,7 @@ def estimate_counts(settings, records, units, state, model):
         state.write("counts.json", json.dumps(counts))
     return counts
 
-
+# %% ../../nbs/07_finetune/07_estimates.ipynb #0e4732a6
 def overlapping_units(settings, records):
     """[units with a run of 50 words in common with a text of `contamination_corpus`, other units of 50 words
     or more].
@@ -64,7 +62,7 @@ def overlapping_units(settings, records):
     found = corpus_overlap(units.tolist(), other_texts(settings, "contamination_corpus"))
     return [found.overlapping, found.long_enough - found.overlapping]
 
-
+# %% ../../nbs/07_finetune/07_estimates.ipynb #2ec8a5cb
 def likelier_units(settings, records, model):
     """[units that the base model finds likelier than the median reference text, the other units]: one count
     for each unit.
@@ -81,7 +79,7 @@ def likelier_units(settings, records, model):
     below = int((ours < np.median(theirs)).sum())
     return [below, len(ours) - below]
 
-
+# %% ../../nbs/07_finetune/07_estimates.ipynb #80ee6bd5
 def contamination_found(settings, counts):
     """What was estimated of rows that the base model may have read before, as
     `certificate.contamination_text` takes it; None: nothing.
@@ -105,7 +103,7 @@ def contamination_found(settings, counts):
         }
     return found or None
 
-
+# %% ../../nbs/07_finetune/07_estimates.ipynb #0c87272d
 def label_shares(counts):
     """Shares of the labels from noised counts: negative ones are none, and all are equal if nothing is
     left.
