@@ -711,8 +711,8 @@ BREAKS = [
     Break(
         9,
         "a delta that follows from a private number of units",
-        "settings",
-        'if self.unit_count == "private" and not self.delta:',
+        "settings/flat",
+        'if settings.unit_count == "private" and not settings.delta:',
         "if False:",
         "test_privacy_paid_access.py::test_a_private_number_of_units_needs_a_delta_that_does_not_follow_from_it",
     ),
@@ -1015,7 +1015,7 @@ BREAKS = [
     Break(
         5,
         "a bound that float32 cannot scale",
-        "settings",
+        "settings/themes",
         "ge=1e-6,\n        le=1e6,",
         "gt=0,",
         "test_settings.py::test_a_clipping_norm_that_float32_cannot_scale_is_refused",
@@ -1335,7 +1335,7 @@ BREAKS = [
     Break(
         12,
         "epsilon has a default for every data set",
-        "settings",
+        "settings/reading",
         'settings.data != "demo" and "epsilon" not in values',
         "False",
         "test_readers.py::test_epsilon_is_a_decision_outside_the_demo",
@@ -1754,7 +1754,7 @@ def noticed(item):
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{item.test}"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         seen = re.search(
-            r"^E\s+(assert|AssertionError|Failed: DID NOT RAISE|dpsynth\.settings\.\w+Error)",
+            r"^E\s+(assert|AssertionError|Failed: DID NOT RAISE|dpsynth\.[\w.]+Error)",
             done.stdout,
             re.M,
         )  # and not a crash

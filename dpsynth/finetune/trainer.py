@@ -38,7 +38,7 @@ def microbatches(indices, lengths, buckets, size):
             part = members[start : start + size]
             yield buckets[bucket], np.pad(part, (0, size - len(part)), constant_values=-1)
 
-# %% ../../nbs/07_finetune/03_trainer.ipynb #50a948b9
+# %% ../../nbs/07_finetune/03_trainer.ipynb #1adda749
 FEW_UNITS = 4
 
 
@@ -139,7 +139,6 @@ class Trainer:
         rows = np.where(part[:, None] < 0, -1, self.units[part])
         arrays = self.store.batch(rows.ravel(), length)
         return shard({name: array.reshape(*rows.shape, *array.shape[1:]) for name, array in arrays.items()})
-
 
     def _nothing(self):
         """Sums over no unit: of the gradients, and of the notes about them."""

@@ -86,7 +86,6 @@ def append_lines(path, rows):
     append(path, lines)
     return lines
 
-
 # %% ../../nbs/08_sampling/04_rows.ipynb #906f289d
 class Files(NamedTuple):
     """The files of a sampling run."""
