@@ -428,7 +428,7 @@ def test_check_measures_the_recommended_model_where_it_is_installed(dpsynth, own
     from dpsynth import cli, imports, models
     from dpsynth.runs import cost as costs
 
-    monkeypatch.setattr(models, "packaged_preset", lambda name: None)
+    monkeypatch.setattr(models.presets, "packaged_preset", lambda name: None)
     monkeypatch.setattr(cli, "BETTER", {**cli.BETTER, "model": MICRO, "vocabulary": "full"})
     monkeypatch.setattr(imports, "packaged", lambda name: (None, "") if name == MICRO else None)
     measured = []

@@ -421,9 +421,9 @@ def test_a_preset_is_read_for_its_hash_once_and_again_where_a_file_changed(tmp_p
 def test_the_base_model_of_an_audit_is_the_tuned_one_without_its_adapters(monkeypatch):
     from parts import RUN, splits
     from dpsynth.runs import audit_run
-    from dpsynth.formats import TextFormat
+    from dpsynth.formats import make_format
 
-    records, fmt = splits().test, TextFormat(RUN.prompt, RUN.labels)
+    records, fmt = splits().test, make_format(RUN)
     base = finetune.row_losses(load_model(MICRO, seed=RUN.seed), records, fmt, RUN)
     tuned = finetune.prepare_model(RUN)
     tuned.assign([a + 0.5 for a in tuned.trainable])

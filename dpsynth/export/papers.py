@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['NOT_PRIVATE', 'LICENCES', 'USE', 'licence_of', 'card']
 
-# %% ../../nbs/14a_export/07_papers.ipynb #93f28172
+# %% ../../nbs/14a_export/07_papers.ipynb #e1c3a21b
 import pathlib
 
 from ..certificate import Certificate, base_model, plain_words
 from ..certificate.page import _claim
 from .to_peft import hugging_face_name
-from ..formats import TextFormat
+from ..formats import make_format
 from ..imports import describe_vocabulary, provenance
 from ..models import LanguageModel
 from ..settings import Settings
@@ -79,13 +79,13 @@ def _note(model, to):
         )
     return ""
 
-# %% ../../nbs/14a_export/07_papers.ipynb #e191b3ef
+# %% ../../nbs/14a_export/07_papers.ipynb #6e31e117
 def card(model: LanguageModel, settings: Settings, to: str, certificate: Certificate | None) -> str:
     """README.md of an exported folder."""
     guarantee = f"{plain_words(certificate)}\n\n{_claim(certificate)}" if certificate else NOT_PRIVATE
     if certificate:
         guarantee += "\n\nThe whole certificate: certificate.md. `dpsynth verify .` recomputes it."
-    prompt = TextFormat(settings.prompt, settings.labels).prompts[-1]
+    prompt = make_format(settings).prompts[-1]
     use = USE[to].format(
         prompt=prompt,
         base=hugging_face_name(model.name) or "base",

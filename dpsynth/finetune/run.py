@@ -23,7 +23,7 @@ from .loop import held_out_loss, self_check, some_rows, tokenize, train
 from .loss import rows_of_units
 from .prepare import computation, prepare_with_hash
 from .trainer import Trainer
-from ..formats import TextFormat
+from ..formats import make_format
 from ..ledger import accesses_event, release_id
 from ..manifest import checked_fit, file_hash, standing, write_release
 from ..models import base_name, check_spelling, load_adapter, save_adapter, tuning_mode
@@ -69,11 +69,11 @@ def finetune_run(settings, splits, folder, progress=True):
         records.units, 1 if settings.unit == "row" else settings.max_records_per_unit, settings.seed
     )
     account = Account(settings, splits.train, release_id(randomness.run_id, secret), folder)
-    fmt = TextFormat(settings.prompt, settings.labels)
+    fmt = make_format(settings)
     if not adapter.exists():
         account.charge("counts", accesses_event(count_accesses(settings).values()))
     check_counts(settings, private / "counts.json", begun=adapter.exists() or account.is_charged("training"))
-    counts = estimate_counts(settings, records, units, state, model)
+    counts = estimate_counts(settings, records, units, state, model, fmt)
     mechanism = mechanism_of(settings, splits.train, counts)
     if not adapter.exists():
         account.reserve("training", training_event(mechanism))

@@ -17,7 +17,7 @@ from ..data import load
 from ..evaluation import disjoint_halves, evaluate, private_folder
 from ..files import move, write_private
 from ..finetune import finetune_run, mark_not_private, prepare_model, with_prior
-from ..formats import TextFormat
+from ..formats import make_format
 from ..manifest import add_to_manifest, checked_fit, entry, manifest_of, read_sealed, statement_of
 from ..models import base_name, check_environment, load_adapter, load_model
 from .folder import prepare_folder, read_json
@@ -114,7 +114,7 @@ def sample_stage(settings, folder, splits, model):
             figures = sample_to_file(
                 model,
                 with_prior(settings, folder),
-                TextFormat(settings.prompt, settings.labels),
+                make_format(settings),
                 path.parent,
                 statement=statement_of(path.parent),
             )
@@ -151,7 +151,7 @@ def sample_again(settings, folder, rows, seed):
     ):
         shutil.rmtree(scratch)  # an interrupted call for another number of rows
     scratch.mkdir(exist_ok=True)
-    sample_to_file(model, again, TextFormat(settings.prompt, settings.labels), scratch, statement=belongs_to)
+    sample_to_file(model, again, make_format(settings), scratch, statement=belongs_to)
     add_to_manifest(
         manifest_of(target),
         belongs_to,
