@@ -15,9 +15,9 @@ from ..imports import BLANK, CONTROL, NORMAL, SPARE, UNKNOWN, UNUSED, USER_DEFIN
 from ..models import LanguageModel
 from ..settings import ModelError
 
-# %% ../../nbs/14a_export/03_tokenizer_files.ipynb #49eec993
+# %% ../../nbs/14a_export/03_tokenizer_files.ipynb #b96d7fa7
 def _sentencepiece(proto):
-    """A SentencePiece model as a message. Raises ModelError where `tokenizers` would compute something else."""
+    """A SentencePiece model as a message. Raises ModelError where it is not plain BPE."""
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto.FromString(proto)

@@ -1,4 +1,4 @@
-"""keras_hub models as pure functions of their weights: from a name to a model, its adapters and its released file."""
+"""keras_hub models as pure functions of their weights: from a name to a model and its released file."""
 
 from .environment import *  # first: it refuses another backend before Keras is imported
 
