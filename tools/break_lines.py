@@ -207,7 +207,7 @@ BREAKS = [
     Break(
         4,
         "mixtures of experts are accepted",
-        "models",
+        "models/adapters",
         'name.startswith("router_aux_loss")',
         'name.startswith("router_aux_cost")',
         "test_privacy_per_example_loss.py::test_a_mixture_of_experts_is_refused",
@@ -215,7 +215,7 @@ BREAKS = [
     Break(
         4,
         "layers that mix examples are accepted",
-        "models",
+        "models/adapters",
         "(keras.layers.BatchNormalization, keras.layers.SpectralNormalization)",
         "(keras.layers.SpectralNormalization,)",
         "test_privacy_per_example_loss.py::test_layers_that_mix_examples_are_refused",
@@ -655,7 +655,7 @@ BREAKS = [
     Break(
         13,
         "a file of weights with another SHA-256 is taken",
-        "imports",
+        "imports/conversion",
         "if sha256 and digest and digest != sha256.lower():",
         "if False:",
         "test_imports.py::test_another_file_than_was_meant_is_refused",
@@ -663,7 +663,7 @@ BREAKS = [
     Break(
         13,
         "a kept piece loses one that is made on the way to it",
-        "imports",
+        "imports/pieces",
         "        made.append(parts[i])\n",
         "",
         "test_imports.py::test_a_piece_on_the_way_is_not_left_out",
@@ -1417,8 +1417,8 @@ BREAKS = [
         "§4",
         "a pass says nothing of what could not have been seen",
         "audit/report",
-        'at level {self.level:g}. {self.unseen}"',
-        'at level {self.level:g}."',
+        'at level {report.level:g}. {report.unseen}"',
+        'at level {report.level:g}."',
         "test_audit_words.py::test_the_verdict_says_what_could_not_have_been_seen",
     ),
     Break(
@@ -1696,7 +1696,7 @@ BREAKS = [
     Break(
         14,
         "an exported certificate need not hold",
-        "export",
+        "export/folder",
         "    verify(certificate)\n",
         "",
         "test_export.py::test_a_certificate_that_does_not_hold_is_not_passed_on",
@@ -1704,7 +1704,7 @@ BREAKS = [
     Break(
         14,
         "an export takes a certificate as it lies there",
-        "export",
+        "export/folder",
         "    check_listed([release / name for name in CERTIFICATE], statement_of(release))\n",
         "",
         "test_export.py::test_another_adapter_or_certificate_is_refused_and_leaves_nothing",
@@ -1712,7 +1712,7 @@ BREAKS = [
     Break(
         14,
         "an exported model without privacy does not say so",
-        "export",
+        "export/papers",
         "if certificate else NOT_PRIVATE",
         'if certificate else ""',
         "test_export.py::test_a_model_without_privacy_says_so_on_its_first_page",
