@@ -8,7 +8,7 @@ All contenders have the same architecture, the same weights (their losses before
 the same rows of random pieces, and the same batch, and end in noise and Adam. Each is a process of its own on the same cores; rounds alternate, after one
 for compilation. `dpsynth` bounds the gradient of each row on the grid, sums exactly and draws noise; `dpsynth_plain` trains as the package does without
 privacy, and `dpsynth_plain_batched` takes the gradient of a microbatch at once. `keras_api` is used as in the JAX-Privacy tutorial: `make_private`, accumulation
-of `--keras-batch` rows at a time, `fit`. `opacus` uses the fastest of its modes (hooks, functorch, ghost clipping), which is looked for first, in microbatches of
+of `--keras-batch` rows at a time. `opacus` uses the fastest of its modes (hooks, functorch, ghost clipping), which is looked for first, in microbatches of
 `--microbatch` rows, padded to the longest of them. Lengths are all equal (`full`), or log-normal with the quartiles that the first 2,000 training
 reviews of IMDb have in Gemma's English pieces, cut at `--length` (`imdb`); then dpsynth has its buckets and `keras_api` pads all rows to `--length`.
 
@@ -253,10 +253,12 @@ def keras_api_contender(options):
     losses = []
 
     def update():
-        history = language_model.fit(
-            x, tokens[:, 1:], sample_weight=weights, batch_size=batch, epochs=1, shuffle=False, verbose=0
-        )
-        losses.append(history.history["loss"][0] * inputs * len(tokens) / float(weights.sum()))
+        language_model.reset_metrics()
+        for start in range(0, len(tokens), batch):  # `fit` waits seconds for the threads of its tf.data to end
+            part = slice(start, start + batch)
+            inputs_of = {name: array[part] for name, array in x.items()}
+            logs = language_model.train_on_batch(inputs_of, tokens[part, 1:], weights[part], return_dict=True)
+        losses.append(float(logs["loss"]) * inputs * len(tokens) / float(weights.sum()))
 
     return {"keras_api": update, "loss": lambda: losses[0]}
 

@@ -18,7 +18,7 @@ from numbers import Integral
 from .certificate import read_certificate
 from .data import Records, as_frame, as_lines, from_frame, left_out, load, refuse_left_out
 from .evaluation import evaluate
-from .formats import TextFormat
+from .formats import make_format
 from .manifest import statement_of
 from .models import check_environment
 from .runs.budget import announce, warn_of_untold
@@ -149,7 +149,7 @@ class Synthesizer:
         )
         with self._place_of_rows(name) as folder:
             fmt, belongs_to = (
-                TextFormat(settings.prompt, settings.labels),
+                make_format(settings),
                 statement_of(self.folder / "release"),
             )
             cut = sample_to_file(model, settings, fmt, folder, progress, statement=belongs_to)["unfinished"]

@@ -36,11 +36,10 @@ def _hashed(texts):
     """`(hashes, lengths)` of the folded words of some texts."""
     rows = [_FIND_WORDS(text.casefold()) for text in texts]
     flat = np.array([*itertools.chain.from_iterable(rows)], dtype=object)
-    return pd.util.hash_array(flat) if len(flat) else np.zeros(0, np.uint64), np.array(
-        [len(row) for row in rows], np.int64
-    )
+    hashes = pd.util.hash_array(flat) if len(flat) else np.zeros(0, np.uint64)
+    return hashes, np.array([len(row) for row in rows], np.int64)
 
-
+# %% ../nbs/11_words.ipynb #a30aaa3c
 @dataclasses.dataclass(frozen=True, eq=False)
 class Words:
     """Folded words of many texts.
@@ -90,11 +89,9 @@ def shares_run(words, corpus, n):
     found[rows[np.isin(ours, corpus.whole_runs(n)[0])]] = True
     return found
 
-
+# %% ../nbs/11_words.ipynb #19b2e6f6
 def folded(words):
-    """uint64[rows]: a hash of all words of each row, in order; equal for texts that differ in case, spaces
-    and punctuation only.
-    """
+    """uint64[rows]: a hash of all words of each row, in order; case, spaces and punctuation play no part."""
     total, odd = np.zeros(len(words.lengths), np.uint64), 2 * words.place.astype(np.uint64) + np.uint64(1)
     np.add.at(total, words.rows, (words.hashes ^ (words.hashes >> np.uint64(31))) * odd * _MULTIPLIER)
     return total ^ words.lengths.astype(np.uint64)
@@ -117,7 +114,7 @@ class Own:
     found: np.ndarray
     what: str
 
-
+# %% ../nbs/11_words.ipynb #d2c8e129
 def _distinct(hashes, owners):
     """Pairs of a hash and its owner, uint64[n] and int64[n], each once."""
     with np.errstate(over="ignore"):
@@ -126,18 +123,11 @@ def _distinct(hashes, owners):
 
 
 def holders(hashes, owners):
-    """int64[n]: in how many units each of these hashes occurs, of pairs of a hash and its owner, repeated or
-    not.
-    """
+    """int64[n]: in how many units each of these hashes occurs; pairs of hash and owner may repeat."""
     known, counts = np.unique(_distinct(hashes, owners)[0], return_counts=True)
     return counts[np.searchsorted(known, hashes)]
 
-
-def shared_by_two(hashes, owners, units):
-    """Share of the units with something that exactly one other unit has."""
-    return float(_mark(owners[holders(hashes, owners) == 2], units).mean())
-
-
+# %% ../nbs/11_words.ipynb #f698981a
 def _mark(owners, units):
     """bool[units]: which units are among the owners."""
     marked = np.zeros(units, bool)
@@ -145,6 +135,11 @@ def _mark(owners, units):
     return marked
 
 
+def shared_by_two(hashes, owners, units: int) -> float:
+    """Share of the units with something that exactly one other unit has."""
+    return float(_mark(owners[holders(hashes, owners) == 2], units).mean())
+
+# %% ../nbs/11_words.ipynb #aeeeda81
 def own(hashes, owners, theirs, units, what):
     """`Own` of what occurs in one unit only.
 
@@ -167,22 +162,19 @@ _PLAIN = (
 )
 
 
-def identifiers(text):
-    """The set of numbers, codes and addresses in a text, in one form: digits without what groups them,
-    letters in one case.
-    """
+def identifiers(text: str) -> set[str]:
+    """The set of numbers, codes and addresses in a text: digits ungrouped, letters in one case."""
     grouped = ("".join(filter(str.isdigit, number)) for number in _GROUPED(text))
     plain = (match.casefold() for pattern in _PLAIN for match in pattern.findall(text))
     return {*plain, *(number for number in grouped if len(number) >= MIN_DIGITS)}
 
-
+# %% ../nbs/11_words.ipynb #c0df90ec
 def _identifier_hashes(texts):
     """`(hashes, rows)` of the identifiers of each text."""
     found = [sorted(identifiers(text)) for text in texts]
     flat = np.array([*itertools.chain.from_iterable(found)], dtype=object)
-    return pd.util.hash_array(flat) if len(flat) else np.zeros(0, np.uint64), np.repeat(
-        np.arange(len(found)), [len(f) for f in found]
-    )
+    hashes = pd.util.hash_array(flat) if len(flat) else np.zeros(0, np.uint64)
+    return hashes, np.repeat(np.arange(len(found)), [len(f) for f in found])
 
 
 def own_identifiers(texts, owner, ours, units):
@@ -202,20 +194,16 @@ _NAME = rf"(?:[{_UPPER}][\w'’-]+|[{_UPPER}]\.)"
 _PAIR = re.compile(rf"(?<!\w)(?=({_NAME} {_NAME}))").findall
 _SINGLE = re.compile(rf"(?:(?<=[^\W\d_{_UPPER}] )|(?<=[,;] )){_NAME}").findall
 
-
+# %% ../nbs/11_words.ipynb #39c00b72
 def _name_runs(texts, find):
-    """Hashes of the names of texts by their number of words, a dict; the names are what `find` finds in a
-    text.
-    """
+    """Hashes of the names of texts by their number of words, a dict; `find` gives the names of a text."""
     words = Words.of({name for text in texts for name in find(text)})
     runs = {n: words.whole_runs(n) for n in range(1, MAX_NAME + 1)}
     return {n: np.unique(hashes[words.lengths[rows] == n]) for n, (hashes, rows) in runs.items()}
 
 
 def _places(names, words):
-    """`(ends, lengths)` of all names of a dict by length in `words`: the place of the last word of each, and
-    how many words it has.
-    """
+    """`(ends, lengths)` of all `names` in `words`: the place of the last word of each, and its words."""
     ends = [np.flatnonzero((words.place >= n - 1) & np.isin(words.runs(n), names[n])) for n in names]
     return np.concatenate(ends), np.repeat(list(names), [len(e) for e in ends])
 
@@ -227,7 +215,7 @@ def _hashes_at(words, ends, lengths):
         hashes[lengths == n] = words.runs(n)[ends[lengths == n]]
     return hashes
 
-
+# %% ../nbs/11_words.ipynb #a4b7b93d
 def _rarest(words, owner, ends, lengths):
     """int64[n]: in how many units the rarest word of each of these names occurs."""
     known, rarest = holders(words.hashes, owner[words.rows]), np.full(len(ends), np.iinfo(np.int64).max)
@@ -249,7 +237,7 @@ def _kinds_of_names(texts, words, owner):
     telling = _rarest(words, owner, ends, lengths) <= holders(hashes, owners)
     yield "full names with a rare word", hashes[telling], owners[telling]
 
-
+# %% ../nbs/11_words.ipynb #73d273c4
 def own_names(texts, words, owner, ours, units):
     """`Own` of names.
 
@@ -261,19 +249,22 @@ def own_names(texts, words, owner, ours, units):
     for what, hashes, owners in _kinds_of_names(texts, words, owner):
         if shared_by_two(hashes, owners, units) <= chance:
             break
-    theirs = np.concatenate(
-        [part[np.isin(part, hashes)] for n in range(1, MAX_NAME + 1) for part in [ours.whole_runs(n)[0]]]
-    )
+    runs = (ours.whole_runs(n)[0] for n in range(1, MAX_NAME + 1))
+    theirs = np.concatenate([part[np.isin(part, hashes)] for part in runs])
     return own(hashes, owners, theirs, units, what)
 
 # %% ../nbs/11_words.ipynb #4cbd7508
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 13)
 
 
+def _by_owner(words, owner, n):
+    """`(hashes, owners)` of all runs of n words."""
+    hashes, rows = words.whole_runs(n)
+    return hashes, owner[rows]
+
+
 def _natural_length(words, owner, units, chance):
-    """The smallest of `LENGTHS` at which at most a share `chance` of the units shares a run with exactly one
-    other, else the longest.
-    """
+    """The smallest of `LENGTHS` at which at most a share `chance` of units shares a run with one other."""
     hashes, owners = _by_owner(words, owner, LENGTHS[-1])
     form = _mark(owners[holders(hashes, owners) > 1], units)  # copies and form letters
 
@@ -283,13 +274,7 @@ def _natural_length(words, owner, units, chance):
 
     return next((n for n in LENGTHS[:-1] if rare(n)), LENGTHS[-1])
 
-
-def _by_owner(words, owner, n):
-    """`(hashes, owners)` of all runs of n words."""
-    hashes, rows = words.whole_runs(n)
-    return hashes, owner[rows]
-
-
+# %% ../nbs/11_words.ipynb #5077f1de
 def own_runs(words, owner, ours, units):
     """`Own` of runs of words; the arguments are those of `own_names`."""
     n = _natural_length(words, owner, units, NATURAL / max(1, len(ours.lengths) / units))
@@ -321,11 +306,9 @@ def _most_in_common(ours, theirs, owners=None):
         most[start : start + BLOCK] = common.max(axis=1).toarray()[:, 0]
     return most
 
-
+# %% ../nbs/11_words.ipynb #2413cc0d
 def _rare_pairs(words, owner, ours):
-    """The rare pairs of words of the texts, and those of the synthetic rows among them: two sparse matrices
-    with the same columns.
-    """
+    """Sparse matrices of the rare pairs of words: of the texts, and of the synthetic rows; equal columns."""
     hashes, rows = _distinct(*words.whole_runs(2))
     known = np.unique(hashes[holders(hashes, owner[rows]) <= RARE])
     theirs, their_rows = _distinct(*ours.whole_runs(2))
@@ -336,32 +319,25 @@ def _rare_pairs(words, owner, ours):
         _incidence(their_rows[synthetic], place(theirs[synthetic]), (len(ours.lengths), len(known))),
     )
 
-
+# %% ../nbs/11_words.ipynb #2634c7da
 def _nats(share, size, usual):
     """float64[n]: evidence that shares of `size` pairs are above the `usual` one."""
     share = np.clip(share, usual, 1)
     return size * special.rel_entr(share, usual) + size * special.rel_entr(1 - share, 1 - usual)
 
-
+# %% ../nbs/11_words.ipynb #f2dc2add
 def near_copies(words, owner, ours, units):
     """`Own` of texts of which most is in one synthetic row; the arguments are those of `own_names`."""
     real, synthetic = _rare_pairs(words, owner, ours)
     size = np.maximum(np.diff(real.indptr), 1)
     others, found = _most_in_common(real, real, owner) / size, _most_in_common(real, synthetic) / size
     usual = float(np.clip(np.median(others), 0.01, ALIKE))
-    natural, chance = (
-        _nats(others, size, usual),
-        NATURAL / max(1, len(ours.lengths) / max(1, len(words.lengths))),
-    )
-    mark = max(
-        MIN_NATS, float(np.quantile(natural[others <= ALIKE], 1 - chance)) if (others <= ALIKE).any() else 0.0
-    )
+    natural, distinct = _nats(others, size, usual), others <= ALIKE
+    chance = NATURAL / max(1, len(ours.lengths) / max(1, len(words.lengths)))
+    mark = max(MIN_NATS, float(np.quantile(natural[distinct], 1 - chance)) if distinct.any() else 0.0)
     able = (natural <= mark) & (_nats(np.ones(len(size)), size, usual) > mark)
-    return Own(
-        _mark(owner[able], units),
-        _mark(owner[able & (_nats(found, size, usual) > mark)], units),
-        "pairs of words",
-    )
+    copied = able & (_nats(found, size, usual) > mark)
+    return Own(_mark(owner[able], units), _mark(owner[copied], units), "pairs of words")
 
 # %% ../nbs/11_words.ipynb #9ec39601
 ORDER = 5
@@ -374,7 +350,7 @@ def _own_counts(words, hashes):
     _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
     return counts[inverse]
 
-
+# %% ../nbs/11_words.ipynb #84a750b4
 class RunModel:
     """Interpolated model of runs of words, fitted on `Words`; a score, not a normalised probability."""
 
@@ -383,9 +359,7 @@ class RunModel:
         self._total = max(1, len(words.hashes)) + len(self._tables[0][0])
 
     def _counts(self, words, n, without_own):
-        """float64[words]: how often the run of n words that ends here occurs in the fitted rows (without its
-        own).
-        """
+        """float64[words]: how often the run of n words that ends here occurs in the (other) fitted rows."""
         (known, counts), hashes = self._tables[n - 1], words.runs(n)
         if not len(known):
             return np.zeros(len(hashes))
@@ -404,13 +378,10 @@ class RunModel:
         for n in range(2, len(self._tables) + 1):
             context, counts = np.append(0.0, counts[:-1]), self._counts(words, n, without_own)
             probability = np.where(words.place >= n - 1, (counts + probability) / (context + 1), probability)
-        return np.bincount(words.rows, np.log(probability), minlength=len(words.lengths)) / np.maximum(
-            words.lengths, 1
-        )
+        total = np.bincount(words.rows, np.log(probability), minlength=len(words.lengths))
+        return total / np.maximum(words.lengths, 1)
 
-
+# %% ../nbs/11_words.ipynb #4adf4e7c
 def text_membership(ours, real):
-    """float64[pool]: log ratio of the likelihoods under a model of the synthetic rows and under one of all
-    other real rows.
-    """
+    """float64[pool]: log ratio of the likelihoods under models of the synthetic and of the other real rows."""
     return RunModel(ours).log_likelihood(real) - RunModel(real).log_likelihood(real, without_own=True)

@@ -591,7 +591,7 @@ def test_times_with_zones_and_categories_with_numbers_have_one_form():
         (
             "pay",
             lambda rows: [f"{int(pay):,}" for pay in rows["pay"]],
-            "column pay: 150 of 150 values in {} are no numbers, as all in train are",
+            "column pay: 150 of 150 values in {} are not numbers, as all in train are",
         ),
         (
             "pay",
@@ -601,23 +601,23 @@ def test_times_with_zones_and_categories_with_numbers_have_one_form():
         (
             "pay",
             lambda rows: pd.to_datetime(rows["day"]),
-            "column pay: 150 of 150 values in {} are no numbers",
+            "column pay: 150 of 150 values in {} are not numbers",
         ),
         (
             "day",
             lambda rows: pd.to_datetime(rows["day"]).dt.strftime("%d/%m/%Y"),
-            "day: 150 of 150 values in {} are no dates such as 2024-01-31",
+            "day: 150 of 150 values in {} are not dates such as 2024-01-31",
         ),
-        ("day", lambda rows: range(150), "column day: 150 of 150 values in {} are no dates"),
+        ("day", lambda rows: range(150), "column day: 150 of 150 values in {} are not dates"),
         (
             "town",
             lambda rows: range(150),
-            "column town: 150 of 150 values in train are no numbers, as all in {} are",
+            "column town: 150 of 150 values in train are not numbers, as all in {} are",
         ),
         (
             "town",
             lambda rows: pd.to_datetime(rows["day"]),
-            "column town: 150 of 150 values in train are no dates such as 2024-01-31, as all in {} are",
+            "column town: 150 of 150 values in train are not dates such as 2024-01-31, as all in {} are",
         ),
     ],
 )
@@ -1447,6 +1447,7 @@ def test_the_worse_of_two_canary_audits_is_certified(finished, monkeypatch, by_m
 
 
 def test_canaries_that_changed_since_the_training_are_not_looked_for(tmp_path):
+    from dpsynth.formats import make_format
     from dpsynth.runs import check_same_canaries
 
     settings, included = (
@@ -1467,10 +1468,10 @@ def test_canaries_that_changed_since_the_training_are_not_looked_for(tmp_path):
         [([7, 7, 7], [1]), *(([7, 7, 7], ids[:5]) for ids in model.response_ids(trained.texts))],
         lambda partial: state.seal("tokens", partial),
     )
-    check_same_canaries(settings, state, made, included, model)
+    check_same_canaries(settings, state, made, included, model, make_format(settings))
     other = dataclasses.replace(made, frame=made.frame.assign(text=[f"un{text}" for text in made.texts]))
     with pytest.raises(PrivacyError, match="canaries are others now"):
-        check_same_canaries(settings, state, other, included, model)
+        check_same_canaries(settings, state, other, included, model, make_format(settings))
 
 
 def test_rows_are_attacked_at_the_delta_of_the_run_and_without_those_that_had_copies(finished, monkeypatch):

@@ -200,7 +200,7 @@ def test_a_run_that_is_not_finished_keeps_its_microbatches_and_devices(tmp_path,
             "setting microbatch_size: memory does not hold 8 units of 32 tokens",
         ),
         (MemoryError(), "setting microbatch_size: memory does not hold"),
-        (None, "setting model: gradients of .*micro on invented rows are no numbers"),
+        (None, "setting model: gradients of .*micro on invented rows are NaN"),
     ],
 )
 def test_what_no_training_can_survive_is_found_before_it_is_charged(tmp_path, monkeypatch, failure, words):

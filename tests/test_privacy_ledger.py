@@ -25,7 +25,7 @@ from dpsynth.ledger import (
     KINDS,
     Ledger,
     Neighbours,
-    Newcomer,
+    NewDataset,
     accesses_event,
     compose,
     default_path,
@@ -190,7 +190,7 @@ def test_group_privacy():
     ],
 )
 def test_events_are_those_that_certificates_are_verified_with(event, other, monkeypatch):
-    from dpsynth import verify
+    from dpsynth.privacy import verify
 
     def epsilon(description):
         return read_event(description).loss(1, Neighbours(), 1e-3).get_epsilon_for_delta(DELTA)
@@ -803,7 +803,7 @@ assert not {"dp_accounting", "jax", "pandas", "matplotlib"} & set(sys.modules)
 
 def test_asking_registers_nothing_and_makes_no_ledger(tmp_path):
     path = tmp_path / "new" / "ledger.sqlite"
-    ledger, film = Ledger(path, make=False), Newcomer("film", rows(range(100)), DELTA)
+    ledger, film = Ledger(path, make=False), NewDataset("film", rows(range(100)), DELTA)
     (total,) = ledger.totals_after(2 * [(film, pure(0.5))])
     assert (total.runs, total.earlier, total.dataset.name) == (
         2,
@@ -824,7 +824,7 @@ def test_asking_registers_nothing_and_makes_no_ledger(tmp_path):
 
 def test_newcomers_are_asked_about_like_registered_rows(ledger, film):
     spend(ledger, film, pure(0.5), "old")
-    both = [Newcomer("left", rows(range(90, 200)), DELTA), Newcomer("right", rows(range(150, 300)), DELTA)]
+    both = [NewDataset("left", rows(range(90, 200)), DELTA), NewDataset("right", rows(range(150, 300)), DELTA)]
     asked = ledger.totals_after([(newcomer, pure(1.0)) for newcomer in both])
     assert [dataset.name for dataset in ledger.datasets()] == ["film"] and len(ledger.releases(film)) == 1
     known = [ledger.register(newcomer.name, newcomer.units, newcomer.delta) for newcomer in both]
@@ -832,14 +832,14 @@ def test_newcomers_are_asked_about_like_registered_rows(ledger, film):
     assert [total.epsilon for total in asked] == pytest.approx([2.0, 2.0], abs=5e-3) and asked[0].earlier == 1
     ledger.set_cap(film, 1.4)
     with pytest.raises(BudgetError, match="over the cap 1.4 of data set 'film'"):
-        ledger.totals_after([(Newcomer("more", rows(range(99, 120)), DELTA), pure(1.0))])
+        ledger.totals_after([(NewDataset("more", rows(range(99, 120)), DELTA), pure(1.0))])
     assert len(ledger.datasets()) == 3
     with pytest.raises(SettingsError, match="not between 0 and 1/n"):
-        Newcomer("x", rows(range(10)), 0.1)
+        NewDataset("x", rows(range(10)), 0.1)
 
 
 def test_answers_are_remembered_where_there_is_a_ledger(ledger, monkeypatch):
-    newcomer = Newcomer("film", rows(range(10)), DELTA)
+    newcomer = NewDataset("film", rows(range(10)), DELTA)
     asked = ledger.totals_after([(newcomer, pure(0.25))])
     monkeypatch.setattr("dpsynth.ledger.ledger._answers", lambda question: pytest.fail("asked again"))
     assert ledger.totals_after([(newcomer, pure(0.25))]) == asked

@@ -15,7 +15,7 @@ from dpsynth.ledger import RUNS_LEDGER
 from dpsynth.privacy import Randomness, bind_run, load_secret, read_identity, run_identity
 from dpsynth.runs.run import Run
 from dpsynth.settings import PrivacyError
-from dpsynth.state import State, content_hash, kept
+from dpsynth.state import State, path_hash, private_files
 
 LONGER = RUN.model_copy(update={"epochs": 1.6})  # eight updates
 PERSONS = RUN.model_copy(update={"unit": "user", "batch_size": 2})
@@ -275,7 +275,7 @@ def begun(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         loaded = dpsynth.finetune.prepare_with_hash(FULL)
         folder = stopped(patch, FULL, splits(settings=FULL), tmp_path_factory.mktemp("runs") / "dp", after=4)
-    assert set(kept(folder / "private")) == KEPT
+    assert set(private_files(folder / "private")) == KEPT
     return folder, loaded
 
 
@@ -320,7 +320,7 @@ def test_what_can_be_made_again_gives_the_same_bytes(begun, tmp_path):
     assert {path.name for path in private.iterdir()} == sealed | {"seals", "secret"} and sealed == KEPT | {
         "checks.json"
     }
-    hashes = {content_hash(path) for path in private.rglob("*")}
+    hashes = {path_hash(path) for path in private.rglob("*")}
     seals = {word for path in (private / "seals").iterdir() for word in path.read_text().split()}
     assert (
         len(seals) == 2 + len(sealed) and not seals & hashes

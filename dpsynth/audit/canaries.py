@@ -27,7 +27,7 @@ def canary_scores(base_losses, tuned_losses):
     """
     return np.asarray(base_losses, float) - np.asarray(tuned_losses, float)
 
-
+# %% ../../nbs/12_audit/07_canaries.ipynb #ff8f633f
 def _canary_auditor(scores, included):
     """A `CanaryScoreAuditor` of checked scores and coins, as `one_run_bound` wants them."""
     from jax_privacy.auditing import CanaryScoreAuditor
@@ -46,7 +46,7 @@ def _canary_auditor(scores, included):
         )
     return CanaryScoreAuditor(scores[included], scores[~included])
 
-
+# %% ../../nbs/12_audit/07_canaries.ipynb #0e703cbc
 def one_run_bound(scores, included, delta, *, confidence=0.95, seed=0):
     """Lower bound on the ε at `delta` of any mechanism, from one run with canaries; 0 refutes nothing.
 
@@ -70,7 +70,7 @@ def one_run_bound(scores, included, delta, *, confidence=0.95, seed=0):
         )
     )
 
-
+# %% ../../nbs/12_audit/07_canaries.ipynb #64f405a1
 def gaussian_bound(scores, included, delta, *, confidence=0.95, seed=0):
     """As `one_run_bound`, **under the assumption of a Gaussian mechanism**: no bound on the ε of any other.
 
@@ -85,7 +85,7 @@ def gaussian_bound(scores, included, delta, *, confidence=0.95, seed=0):
         )
     )
 
-
+# %% ../../nbs/12_audit/07_canaries.ipynb #4afb86f7
 @functools.lru_cache(maxsize=64)
 def largest_bound(count, delta, confidence=0.95):
     """The bound that `count` canaries show when every coin is guessed right: more cannot be seen."""
@@ -131,7 +131,7 @@ class CanaryAudit:
             f" mechanism: at least {self.gaussian_bound:.2f}. {CAVEAT}"
         )
 
-
+# %% ../../nbs/12_audit/07_canaries.ipynb #3fe9aec6
 def audit_scores(scores, included, delta, saw, *, confidence=0.95, seed=0):
     """`CanaryAudit` from any scores of the canaries, float[m], higher where they look included, and the
     coins, bool[m].
@@ -150,7 +150,7 @@ def audit_scores(scores, included, delta, saw, *, confidence=0.95, seed=0):
         saw, len(scores), int(included.sum()), bound, delta, confidence, largest, gaussian, auc, interval
     )
 
-
+# %% ../../nbs/12_audit/07_canaries.ipynb #31486a74
 def audit_canaries(base_losses, tuned_losses, included, delta, *, confidence=0.95, seed=0):
     """`CanaryAudit` from the losses of all canaries, float[m] each, under the untuned and the tuned model,
     and the coins, bool[m].
@@ -167,7 +167,7 @@ def audit_canaries(base_losses, tuned_losses, included, delta, *, confidence=0.9
         seed=seed,
     )
 
-
+# %% ../../nbs/12_audit/07_canaries.ipynb #a39167fc
 def audit_canaries_in_rows(synthetic_texts, canary_texts, included, delta, *, confidence=0.95, seed=0):
     """`CanaryAudit` of an auditor who has the synthetic rows and no model, from the texts of all canaries and
     the coins, bool[m].

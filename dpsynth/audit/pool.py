@@ -28,8 +28,7 @@ def _records_frame(records):
 
 
 def read_rows(source, what="rows"):
-    """DataFrame of a DataFrame, `Records`, list of dicts or texts, or path of a file (as `all_columns` reads
-    it).
+    """DataFrame of a DataFrame, `Records`, list of dicts or texts, or path of a file (see `all_columns`).
 
     Raises:
         DataError: naming `what` or the file: it cannot be read, a row of a CSV or TSV file has another number
@@ -52,7 +51,7 @@ TEXT_WORDS = 5
 CATEGORIES = 50
 TEXT_OPTION = "text_column (--text-column)"  # as Python and the command line call it
 
-
+# %% ../../nbs/12_audit/02_pool.ipynb #fb02fa33
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pool:
     """Rows ready for the attacks.
@@ -86,7 +85,7 @@ class Pool:
         """The columns that are not the text."""
         return [*self.numbers, *self.categories]
 
-
+# %% ../../nbs/12_audit/02_pool.ipynb #8e6ca36a
 def _is_text(column):
     """Whether a column holds running text: more than `TEXT_WORDS` words in the median."""
     if pd.api.types.is_numeric_dtype(column) or pd.api.types.is_datetime64_any_dtype(column):
@@ -119,22 +118,22 @@ def _gaps(column):
     """bool[n]: where a column of numbers or times has nothing."""
     return column.isna() | column.isin(MISSING)
 
-
+# %% ../../nbs/12_audit/02_pool.ipynb #3b917e7d
 def _as_numbers(column):
-    """float64 values, missing where a value is no number; booleans and times are none."""
+    """float64 values, missing where a value is not a number; booleans and times are not."""
     plain = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
     return pd.to_numeric(column if plain else column.astype(str), errors="coerce").astype(float)
 
 
 def _as_times(column):
-    """float64 seconds since 1970, in UTC where there is no time zone; missing where a value is no time."""
+    """float64 seconds since 1970, in UTC where there is no time zone; missing where a value is not a time."""
     texts = column.astype(str)
     times = pd.to_datetime(
         texts.where(texts.str.match(DATE, na=False)), format="ISO8601", errors="coerce", utc=True
     )
     return pd.Series(times.to_numpy("datetime64[us]").astype(float) / 1e6, column.index).where(times.notna())
 
-
+# %% ../../nbs/12_audit/02_pool.ipynb #afebc42f
 def _long(column):
     """bool[n]: where a column has a whole number of more digits than float64 keeps."""
     return (not pd.api.types.is_float_dtype(column)) & column.astype(str).str.fullmatch(LONG)
@@ -149,9 +148,7 @@ def _unread(column, kind):
 
 
 def _kind(column):
-    """`number` or `time` if all values that are there can be read as such, else `category`, as are long whole
-    numbers.
-    """
+    """`number` or `time` if all values can be read as such, else `category`, as are long whole numbers."""
     there = not _gaps(column).all() and not _long(column).any()
     return next((kind for kind in READ_AS if there and not len(_unread(column, kind))), "category")
 
@@ -162,29 +159,23 @@ def _as_texts(column):
 
 
 def _as_categories(column):
-    """A column as texts in which numbers are written in one way: 5, 5.0 and 05 are the same category; long
-    ones stay as they are.
-    """
+    """A column as texts: 5, 5.0 and 05 are the same category; long numbers stay as they are."""
     numbers = _as_numbers(column).where(~_long(column))
     return _as_texts(column).where(numbers.isna(), numbers.map("{:.17g}".format))
 
-
+# %% ../../nbs/12_audit/02_pool.ipynb #70847756
 def _refuse(name, what, column, kind, like):
-    """Raise DataError about the values of `column` that are not of a kind which all those of the set `like`
-    are.
-    """
+    """Raise DataError about the values of `column` that are not of the `kind` of the set `like`."""
     bad, there = _unread(column, kind), int((~_gaps(column)).sum())
     say = "dates such as 2024-01-31" if kind == "time" else "numbers"
     raise DataError(
-        f"column {name}: {len(bad):,} of {there:,} values in {what} are no {say}, as all in {like} are, the"
+        f"column {name}: {len(bad):,} of {there:,} values in {what} are not {say}, as all in {like} are, the"
         f" first in row {bad[0]} (from 0); write them alike, or leave the column out with columns (--columns)"
     )
 
 
 def _check_alike(name, columns, kind):
-    """Raise DataError unless the columns of three sets of rows, a dict, are written alike; `kind` is that of
-    the training rows.
-    """
+    """Raise DataError unless three columns, a dict, are written alike; `kind`: of the training rows."""
     train = columns["train"]
     for what in ("synthetic", "holdout"):
         of = _kind(columns[what]) if kind == "category" else kind
@@ -193,13 +184,11 @@ def _check_alike(name, columns, kind):
         if kind == "category" and of in READ_AS and 2 * len(_unread(train, of)) > (~_gaps(train)).sum():
             _refuse(name, "train", train, of, what)
 
-
+# %% ../../nbs/12_audit/02_pool.ipynb #e309473f
 def _alike(name, columns, is_text):
-    """`(columns, kind)` of the columns of three sets of rows, a dict: floats if the training rows have
-    numbers or times, else texts.
+    """`(columns, kind)` of three columns, a dict: floats for numbers and times, else texts.
 
-    Raises:
-        DataError: a value cannot be read as what the training rows have.
+    Raises DataError where a value cannot be read as what the training rows have.
     """
     kind = "text" if is_text else _kind(columns["train"])
     if not is_text:
@@ -209,20 +198,14 @@ def _alike(name, columns, is_text):
 
 
 def _in_one_form(frames, names, text):
-    """`(frames, kinds)`: three sets of rows with these columns as `_alike` returns them, and the kind of each
-    column.
-    """
+    """`(frames, kinds)`: three sets of rows with columns as `_alike` returns them, and the kind of each."""
     made = {c: _alike(c, {what: frame[c] for what, frame in frames.items()}, c == text) for c in names}
-    return (
-        {what: pd.DataFrame({c: columns[what] for c, (columns, _) in made.items()}) for what in frames},
-        {c: kind for c, (_, kind) in made.items()},
-    )
+    read = {what: pd.DataFrame({c: columns[what] for c, (columns, _) in made.items()}) for what in frames}
+    return read, {c: kind for c, (_, kind) in made.items()}
 
-
+# %% ../../nbs/12_audit/02_pool.ipynb #7257bf42
 def _check_sizes(frames, kinds, places):
-    """Raise DataError about numbers with which nothing can be computed; `places` says where each set of rows,
-    by its name, comes from.
-    """
+    """Raise DataError about infinite or huge numbers; `places`: where each set of rows comes from."""
     for name in (name for name, kind in kinds.items() if kind == "number"):
         for what, frame in frames.items():
             bad = np.flatnonzero(frame[name].abs() > LARGEST)
@@ -238,7 +221,7 @@ def _place(name, source):
     """How a message names a set of rows: with its file, where it is one."""
     return f"{name} ({source})" if isinstance(source, (str, os.PathLike)) else name
 
-
+# %% ../../nbs/12_audit/02_pool.ipynb #6aabdcb7
 def _common(frames, columns):
     """The columns to audit, in the order of the training rows."""
     shared = [c for c in frames["train"] if all(c in frame for frame in frames.values())]
@@ -253,8 +236,9 @@ def _common(frames, columns):
 
 
 def _left_out(frames, names):
-    """Warning about columns that are not compared; what is not a name in all three sets may be a row, and has
-    a position.
+    """Warning about columns that are not compared.
+
+    What is not a name in all three sets may be the text of a row, so its position is told instead.
     """
     known = [c for c in frames["train"] if c not in names and all(c in frame for frame in frames.values())]
     own = {
@@ -264,13 +248,11 @@ def _left_out(frames, names):
     extra = known + [
         f"column {', '.join(places)} (from 0) of {what}" for what, places in own.items() if places
     ]
-    return (
-        (f"not compared, because not asked for or not in all three sets: {'; '.join(extra)}",)
-        if extra
-        else ()
-    )
+    if not extra:
+        return ()
+    return (f"not compared, because not asked for or not in all three sets: {'; '.join(extra)}",)
 
-
+# %% ../../nbs/12_audit/02_pool.ipynb #7c56dce6
 def _identifiers(real, names):
     """Warnings about those columns of numbers that number the rows."""
     whole = lambda column: column.is_unique and (column % 1 == 0).all()
@@ -281,9 +263,7 @@ def _identifiers(real, names):
 
 
 def _without_label(frames, names, text):
-    """`(names, warnings)`: the columns to attack; where a label is the only column beside the text, without
-    it.
-    """
+    """`(names, warnings)`: the columns to attack, without a label that is alone beside the text."""
     others = [c for c in names if c != text]
     if text is None or len(others) != 1:
         return names, ()
@@ -296,7 +276,7 @@ def _without_label(frames, names, text):
     )
     return [text], (f"column {others[0]} {remark}name it alone in columns (--columns)",)
 
-
+# %% ../../nbs/12_audit/02_pool.ipynb #01223d4c
 def _check_units(frames, units):
     """Raise DataError unless each row has a unit, and no unit has both training and held-out rows."""
     for name, ids in units.items():
@@ -315,16 +295,14 @@ def _one_row_each(units, seed):
     order = np.random.default_rng([seed, 1]).permutation(len(units))
     return np.sort(order[~pd.Series(units).iloc[order].duplicated().to_numpy()])
 
-
+# %% ../../nbs/12_audit/02_pool.ipynb #c7ac1771
 def _keys(frame):
     """A hash of each row: the names of units that are all copies of a row."""
     return pd.util.hash_pandas_object(frame.astype(str), index=False).tolist()
 
 
 def _chosen(frames, units, seed, what):
-    """`(train, holdout, warnings)`: the positions of the rows that take part, and what to say about it;
-    `what` was held out as a whole.
-    """
+    """`(train, holdout, warnings)`: positions of the rows that take part; `what` was held out as a whole."""
     if all(ids is None for ids in units.values()):
         return np.arange(len(frames["train"])), np.arange(len(frames["holdout"])), ()
     _check_units(frames, units)
@@ -341,77 +319,37 @@ def _chosen(frames, units, seed, what):
     )
     return train, holdout, (remark,)
 
-
-def make_pool(
-    synthetic,
-    train,
-    holdout,
-    *,
-    text_column=None,
-    columns=None,
-    train_units=None,
-    holdout_units=None,
-    copies_together=False,
-    seed=0,
-):
-    """`Pool` of three sets of rows (anything `read_rows` takes); where units are given, of one random row of
-    each unit.
-
-    `copies_together`: the units are the copies of a row; the others are as for `audit_files`.
-
-    Raises:
-        DataError: rows cannot be read, are not written alike, do not have a column in common, or do not fit
-            the units.
-    """
-    sources = {"synthetic": synthetic, "train": train, "holdout": holdout}
-    frames = {name: read_rows(rows, name) for name, rows in sources.items()}
-    names, rng = _common(frames, columns), np.random.default_rng(seed)
-    units, what = {"train": train_units, "holdout": holdout_units}, "whole units"
-    if copies_together:
-        units, what = {side: _keys(frames[side][names]) for side in units}, "all copies of a row together"
-    ours, others, remark = _chosen(frames, units, seed, what)
-    warnings, text = remark + _left_out(frames, names), _text_name(frames["train"][names], text_column)
-    names, not_attacked = _without_label(frames, names, text)
-    frames, kinds = _in_one_form(frames, names, text)
-    _check_sizes(frames, kinds, {name: _place(name, source) for name, source in sources.items()})
+# %% ../../nbs/12_audit/02_pool.ipynb #73ae23f1
+def _dealt(frames, chosen, seed):
+    """`(fields, order)`: rows of a `Pool`, shuffled; `chosen` are the positions that take part, by side."""
+    (ours, others), rng = chosen, np.random.default_rng(seed)
     order = rng.permutation(len(ours) + len(others))
-    synthetic = frames["synthetic"].iloc[rng.permutation(len(frames["synthetic"]))].reset_index(drop=True)
-    real = (
-        pd.concat([frames["train"].iloc[ours], frames["holdout"].iloc[others]], ignore_index=True)
-        .iloc[order]
-        .reset_index(drop=True)
-    )
-    of_kind = lambda *wanted: tuple(c for c in names if kinds[c] in wanted)
-    warnings += not_attacked + _identifiers(real, of_kind("number"))
-    position, member = np.concatenate([ours, others])[order], order < len(ours)
-    alone = np.ones(len(order), bool)
-    if copies_together:
-        alone = np.concatenate([_once(units["train"])[ours], _once(units["holdout"])[others]])[order]
-    whole = {} if copies_together else units
-    texts, owner = (
-        _all_texts(frames, text, whole, (ours, others), order) if text else ([], np.zeros(0, np.int64))
-    )
-    return Pool(
-        synthetic,
-        real,
-        member,
-        position,
-        text,
-        of_kind("number", "time"),
-        of_kind("category"),
-        warnings,
-        alone,
-        texts,
-        owner,
-    )
+    synthetic = frames["synthetic"].iloc[rng.permutation(len(frames["synthetic"]))]
+    real = pd.concat([frames["train"].iloc[ours], frames["holdout"].iloc[others]], ignore_index=True)
+    fields = {
+        "synthetic": synthetic.reset_index(drop=True),
+        "real": real.iloc[order].reset_index(drop=True),
+        "member": order < len(ours),
+        "position": np.concatenate([ours, others])[order],
+    }
+    return fields, order
+
+
+def _once(keys):
+    """bool[n]: whether a key occurs once."""
+    return ~pd.Series(keys).duplicated(keep=False).to_numpy()
+
+# %% ../../nbs/12_audit/02_pool.ipynb #eec7c7d6
+def _alone(units, chosen, order):
+    """bool[real]: False where a row stands for copies; `units` has the key of each row, by side."""
+    sides = zip(("train", "holdout"), chosen)
+    return np.concatenate([_once(units[side])[rows] for side, rows in sides])[order]
 
 
 def _all_texts(frames, text, units, chosen, order):
-    """`(texts, owner)` of a `Pool`: `chosen` has the positions of the rows of both sides that take part,
-    dealt in this `order`.
-    """
-    stands, texts, owner, before = np.argsort(order), [], [], 0
-    for side, ours in zip(("train", "holdout"), chosen):
+    """`(texts, owner)` of a `Pool`; `chosen` and `order` as in `_dealt`; empty without a text."""
+    stands, texts, owner, before = np.argsort(order), [], [np.zeros(0, np.int64)], 0
+    for side, ours in zip(("train", "holdout"), chosen) if text else ():
         ids = units.get(side)
         names = np.arange(len(frames[side])) if ids is None else pd.factorize(pd.Series(list(ids)))[0]
         row_of = np.full(names.max() + 1, -1)
@@ -422,7 +360,41 @@ def _all_texts(frames, text, units, chosen, order):
         before += len(ours)
     return texts, np.concatenate(owner)
 
+# %% ../../nbs/12_audit/02_pool.ipynb #c8e9f713
+def make_pool(
+    synthetic, train, holdout, *, text_column=None, columns=None, train_units=None, holdout_units=None,
+    copies_together=False, seed=0,
+) -> Pool:  # fmt: skip
+    """`Pool` of three sets of rows (anything `read_rows` takes), of one random row of each unit.
 
-def _once(keys):
-    """bool[n]: whether a key occurs once."""
-    return ~pd.Series(keys).duplicated(keep=False).to_numpy()
+    `copies_together`: the units are the copies of a row; the others are as for `audit_files`.
+
+    Raises:
+        DataError: rows cannot be read, are not written alike, do not have a column in common, or do not fit
+            the units.
+    """
+    sources = {"synthetic": synthetic, "train": train, "holdout": holdout}
+    frames = {name: read_rows(rows, name) for name, rows in sources.items()}
+    names = _common(frames, columns)
+    units, what = {"train": train_units, "holdout": holdout_units}, "whole units"
+    if copies_together:
+        units, what = {side: _keys(frames[side][names]) for side in units}, "all copies of a row together"
+    *chosen, remark = _chosen(frames, units, seed, what)
+    warnings, text = remark + _left_out(frames, names), _text_name(frames["train"][names], text_column)
+    names, not_attacked = _without_label(frames, names, text)
+    frames, kinds = _in_one_form(frames, names, text)
+    _check_sizes(frames, kinds, {name: _place(name, source) for name, source in sources.items()})
+    dealt, order = _dealt(frames, chosen, seed)
+    of_kind = lambda *wanted: tuple(c for c in names if kinds[c] in wanted)
+    warnings += not_attacked + _identifiers(dealt["real"], of_kind("number"))
+    texts, owner = _all_texts(frames, text, {} if copies_together else units, chosen, order)
+    return Pool(
+        **dealt,
+        text=text,
+        numbers=of_kind("number", "time"),
+        categories=of_kind("category"),
+        warnings=warnings,
+        alone=_alone(units, chosen, order) if copies_together else np.ones(len(order), bool),
+        texts=texts,
+        owner=owner,
+    )

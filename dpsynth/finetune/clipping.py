@@ -49,7 +49,7 @@ def add_units(one, total, notes, batch):
     each, noted = jax.vmap(one)(*units)
     return [t + e.sum(0) for t, e in zip(total, each)], notes + noted.sum(0).astype(jnp.int32)
 
-
+# %% ../../nbs/07_finetune/02_clipping.ipynb #312bcc34
 def make_private_sum(model, session):
     """jitted f(total, notes, trainable, frozen, batch) -> total, notes: adds one clipped integer gradient per
     real unit.
@@ -72,7 +72,7 @@ def make_private_sum(model, session):
 
     return jax.jit(accumulate, donate_argnums=(0, 1))
 
-
+# %% ../../nbs/07_finetune/02_clipping.ipynb #8d92a0af
 def make_plain_sum(model):
     """The same without privacy: adds the gradients to `total`, a list of float32 arrays; `notes` stays as it
     is.
@@ -92,7 +92,7 @@ def make_plain_sum(model):
 
     return jax.jit(accumulate, donate_argnums=(0, 1))
 
-
+# %% ../../nbs/07_finetune/02_clipping.ipynb #6a80fef3
 def make_mean_loss(model):
     """jitted f(trainable, frozen, batch) -> loss [rows] in nats."""
 

@@ -16,21 +16,19 @@ CHUNK_SCORES = 1 << 21  # scores held at once for one row
 ALONE_SCORES = 1 << 26  # scores held at once on a single CPU, for all rows that are at work
 
 
-def one_by_one():
-    """Whether the units of a microbatch are computed one after the other, as on a single CPU, or side by
-    side.
-    """
+def one_by_one() -> bool:
+    """Whether units are computed one after the other, as on a single CPU, or side by side."""
     return jax.default_backend() == "cpu" and len(jax.devices()) == 1
 
 
-def scores_at_once(rows=1):
+def scores_at_once(rows: int = 1) -> int:
     """How many scores are held at once for each of `rows` rows that are computed side by side.
 
     Chunks save memory and cost time: what is in one is computed twice, and small products are slow.
     """
     return max(CHUNK_SCORES, ALONE_SCORES // rows) if one_by_one() else CHUNK_SCORES
 
-
+# %% ../../nbs/07_finetune/01_loss.ipynb #7990d2a2
 def token_losses(model, trainable, frozen, hidden, targets, rows=1):
     """Cross-entropy [length] of targets [length] under the scores of hidden states [length, width], in nats;
     `rows` as in `scores_at_once`.
@@ -52,7 +50,7 @@ def token_losses(model, trainable, frozen, hidden, targets, rows=1):
     )
     return jax.lax.map(jax.checkpoint(losses), chunks).reshape(-1)[:length]
 
-
+# %% ../../nbs/07_finetune/01_loss.ipynb #04faf2fa
 def example_loss(model, trainable, frozen, tokens, prompt_length, total_length, rows=1):
     """Mean loss in nats over the response tokens of one row.
 
@@ -80,7 +78,7 @@ def unit_loss(model, trainable, frozen, tokens, prompt_length, total_length):
     losses = jax.vmap(loss)(tokens, prompt_length, total_length)
     return losses.sum() / jnp.maximum((total_length > 0).sum(), 1)
 
-
+# %% ../../nbs/07_finetune/01_loss.ipynb #d36e0fa3
 def rows_of_units(units, most, seed):
     """int64[number of units, most]: the rows of each unit, filled up with -1.
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LARGEST_GROUP', 'LARGEST_EPSILON', 'KINDS', 'EXPOSED', 'Neighbours', 'group_privacy', 'DpSgd', 'Gaussian', 'Laplace',
-           'DiscreteLaplace', 'EpsilonDelta', 'Added', 'NotPrivate', 'read_event', 'known_names', 'event_from_dict',
+           'DiscreteLaplace', 'EpsilonDelta', 'Added', 'NotPrivate', 'known_names', 'read_event', 'event_from_dict',
            'accesses_event']
 
 # %% ../../nbs/05_ledger/01_events.ipynb #6eae6af5
+from collections.abc import Iterable
 import dataclasses
 import difflib
 import functools
@@ -36,22 +37,20 @@ class Neighbours:
             raise PrivacyError(f"relation {self.relation!r}: expected 'add_or_remove_one' or 'replace_one'")
         if self.group > 1 and self.relation != "add_or_remove_one":
             raise PrivacyError(
-                f"a group of {self.group} units is only accounted under add_or_remove_one, not"
+                f"a group of {self.group} units is only accounted for under add_or_remove_one, not"
                 f" {self.relation}"
             )
 
     @property
-    def changes(self):
+    def changes(self) -> int:
         """Additions and removals that lead from one data set to its neighbour; a replacement is two."""
         return 2 if self.relation == "replace_one" else self.group
 
+# %% ../../nbs/05_ledger/01_events.ipynb #5c4417d5
+LARGEST_GROUP = 32  # units
+LARGEST_EPSILON = 100.0  # of one event, as stated
+
 # %% ../../nbs/05_ledger/01_events.ipynb #c067dc5a
-LARGEST_GROUP, LARGEST_EPSILON = (
-    32,
-    100.0,
-)  # of a group; of one event as stated. Beyond these a bound is given as infinite
-
-
 def _events():
     from dp_accounting import dp_event
 
@@ -63,7 +62,20 @@ def _losses():
 
     return privacy_loss_distribution
 
+# %% ../../nbs/05_ledger/01_events.ipynb #a9257fab
+def _mixture_loss(noise_multiplier, probability, group, grid):
+    """The same for a group: sensitivity j with the probability that j of its members are sampled."""
+    from scipy.stats import binom
 
+    members = list(range(group + 1))
+    return _losses().from_mixture_gaussian_mechanism(
+        noise_multiplier,
+        members,
+        binom.pmf(members, group, probability).tolist(),
+        value_discretization_interval=grid,
+    )
+
+# %% ../../nbs/05_ledger/01_events.ipynb #81e6dcd1
 def _gaussian_loss(noise_multiplier, probability, neighbours, grid):
     """Loss of one Gaussian mechanism on a Poisson sample, on a grid of this width; None where there is no
     bound.
@@ -81,21 +93,8 @@ def _gaussian_loss(noise_multiplier, probability, neighbours, grid):
         neighboring_relation=NeighboringRelation[neighbours.relation.upper()],
     )
 
-
-def _mixture_loss(noise_multiplier, probability, group, grid):
-    """The same for a group: sensitivity j with the probability that j of its members are sampled."""
-    from scipy.stats import binom
-
-    members = list(range(group + 1))
-    return _losses().from_mixture_gaussian_mechanism(
-        noise_multiplier,
-        members,
-        binom.pmf(members, group, probability).tolist(),
-        value_discretization_interval=grid,
-    )
-
-
-def group_privacy(epsilon, delta, size):
+# %% ../../nbs/05_ledger/01_events.ipynb #eb0ac10d
+def group_privacy(epsilon: float, delta: float, size: int) -> tuple[float, float]:
     """`(ε, δ)` for `size` changes of something that is (ε, δ)-DP for one: kε and δ·(e^kε − 1)/(e^ε − 1), at
     most 1.
 
@@ -103,12 +102,12 @@ def group_privacy(epsilon, delta, size):
     sum left as it is.
     """
     total = size * epsilon
-    if total > 700:  # e^kε is no float any more
+    if total > 700:  # e^kε is too large for a float
         return total, 1.0 if delta else 0.0
     growth = math.expm1(total) / math.expm1(epsilon) if epsilon else size
     return total, min(1.0, delta * growth)
 
-
+# %% ../../nbs/05_ledger/01_events.ipynb #2d9c395e
 def _stated_loss(epsilon, delta, neighbours, grid):
     """Loss of the worst mechanism that is (ε, δ)-DP under add/remove; None where there is no bound."""
     from dp_accounting.pld.common import DifferentialPrivacyParameters
@@ -118,7 +117,7 @@ def _stated_loss(epsilon, delta, neighbours, grid):
         return None
     return _losses().from_privacy_parameters(DifferentialPrivacyParameters(epsilon, delta), grid)
 
-
+# %% ../../nbs/05_ledger/01_events.ipynb #f8e0480d
 def _laplace_loss(construct, parameter, epsilon, neighbours, grid):
     """Loss of a Laplace mechanism of `epsilon`, made by `construct(parameter)`; for groups and replacements
     from its ε alone.
@@ -135,14 +134,14 @@ class _Event(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-
+# %% ../../nbs/05_ledger/01_events.ipynb #faaf60e2
 def _verified(event):
     """The accountant's event of an access, as a certificate is recomputed with it."""
-    from dpsynth.verify import event as accounted
+    from dpsynth.privacy.verify import event as accounted
 
     return accounted({**event.model_dump(), "mechanism": event.kind}, "epsilon")
 
-
+# %% ../../nbs/05_ledger/01_events.ipynb #8f87a2f2
 class DpSgd(_Event):
     """`steps` updates, each on a Poisson sample, with noise correlated over `bands` updates."""
 
@@ -164,7 +163,7 @@ class DpSgd(_Event):
         )
         return once and once.self_compose(rounds.count * count)
 
-
+# %% ../../nbs/05_ledger/01_events.ipynb #890dadb0
 class Gaussian(_Event):
     """One Gaussian mechanism; several of them are one with less noise."""
 
@@ -177,7 +176,7 @@ class Gaussian(_Event):
     def loss(self, count, neighbours, grid):
         return _gaussian_loss(self.noise_multiplier / math.sqrt(count), 1.0, neighbours, grid)
 
-
+# %% ../../nbs/05_ledger/01_events.ipynb #11c89486
 class Laplace(_Event):
     """One Laplace mechanism of real noise."""
 
@@ -197,7 +196,7 @@ class Laplace(_Event):
         )
         return once and once.self_compose(count)
 
-
+# %% ../../nbs/05_ledger/01_events.ipynb #4a01f191
 class DiscreteLaplace(_Event):
     """One Laplace mechanism of whole-number noise, on counts."""
 
@@ -217,7 +216,7 @@ class DiscreteLaplace(_Event):
         )
         return once and once.self_compose(count)
 
-
+# %% ../../nbs/05_ledger/01_events.ipynb #381df5f0
 class EpsilonDelta(_Event):
     """Some mechanism that is (ε, δ)-DP under add/remove."""
 
@@ -232,10 +231,10 @@ class EpsilonDelta(_Event):
         once = _stated_loss(self.epsilon, self.delta, neighbours, grid)
         return once and once.self_compose(count)
 
-
+# %% ../../nbs/05_ledger/01_events.ipynb #c8807003
 class Added(_Event):
     """A count that later releases were chosen by: (ε, 0)-DP under add/remove, and composed with nothing;
-    `Question.answer` adds it.
+    `EpsilonQuery.answer` adds it.
     """
 
     kind: Literal["added"] = "added"
@@ -244,7 +243,7 @@ class Added(_Event):
     def dp_event(self):
         return _events().UnsupportedDpEvent()
 
-
+# %% ../../nbs/05_ledger/01_events.ipynb #3643bd8a
 class NotPrivate(_Event):
     """A release without differential privacy."""
 
@@ -256,17 +255,21 @@ class NotPrivate(_Event):
     def loss(self, count, neighbours, grid):
         return None
 
-
+# %% ../../nbs/05_ledger/01_events.ipynb #b6cdec8e
 KINDS = {
     kind.model_fields["kind"].default: kind
     for kind in (DpSgd, Gaussian, Laplace, DiscreteLaplace, EpsilonDelta, Added, NotPrivate)
 }
-
-
 EXPOSED = {"kind": "not_private"}  # the event of whatever is released without privacy
 
 
-def read_event(description):
+def known_names(name: str, known: Iterable[str]) -> str:
+    """The part of a message that offers the known name most like `name`, if one is, and lists them all."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(map(repr, known)) or 'none'}"
+
+# %% ../../nbs/05_ledger/01_events.ipynb #0f8231e5
+def read_event(description: dict) -> _Event:
     """The event that a dict describes.
 
     Raises:
@@ -283,14 +286,8 @@ def read_event(description):
             f"event {description['kind']}: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
         ) from None
 
-
-def known_names(name, known):
-    """The part of a message that offers the known name most like `name`, if one is, and lists them all."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(map(repr, known)) or 'none'}"
-
-
-def event_from_dict(description):
+# %% ../../nbs/05_ledger/01_events.ipynb #8e077cd0
+def event_from_dict(description: dict | list):
     """The `dp_accounting.DpEvent` of a dict, or of a list of dicts that one run releases together.
 
     dp_accounting has no event for an (ε, δ) statement or for what is added; such a part becomes an
@@ -300,15 +297,7 @@ def event_from_dict(description):
         return _events().ComposedDpEvent([event_from_dict(d) for d in description])
     return read_event(description).dp_event()
 
-
-def accesses_event(accesses):
-    """The event of a run: the list of what its paid accesses (`mechanism.accesses`, or those of a
-    certificate) release together.
-    """
-    entries = [access if isinstance(access, dict) else dataclasses.asdict(access) for access in accesses]
-    return [_access_event(entry) for entry in entries if entry.get("epsilon") != "public"]
-
-
+# %% ../../nbs/05_ledger/01_events.ipynb #9a56a2f6
 def _access_event(access):
     if access.get("added"):
         return {"kind": "added", "epsilon": 1 / access["noise_multiplier"]}
@@ -316,3 +305,11 @@ def _access_event(access):
         name: {**access, "kind": access["mechanism"]}[name]
         for name in KINDS[access["mechanism"]].model_fields
     }
+
+
+def accesses_event(accesses: Iterable) -> list[dict]:
+    """The event of a run: the list of what its paid accesses (`mechanism.accesses`, or those of a
+    certificate) release together.
+    """
+    entries = [access if isinstance(access, dict) else dataclasses.asdict(access) for access in accesses]
+    return [_access_event(entry) for entry in entries if entry.get("epsilon") != "public"]

@@ -18,7 +18,7 @@ from ..files import publishing
 from ..settings import PrivacyError
 
 # %% ../../nbs/05_ledger/03_file.ipynb #1e41dd17
-def default_path():
+def default_path() -> pathlib.Path:
     """`$DPSYNTH_LEDGER`, or ledger.sqlite in the user's data folder."""
     if os.environ.get("DPSYNTH_LEDGER"):
         return pathlib.Path(os.environ["DPSYNTH_LEDGER"])
@@ -26,14 +26,14 @@ def default_path():
     return pathlib.Path(data) / "dpsynth" / "ledger.sqlite"
 
 
-def existing_part(path):
+def existing_part(path: str | os.PathLike) -> pathlib.Path:
     """A path itself where something is there, otherwise the nearest folder above it that exists: what must be
     writable to make it.
     """
     path = pathlib.Path(path)
     return next((part for part in (path, *path.parents) if os.path.lexists(part)), path)
 
-
+# %% ../../nbs/05_ledger/03_file.ipynb #c2713123
 def _load_key(path, ledger):
     """The 32 bytes beside a ledger, made on first use.
 
@@ -54,7 +54,7 @@ def _load_key(path, ledger):
         )
     return key
 
-
+# %% ../../nbs/05_ledger/03_file.ipynb #97e75ec1
 def _was_used(path):
     """Whether the key in a file has had a ledger: then it is read-only, and the ledger is not made anew when
     it is gone.
@@ -85,7 +85,7 @@ CREATE TABLE releases (id INTEGER PRIMARY KEY, run_id TEXT NOT NULL UNIQUE, titl
 CREATE TABLE answers (question TEXT PRIMARY KEY, epsilon REAL NOT NULL) WITHOUT ROWID;
 """
 
-
+# %% ../../nbs/05_ledger/03_file.ipynb #575628ea
 def _digest(key, purpose, content, size):
     """Keyed BLAKE2b; different purposes are unrelated functions."""
     return hashlib.blake2b(content, digest_size=size, key=key, person=purpose).digest()
@@ -102,7 +102,7 @@ def _create(path, key):
             )
             db.execute("INSERT INTO locks VALUES (?)", [_digest(key, b"dpsynth key", b"", 16)])
 
-
+# %% ../../nbs/05_ledger/03_file.ipynb #1ab6b145
 def _check_file(db, path, key):
     """Raise PrivacyError unless this is a ledger of this version under this key."""
     (application,), (version,) = (
@@ -120,23 +120,7 @@ def _check_file(db, path, key):
             f"{path}: does not belong to the key beside it; restore the two from the same backup"
         )
 
-
-def _upgrade(db):
-    """Bring an older ledger to this version; harmless where another process has just done so.
-
-    Version 2 did not know what its units were. Version 3 hashed the bytes of a row: its hashes stay until
-    their rows are seen again.
-    """
-    version = lambda: db.execute("PRAGMA user_version").fetchone()[0]
-    if version() == SCHEMA_VERSION:  # asked without keeping writers out
-        return
-    with _transaction(db):
-        if version() == WITHOUT_UNITS:
-            for table in ("datasets", "releases"):
-                db.execute(f"ALTER TABLE {table} ADD COLUMN unit TEXT NOT NULL DEFAULT '{UNKNOWN_UNIT}'")
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-
-
+# %% ../../nbs/05_ledger/03_file.ipynb #a2021be5
 @contextlib.contextmanager
 def _connection(path, wait):
     """A connection that waits `wait` seconds for others, and whose failures are one line.
@@ -164,7 +148,7 @@ def _connection(path, wait):
             "a new one would not know what is spent"
         ) from None
 
-
+# %% ../../nbs/05_ledger/03_file.ipynb #1835e0c4
 @contextlib.contextmanager
 def _in_memory(source=None):
     """A connection to a ledger that is nowhere but in memory: a copy of the one that `source` is connected
@@ -175,7 +159,7 @@ def _in_memory(source=None):
         source.backup(db) if source else db.executescript(SCHEMA)
         yield db
 
-
+# %% ../../nbs/05_ledger/03_file.ipynb #e9a56d83
 @contextlib.contextmanager
 def _transaction(db, begin="BEGIN IMMEDIATE"):
     """All of the block or nothing; on disk when the block ends.
@@ -190,3 +174,19 @@ def _transaction(db, begin="BEGIN IMMEDIATE"):
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
+
+
+def _upgrade(db):
+    """Bring an older ledger to this version; harmless where another process has just done so.
+
+    Version 2 did not know what its units were. Version 3 hashed the bytes of a row: its hashes stay until
+    their rows are seen again.
+    """
+    version = lambda: db.execute("PRAGMA user_version").fetchone()[0]
+    if version() == SCHEMA_VERSION:  # asked without keeping writers out
+        return
+    with _transaction(db):
+        if version() == WITHOUT_UNITS:
+            for table in ("datasets", "releases"):
+                db.execute(f"ALTER TABLE {table} ADD COLUMN unit TEXT NOT NULL DEFAULT '{UNKNOWN_UNIT}'")
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")

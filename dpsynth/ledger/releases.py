@@ -33,10 +33,10 @@ class Limit:
     spent: float
 
     @property
-    def left(self):
+    def left(self) -> float:
         return self.epsilon - self.spent
 
-
+# %% ../../nbs/05_ledger/06_releases.ipynb #aed0b1a8
 CAPS = """SELECT id, name, cap_epsilon, cap_delta FROM datasets WHERE cap_epsilon IS NOT NULL AND id IN (
   SELECT theirs.dataset FROM memberships AS mine JOIN memberships AS theirs USING (cell)
   WHERE mine.dataset = ?) ORDER BY id"""
@@ -58,7 +58,7 @@ def _limits(db, dataset, releases):
 def _dataset_name(db, dataset):
     return db.execute("SELECT name FROM datasets WHERE id = ?", [dataset]).fetchone()["name"]
 
-
+# %% ../../nbs/05_ledger/06_releases.ipynb #e3605d2d
 def _check_caps(db, dataset, releases, plans):
     """Raise BudgetError if these plans, after these releases, would cross a cap over a unit of `dataset`."""
     for limit in _limits(db, dataset, [*releases, *plans]):
@@ -76,7 +76,7 @@ def _check_caps(db, dataset, releases, plans):
                 f" {limit.epsilon:g}{owner}; use a smaller epsilon, fewer runs, or raise the cap"
             )
 
-
+# %% ../../nbs/05_ledger/06_releases.ipynb #fb59aee0
 def _is_running(pid, began):
     """Whether process `pid` exists, is no zombie, and is the one that began at `began` (seconds; clocks are
     set, hence the tolerance).
@@ -87,7 +87,7 @@ def _is_running(pid, began):
     except psutil.NoSuchProcess:
         return False
 
-
+# %% ../../nbs/05_ledger/06_releases.ipynb #90cac3c6
 def _is_dead(release):
     """Whether it is the reservation of a process on this machine that has died."""
     return (
@@ -105,7 +105,7 @@ def _give_up_dead(db, releases):
     )
     return [r for r in releases if r not in dead]
 
-
+# %% ../../nbs/05_ledger/06_releases.ipynb #1a772c0c
 def _make_room(db, plan):
     """Check the caps, giving up reservations of dead processes if that is what it takes.
 
@@ -120,7 +120,7 @@ def _make_room(db, plan):
             raise
         _check_caps(db, plan.dataset, alive, [plan])
 
-
+# %% ../../nbs/05_ledger/06_releases.ipynb #81e529c5
 @dataclasses.dataclass(frozen=True)
 class Total:
     """What the worst unit of a data set will have spent (`epsilon` at `delta`), `earlier` and planned `runs`
@@ -140,7 +140,7 @@ class Total:
     asked: float = 0.0
     limit: Limit | None = None
 
-
+# %% ../../nbs/05_ledger/06_releases.ipynb #88ff96c2
 def _total(db, dataset, plans, delta):
     """The `Total` of one data set, if all plans, which may be for others, come true. Raises BudgetError."""
     earlier = [release for release in _held(db, dataset.id) if not _is_dead(release)]
@@ -164,13 +164,13 @@ def _total(db, dataset, plans, delta):
     )
 
 # %% ../../nbs/05_ledger/06_releases.ipynb #a234b3d9
-def release_id(run_id, secret):
+def release_id(run_id: str, secret: bytes) -> str:
     """Name of a release: of what is computed (`run_id`, a text) and of the secret that its noise comes from,
     which it does not show.
     """
     return hashlib.blake2b(run_id.encode(), digest_size=16, key=secret, person=b"dpsynth release").hexdigest()
 
-
+# %% ../../nbs/05_ledger/06_releases.ipynb #8cb77db0
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What a run wants to release from a data set (by its number): `parts` are canonical texts of events."""
@@ -187,7 +187,7 @@ def _find(db, run_id):
     row = db.execute("SELECT * FROM releases WHERE run_id = ?", [run_id]).fetchone()
     return None if row is None else Release(**row)
 
-
+# %% ../../nbs/05_ledger/06_releases.ipynb #dee41508
 def _find_planned(db, run_id):
     """The release of a run. Raises PrivacyError if it was never planned."""
     release = _find(db, run_id)
@@ -195,7 +195,7 @@ def _find_planned(db, run_id):
         raise PrivacyError(f"run {run_id}: not in the ledger; plan it before it starts")
     return release
 
-
+# %% ../../nbs/05_ledger/06_releases.ipynb #257458c6
 def _check_same(db, release, plan):
     """Raise PrivacyError if a run comes back with another event, other rows or another name for them."""
     if release.dataset != plan.dataset:
@@ -218,7 +218,7 @@ def _check_same(db, release, plan):
             f" {', '.join(plan.parts)}; use another output folder"
         )
 
-
+# %% ../../nbs/05_ledger/06_releases.ipynb #51baa4e4
 def _owner():
     """Host, process number and start time of this process."""
     return [socket.gethostname(), os.getpid(), psutil.Process().create_time()]
@@ -244,7 +244,7 @@ def _write_plan(db, plan):
         ],
     )
 
-
+# %% ../../nbs/05_ledger/06_releases.ipynb #5dd194af
 def _reserve(db, plan):
     """Reserve room for a plan; one that already has it keeps it, once."""
     known = _find(db, plan.run_id)
@@ -255,7 +255,7 @@ def _reserve(db, plan):
     _write_plan(db, plan)
     return _find(db, plan.run_id)
 
-
+# %% ../../nbs/05_ledger/06_releases.ipynb #8eafe818
 def _set_state(db, release, state, **times):
     assignments = "".join(f", {name} = ?" for name in times)
     db.execute(
@@ -278,7 +278,7 @@ def _start(db, run_id):
         _set_state(db, release, "started", ended=None)
     return _find(db, run_id)
 
-
+# %% ../../nbs/05_ledger/06_releases.ipynb #b7b38ac4
 def _finish(db, run_id):
     release = _find_planned(db, run_id)
     if not release.charged:

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import json
 
-from .composition import Question, _canonical
+from .composition import EpsilonQuery, _canonical
 from .events import EXPOSED, Neighbours
 from .file import UNKNOWN_UNIT
 
@@ -38,28 +38,41 @@ class Release:
     pid_started: float
 
     @property
-    def charged(self):
+    def charged(self) -> bool:
         return self.started is not None
 
     @property
-    def held(self):
+    def held(self) -> bool:
         return self.charged or self.state == "planned"
 
     @property
-    def run(self):
-        """The run that it is of: the first word of `run_id`, because a run that releases in several parts
-        charges each of them.
-        """
+    def run(self) -> str:
+        """The first word of `run_id`: a run that releases in several parts charges each of them."""
         return self.run_id.partition(" ")[0]
 
     @property
-    def parts(self):
+    def parts(self) -> list[str]:
         """Canonical texts of the events that the run releases."""
         return json.loads(self.event)
 
-
+# %% ../../nbs/05_ledger/05_spending.ipynb #213064d7
 TOUCHING = """SELECT * FROM releases WHERE dataset IN (SELECT theirs.dataset FROM memberships AS mine
   JOIN memberships AS theirs USING (cell) WHERE mine.dataset = ?) ORDER BY id"""
+
+
+def _touching(db, dataset):
+    """Every release that touched a unit of `dataset`, in the order in which they were planned."""
+    return [Release(**row) for row in db.execute(TOUCHING, [dataset])]
+
+
+def _charged(db, dataset):
+    return [release for release in _touching(db, dataset) if release.charged]
+
+
+def _held(db, dataset):
+    return [release for release in _touching(db, dataset) if release.held]
+
+# %% ../../nbs/05_ledger/05_spending.ipynb #a5a8f080
 HISTORIES = """SELECT seen, SUM(hashes), MAX(copies) FROM (
   SELECT group_concat(theirs.dataset) AS seen, cells.hashes, MAX(theirs.copies) AS copies
   FROM memberships AS mine
@@ -77,20 +90,7 @@ class History:
     hashes: int
     copies: int
 
-
-def _touching(db, dataset):
-    """Every release that touched a unit of `dataset`, in the order in which they were planned."""
-    return [Release(**row) for row in db.execute(TOUCHING, [dataset])]
-
-
-def _charged(db, dataset):
-    return [release for release in _touching(db, dataset) if release.charged]
-
-
-def _held(db, dataset):
-    return [release for release in _touching(db, dataset) if release.held]
-
-
+# %% ../../nbs/05_ledger/05_spending.ipynb #7f2c1a28
 def _histories(db, dataset, releases, within=None):
     """The histories of the units of `dataset` (those that are also in `within`), as far as these releases
     tell them apart.
@@ -100,14 +100,14 @@ def _histories(db, dataset, releases, within=None):
     )
     return [History(frozenset(map(int, seen.split(","))), hashes, copies) for seen, hashes, copies in rows]
 
-
+# %% ../../nbs/05_ledger/05_spending.ipynb #f1b7ad34
 def _event_counts(history, releases):
     """Counter of canonical event texts that the units of a history went through."""
     return collections.Counter(
         part for release in releases if release.dataset in history.datasets for part in release.parts
     )
 
-
+# %% ../../nbs/05_ledger/05_spending.ipynb #8d4d0b19
 def _undominated(counters):
     """The counters that are contained in no other."""
     kept, different = [], {frozenset(counter.items()): counter for counter in counters}
@@ -129,13 +129,13 @@ def _epsilon(db, counter, delta, neighbours=Neighbours()):
     """ε of a Counter of event texts, as the ledger remembers it. Raises Unanswered."""
     if not counter:
         return 0.0
-    question = Question(frozenset(counter.items()), delta, neighbours)
+    question = EpsilonQuery(frozenset(counter.items()), delta, neighbours)
     row = db.execute("SELECT epsilon FROM answers WHERE question = ?", [question.text]).fetchone()
     if row is None:
         raise Unanswered(question)
     return row["epsilon"]
 
-
+# %% ../../nbs/05_ledger/05_spending.ipynb #d02bd108
 def _worst(db, histories, releases, delta, relation="add_or_remove_one"):
     """Largest composed ε over the units of some histories."""
     counters = _undominated([_event_counts(history, releases) for history in histories])
@@ -146,7 +146,18 @@ def _spent(db, dataset, delta, relation):
     charged = _charged(db, dataset)
     return _worst(db, _histories(db, dataset, charged), charged, delta, relation)
 
+# %% ../../nbs/05_ledger/05_spending.ipynb #f26f8fd2
+def _worst_group(db, dataset, delta):
+    """Largest composed ε over the owners of all copies of a row: (ε, copies)."""
+    charged = _charged(db, dataset)
+    histories = _histories(db, dataset, charged)
+    counters = [_event_counts(history, charged) for history in histories]
+    return max(
+        (_epsilon(db, counter, delta, Neighbours(group=h.copies)), h.copies)
+        for counter, h in zip(counters, histories)
+    )
 
+# %% ../../nbs/05_ledger/05_spending.ipynb #dde12e8c
 def _by_privacy(releases):
     """(the private ones, those without privacy) of some releases or plans."""
     is_exposed = lambda release: _canonical(EXPOSED)[0] in release.parts
@@ -158,7 +169,7 @@ def _by_privacy(releases):
 def _count_runs(releases):
     return len({release.run for release in releases})
 
-
+# %% ../../nbs/05_ledger/05_spending.ipynb #fce29f10
 def _released_as(db, name, unit, delta):
     """(ε and number of the private runs for this unit, number for other units, number without privacy) of
     what was charged to rows of this name.
@@ -175,15 +186,4 @@ def _released_as(db, name, unit, delta):
         _count_runs(same),
         _count_runs(private) - _count_runs(same),
         _count_runs(exposed),
-    )
-
-
-def _worst_group(db, dataset, delta):
-    """Largest composed ε over the owners of all copies of a row: (ε, copies)."""
-    charged = _charged(db, dataset)
-    histories = _histories(db, dataset, charged)
-    counters = [_event_counts(history, charged) for history in histories]
-    return max(
-        (_epsilon(db, counter, delta, Neighbours(group=h.copies)), h.copies)
-        for counter, h in zip(counters, histories)
     )

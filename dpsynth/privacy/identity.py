@@ -15,7 +15,7 @@ import platform
 
 from .randomness import Randomness, load_secret
 from ..settings import PrivacyError
-from ..state import SEALS, State, kept
+from ..state import SEALS, State, private_files
 
 # %% ../../nbs/04_privacy/08_identity.ipynb #8602761b
 NOT_RELEASING = (
@@ -186,7 +186,7 @@ RELEASED = ("adapter.npz", "certificate.json", "label_prior.json", "synthetic.js
 
 def _refuse_left_over(folder, finished):
     """Raise PrivacyError where a folder without identity holds what a run left there, private or released."""
-    places = [folder / name for name in kept(folder)] + [
+    places = [folder / name for name in private_files(folder)] + [
         folder.parent / "release" / name for name in RELEASED
     ]
     left = [path for path in places if path.exists()]

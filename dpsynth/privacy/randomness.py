@@ -16,7 +16,7 @@ import numpy as np
 
 from ..settings import PrivacyError
 from ..files import write_private
-from ..state import State, kept
+from ..state import State, private_files
 
 # %% ../../nbs/04_privacy/06_randomness.ipynb #84437e27
 SECRET_BYTES, DISTINCT_BYTES = 32, 16  # random ones have fewer than 16 distinct values once in 10^15 times
@@ -72,7 +72,7 @@ def load_secret(folder):
     folder.chmod(0o700)
     path = folder / "secret"
     if not path.exists():
-        if begun := kept(folder):
+        if begun := private_files(folder):
             raise PrivacyError(
                 f"{path}: missing, and {begun[0]} was made with it; restore it from a backup, or use "
                 "another folder"

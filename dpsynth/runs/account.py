@@ -11,7 +11,7 @@ import json
 import pathlib
 
 from ..ledger import (
-    EXPOSED, HIDDEN, MORE, Newcomer, accesses_event, note_look, was_looked_at)
+    EXPOSED, HIDDEN, MORE, NewDataset, accesses_event, note_look, was_looked_at)
 from ..settings import PrivacyError
 
 # %% ../../nbs/13_runs/04_account.ipynb #10a229eb
@@ -50,7 +50,7 @@ class Account:
             settings.unit_count == "private"
         )  # then nothing may follow from it, the ledger's own delta neither
         delta, units = (settings.delta, HIDDEN) if hidden else (None, records.public_units)
-        self.dataset = Newcomer(
+        self.dataset = NewDataset(
             records.name, records.ledger_names(), delta, units, settings.unit, records.earlier_names()
         )
 

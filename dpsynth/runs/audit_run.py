@@ -18,7 +18,7 @@ from ..canaries import CanaryCoins, canary_records
 from ..certificate import audit_entry, read_certificate
 from ..data import TokenStore
 from ..finetune import prepare_model, row_losses
-from ..formats import TextFormat
+from ..formats import make_format, rows_of
 from ..manifest import CERTIFICATE, compare_release, manifests, statement_of, write_release
 from ..models import adapted_layers
 from ..privacy import bind_run, default_delta, differing_parts, load_secret, read_identity
@@ -78,13 +78,14 @@ def base_losses(model, records, fmt, settings):
         return row_losses(model, records, fmt, settings)
 
 # %% ../../nbs/13_runs/10_audit_run.ipynb #f6843dc5
-def check_same_canaries(settings, state, canaries, included, model):
+def check_same_canaries(settings, state, canaries, included, model, fmt):
     """Raise PrivacyError if a run, known by its `State`, was trained with other canaries than these
     `Records`.
     """
     there = canaries.take(np.repeat(np.flatnonzero(included), settings.canary_copies))
     store = TokenStore(state.check("tokens"))
-    for row, ids in zip(range(len(store) - len(there), len(store)), model.response_ids(there.texts)):
+    responses = model.response_ids([response for _, response in map(fmt.encode, rows_of(there))])
+    for row, ids in zip(range(len(store) - len(there), len(store)), responses):
         trained, prompt = store.row(row)
         if trained[prompt:].tolist() != list(ids[: settings.sequence_length - prompt]):
             raise PrivacyError(
@@ -96,9 +97,9 @@ def check_same_canaries(settings, state, canaries, included, model):
 def audit_hidden(run, splits, model):
     """`CanaryAudit` with the model and with the rows alone; recorded."""
     settings, state = run.settings, run.state
-    canaries, fmt = canary_records(settings, splits.train), TextFormat(settings.prompt, settings.labels)
+    canaries, fmt = canary_records(settings, splits.train), make_format(settings)
     included = CanaryCoins.read(settings.canaries, state).included
-    check_same_canaries(settings, state, canaries, included, model)
+    check_same_canaries(settings, state, canaries, included, model, fmt)
     delta = (
         run.guarantee["delta"]
         or settings.delta

@@ -15,7 +15,7 @@ from ..data import load, other_texts
 from ..evaluation import auto_embedder, check_sending, open_embedder
 from ..evaluation.usefulness import no_evidence, writing_differences
 from ..finetune import public_mechanism
-from ..formats import TextFormat
+from ..formats import make_format
 from ..generators import reference_rows
 from ..models import (
     Unreachable, base_name, by_shapes, check_environment, check_spelling, count_parameters, load_tokenizer)
@@ -46,7 +46,7 @@ def check_prompts(settings, tokenizer):
     """Raise SettingsError if a prompt leaves no room for a response; returns the length of the longest
     prompt.
     """
-    prompts = TextFormat(settings.prompt, settings.labels).prompts
+    prompts = make_format(settings).prompts
     longest = max(len(ids) for ids in tokenizer(prompts)) + 1
     if longest + 1 >= settings.sequence_length:
         raise SettingsError(

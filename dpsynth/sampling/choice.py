@@ -16,7 +16,7 @@ import numpy as np
 from ..models import control_ids
 
 # %% ../../nbs/08_sampling/01_choice.ipynb #abe72471
-def assign_prompts(num_samples, prior, seed):
+def assign_prompts(num_samples: int, prior, seed: int) -> np.ndarray:
     """Prompt index of each sample: int array [num_samples].
 
     Entry i depends on (seed, i, prior) only, so a longer assignment begins with a shorter one.
@@ -36,12 +36,12 @@ class Choice:
     top_k: int = 0
     repetition_penalty: float = 1.0
 
-
+# %% ../../nbs/08_sampling/01_choice.ipynb #f8df1d59
 def penalize(scores, seen, penalty):
     """Scores [vocabulary] with those of `seen` tokens made less likely (CTRL, arXiv:1909.05858)."""
     return jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
 
-
+# %% ../../nbs/08_sampling/01_choice.ipynb #423b9c26
 def keep_top_k(scores, k):
     """Scores [vocabulary] with all but the k likeliest tokens at -inf."""
     values, ids = jax.lax.top_k(scores, k)
@@ -75,7 +75,7 @@ def draw(uniform, weights):
     place = jnp.minimum((jnp.cumsum(blocks[block]) <= rest).sum(), DRAW_BLOCK - 1)
     return jnp.minimum(block * DRAW_BLOCK + place, weights.shape[0] - 1).astype("int32")
 
-
+# %% ../../nbs/08_sampling/01_choice.ipynb #a9b08956
 def sample_nucleus(key, weights, top_p):
     """A token of the nucleus, with probability proportional to weights [vocabulary]; exact, without a
     sort.
@@ -102,7 +102,7 @@ def samplable(model, size):
     mask[list(model.stop_ids)] = True
     return mask
 
-
+# %% ../../nbs/08_sampling/01_choice.ipynb #10751558
 def choose(key, logits, seen, allowed, choice):
     """The next token, from logits [vocabulary] and the mask [vocabulary] of tokens already in the text."""
     scores = jnp.where(allowed, logits.astype("float32"), -jnp.inf) / choice.temperature

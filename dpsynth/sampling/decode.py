@@ -20,7 +20,7 @@ from ..models import replicate, shard
 from ..progress import Progress
 from .choice import Choice, choose, samplable
 from .prompts import (
-    adapters_off, kept, merged_weights, position_axes, prefill, reorder_products)
+    adapters_off, cached, merged_weights, position_axes, prefill, reorder_products)
 from ..settings import DataError
 
 # %% ../../nbs/08_sampling/03_decode.ipynb #ef3160f5
@@ -229,9 +229,9 @@ class Decoder:
         self.model, self.weights, self.key = model, replicate(merged_weights(model)), jax.random.key(seed)
         with adapters_off(model):
             self.prompts = prefill(model, self.weights, prompts, max_length)
-        self.look, self.prompt_lengths = kept(model, build_look, choice), np.asarray(self.prompts.length)
+        self.look, self.prompt_lengths = cached(model, build_look, choice), np.asarray(self.prompts.length)
         self.slots, self.rows, self.max_length = slots, rows, max_length
-        self.row_cache = kept(model, type(model).empty_cache, 1, max_length)
+        self.row_cache = cached(model, type(model).empty_cache, 1, max_length)
         self.seen = self.prompts.seen.shape[1] if choice.repetition_penalty != 1 else 0
 
     def block(self, first, assignment):

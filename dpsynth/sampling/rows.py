@@ -28,12 +28,11 @@ from .decode import Decoder, boundaries, progress_bar
 from ..settings import DataError, result_settings
 
 # %% ../../nbs/08_sampling/04_rows.ipynb #a2fbc5d9
-def to_row(sample, fmt):
+def to_row(sample, fmt) -> dict:
     """The line of a sample: a row {index, label, text}, or {index, label, reason} if it was rejected."""
     decoded = fmt.decode(sample.text)
-    label = {"label": fmt.labels[sample.prompt]} if fmt.labels[sample.prompt] else {}
-    last = {"reason": decoded.reason} if isinstance(decoded, Rejected) else {"text": decoded}
-    return {"index": sample.index, **label, **last}
+    last = {"reason": decoded.reason} if isinstance(decoded, Rejected) else decoded
+    return {"index": sample.index, **fmt.given[sample.prompt], **last}
 
 # %% ../../nbs/08_sampling/04_rows.ipynb #208b11ad
 def whole_lines(path):
@@ -59,7 +58,7 @@ def _index(line):
     index = row.get("index") if isinstance(row, dict) else None
     return index if type(index) is int and index >= 0 else None
 
-
+# %% ../../nbs/08_sampling/04_rows.ipynb #d94c7b40
 def read_blocks(path, edges):
     """The lines of a JSONL file, as bytes, in each of the blocks that begin at `edges`."""
     content, begin, found = path.read_bytes() if path.exists() else b"", 0, [[] for _ in edges]
@@ -73,7 +72,7 @@ def block_hash(parts):
     """SHA-256 of the lines of a block, one bytes for each file."""
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
-
+# %% ../../nbs/08_sampling/04_rows.ipynb #a6d69efa
 def cut(path, lines, index):
     """Truncate a JSONL file, given its whole lines, to those of samples before `index`."""
     if path.exists():
@@ -86,7 +85,7 @@ def append_lines(path, rows):
     append(path, lines)
     return lines
 
-
+# %% ../../nbs/08_sampling/04_rows.ipynb #906f289d
 class Files(NamedTuple):
     """The files of a sampling run."""
 
@@ -106,7 +105,7 @@ def files_in(folder):
         *(pathlib.Path(folder) / name for name in ("sampling.json", "synthetic.jsonl", "rejected.jsonl"))
     )
 
-
+# %% ../../nbs/08_sampling/04_rows.ipynb #8ab86d6b
 def save_state(files, state):
     """Replace the state file."""
     with replacing(files.state) as temporary:
@@ -122,31 +121,19 @@ def read_state(files):
 
 # %% ../../nbs/08_sampling/04_rows.ipynb #6e4652b9
 DECIDING = (
-    "model",
-    "vocabulary",
-    "dtype",
-    "sequence_length",
-    "prompt",
-    "label_column",
-    "label_names",
-    "label_prior",
-    "seed",
-    "num_samples",
-    "temperature",
-    "top_p",
-    "top_k",
-    "repetition_penalty",
-)
+    "model", "vocabulary", "dtype", "sequence_length", "prompt", "label_column", "label_names",
+    "label_prior", "seed", "num_samples", "temperature", "top_p", "top_k", "repetition_penalty",
+)  # fmt: skip
 
 
-def weights_hash(model):
+def weights_hash(model) -> str:
     """SHA-256 over the model's name and its trained arrays."""
     digest = hashlib.sha256(model.name.encode())
     for value in model.trainable:
         digest.update(np.asarray(value).tobytes())
     return digest.hexdigest()
 
-
+# %% ../../nbs/08_sampling/04_rows.ipynb #e9921a48
 def open_state(files, settings, model):
     """The state of a run that may have been begun: {settings, weights, blocks}.
 
@@ -175,7 +162,7 @@ def open_state(files, settings, model):
         raise DataError(f"{files.state}: begun with other weights of the model; use another folder")
     return state
 
-
+# %% ../../nbs/08_sampling/04_rows.ipynb #9ed404c6
 def resume(files, state, edges):
     """Cut state and files back to the last block before which all are as they were written."""
     parts = zip(*(read_blocks(path, edges) for path in files.parts))
@@ -201,7 +188,7 @@ def block_record(samples, rows, most, digest, seconds):
         "seconds": seconds,
     }
 
-
+# %% ../../nbs/08_sampling/04_rows.ipynb #b7727985
 def decode_block(decoder, fmt, first, assignment, bar):
     """(samples, lines) of a block, in the order of indices."""
     started, tokens, rejected, pairs = time.perf_counter(), 0, 0, []
@@ -214,7 +201,7 @@ def decode_block(decoder, fmt, first, assignment, bar):
         bar.update("text" in pairs[-1][1])
     return zip(*sorted(pairs, key=lambda pair: pair[0].index))
 
-
+# %% ../../nbs/08_sampling/04_rows.ipynb #bead438a
 def count_rows(state):
     """Rows in the blocks of a state, those beyond the number wanted not counted."""
     return sum(block["rows"] for block in state["blocks"])
@@ -241,24 +228,16 @@ def sample_blocks(decoder, fmt, num_samples, assignment, files, state, bar):
         )
         save_state(files, state)
 
-
+# %% ../../nbs/08_sampling/04_rows.ipynb #866e909f
 def finish(files, state, settings, statement):
-    """Cut the rows to `num_samples`, write the Parquet file and the manifest, and give the files their names;
-    the rows last.
-    """
-    rows, rejected = files.parts
+    """Cut the rows to `num_samples`, write Parquet and manifest, and rename the files; the rows last."""
+    (rows, rejected), parquet = files.parts, files.rows.with_suffix(".parquet")
     os.truncate(rows, whole_lines(rows)[settings.num_samples - 1][1])
     frame = pd.DataFrame([json.loads(line) for line in rows.read_bytes().splitlines()])
-    with replacing(files.rows.with_suffix(".parquet")) as temporary:
+    with replacing(parquet) as temporary:
         frame.to_parquet(temporary, index=False)
-    save_state(
-        files,
-        {
-            **state,
-            "blocks": [{k: v for k, v in block.items() if k != "seconds"} for block in state["blocks"]],
-        },
-    )
-    parquet = files.rows.with_suffix(".parquet")
+    timeless = [{k: v for k, v in block.items() if k != "seconds"} for block in state["blocks"]]
+    save_state(files, {**state, "blocks": timeless})
     written = {
         files.rows: entry(rows, rows=settings.num_samples, seed=settings.seed),
         **{path: entry(path) for path in (files.state, parquet)},
@@ -268,7 +247,7 @@ def finish(files, state, settings, statement):
     move(rows, files.rows)
     move(rejected, files.rejected)
 
-
+# %% ../../nbs/08_sampling/04_rows.ipynb #9b9cd425
 def summary(state):
     """Rows, rejections by reason, seconds, tokens, and the share of rows that the length limit cut."""
     total = {
@@ -315,7 +294,7 @@ def sample_rows(model, settings, fmt, files, state, progress):
             f" rejected: {summary(state)['rejected']}; train longer, or change temperature or top_p"
         )
 
-
+# %% ../../nbs/08_sampling/04_rows.ipynb #318cfa30
 def sample_to_file(model, settings, fmt, folder, progress=True, statement=None):
     """Make `settings.num_samples` rows: folder/synthetic.jsonl and .parquet, rejections in rejected.jsonl.
 
