@@ -31,7 +31,9 @@ def _vocabulary(texts):
     return np.array(words, dtype=object)
 
 # %% ../nbs/05a_canaries.ipynb #c467c113
-def make_canaries(count, public, *, seed=0, prefix_words=12, suffix_words=8):
+def make_canaries(
+    count: int, public, *, seed: int = 0, prefix_words: int = 12, suffix_words: int = 8
+) -> list[str] | Records:
     """Distinct texts that begin like a public text and end in random words.
 
     Args:

@@ -43,7 +43,7 @@ def progress_line(state: dict) -> str:
     return ", ".join([state.get("stage", ""), *count, *filter(None, [state.get("facts", "")]), *left])
 
 # %% ../nbs/05b_progress.ipynb #e8419a95
-def now():
+def now() -> str:
     """The time as text, in UTC."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
@@ -52,12 +52,12 @@ MINUTE = 60.0  # seconds between two lines where there is no terminal
 REPORT = contextvars.ContextVar("REPORT", default=None)  # None, or a function that is told of the stage
 
 
-def is_live(stream):
+def is_live(stream) -> bool:
     """Whether a line on a stream can be written over: a terminal, or a notebook."""
     return stream.isatty() or hasattr(stream, "pub_thread")
 
 
-def live_line(text):
+def live_line(text: str) -> str:
     """A text that takes the place of the line that is there."""
     return "\r\x1b[K" + text[: max(20, shutil.get_terminal_size().columns - 1)]
 

@@ -8,6 +8,7 @@ __all__ = ['WORD', 'PART', 'NATURAL', 'MIN_DIGITS', 'MAX_NAME', 'LENGTHS', 'RARE
            'own_identifiers', 'own_names', 'own_runs', 'near_copies', 'RunModel', 'text_membership']
 
 # %% ../nbs/11_words.ipynb #ad886711
+from collections.abc import Iterator
 import dataclasses
 import functools
 import itertools
@@ -26,7 +27,7 @@ _FIND_WORDS = re.compile(WORD).findall
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
-def chunks(items, size):
+def chunks(items, size: int) -> Iterator[list]:
     """Lists of at most `size` consecutive items."""
     items = iter(items)
     return iter(lambda: list(itertools.islice(items, size)), [])
@@ -82,7 +83,7 @@ class Words:
         return self.runs(n)[inside], self.rows[inside]
 
 # %% ../nbs/11_words.ipynb #37ebf88e
-def shares_run(words, corpus, n):
+def shares_run(words, corpus, n: int) -> np.ndarray:
     """bool[rows]: whether a row has a run of n words in common with the corpus (both `Words`)."""
     ours, rows = words.whole_runs(n)
     found = np.zeros(len(words.lengths), bool)
@@ -90,7 +91,7 @@ def shares_run(words, corpus, n):
     return found
 
 # %% ../nbs/11_words.ipynb #19b2e6f6
-def folded(words):
+def folded(words) -> np.ndarray:
     """uint64[rows]: a hash of all words of each row, in order; case, spaces and punctuation play no part."""
     total, odd = np.zeros(len(words.lengths), np.uint64), 2 * words.place.astype(np.uint64) + np.uint64(1)
     np.add.at(total, words.rows, (words.hashes ^ (words.hashes >> np.uint64(31))) * odd * _MULTIPLIER)
@@ -122,7 +123,7 @@ def _distinct(hashes, owners):
     return hashes[first], owners[first]
 
 
-def holders(hashes, owners):
+def holders(hashes, owners) -> np.ndarray:
     """int64[n]: in how many units each of these hashes occurs; pairs of hash and owner may repeat."""
     known, counts = np.unique(_distinct(hashes, owners)[0], return_counts=True)
     return counts[np.searchsorted(known, hashes)]
@@ -140,7 +141,7 @@ def shared_by_two(hashes, owners, units: int) -> float:
     return float(_mark(owners[holders(hashes, owners) == 2], units).mean())
 
 # %% ../nbs/11_words.ipynb #aeeeda81
-def own(hashes, owners, theirs, units, what):
+def own(hashes, owners, theirs, units: int, what: str) -> Own:
     """`Own` of what occurs in one unit only.
 
     Args:
@@ -177,7 +178,7 @@ def _identifier_hashes(texts):
     return hashes, np.repeat(np.arange(len(found)), [len(f) for f in found])
 
 
-def own_identifiers(texts, owner, ours, units):
+def own_identifiers(texts, owner, ours, units: int) -> Own:
     """`Own` of numbers, codes and addresses.
 
     Args:
@@ -238,7 +239,7 @@ def _kinds_of_names(texts, words, owner):
     yield "full names with a rare word", hashes[telling], owners[telling]
 
 # %% ../nbs/11_words.ipynb #73d273c4
-def own_names(texts, words, owner, ours, units):
+def own_names(texts, words, owner, ours, units: int) -> Own:
     """`Own` of names.
 
     Args:
@@ -275,7 +276,7 @@ def _natural_length(words, owner, units, chance):
     return next((n for n in LENGTHS[:-1] if rare(n)), LENGTHS[-1])
 
 # %% ../nbs/11_words.ipynb #5077f1de
-def own_runs(words, owner, ours, units):
+def own_runs(words, owner, ours, units: int) -> Own:
     """`Own` of runs of words; the arguments are those of `own_names`."""
     n = _natural_length(words, owner, units, NATURAL / max(1, len(ours.lengths) / units))
     return own(*_by_owner(words, owner, n), ours.whole_runs(n)[0], units, f"runs of {n} word{'s' * (n > 1)}")
@@ -326,7 +327,7 @@ def _nats(share, size, usual):
     return size * special.rel_entr(share, usual) + size * special.rel_entr(1 - share, 1 - usual)
 
 # %% ../nbs/11_words.ipynb #f2dc2add
-def near_copies(words, owner, ours, units):
+def near_copies(words, owner, ours, units: int) -> Own:
     """`Own` of texts of which most is in one synthetic row; the arguments are those of `own_names`."""
     real, synthetic = _rare_pairs(words, owner, ours)
     size = np.maximum(np.diff(real.indptr), 1)
@@ -382,6 +383,6 @@ class RunModel:
         return total / np.maximum(words.lengths, 1)
 
 # %% ../nbs/11_words.ipynb #4adf4e7c
-def text_membership(ours, real):
-    """float64[pool]: log ratio of the likelihoods under models of the synthetic and of the other real rows."""
+def text_membership(ours, real) -> np.ndarray:
+    """float64[pool]: log ratio of likelihoods under models of the synthetic and of the other real rows."""
     return RunModel(ours).log_likelihood(real) - RunModel(real).log_likelihood(real, without_own=True)

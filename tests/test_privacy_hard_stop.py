@@ -197,7 +197,7 @@ def test_a_run_that_is_not_finished_keeps_its_microbatches_and_devices(tmp_path,
     [
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"),
-            "setting microbatch_size: memory does not hold 8 units of 32 tokens",
+            "setting microbatch_size: memory does not hold 4 units of 32 tokens",
         ),
         (MemoryError(), "setting microbatch_size: memory does not hold"),
         (None, "setting model: gradients of .*micro on invented rows are NaN"),

@@ -16,10 +16,11 @@ import numpy as np
 import pandas as pd
 
 from .pool import CATEGORIES, LARGEST, _gaps, _once
-from .tests import auc_test, copy_test, share_test, top_test, tpr_test
+from .tests import Attack, auc_test, copy_test, share_test, top_test, tpr_test
 from dpsynth.words import (
     NATURAL,
     WORD,
+    Own,
     Words,
     folded,
     near_copies,
@@ -53,7 +54,7 @@ def _own_plan(found, member, name=None):
     )
 
 # %% ../../nbs/12_audit/04_attacks.ipynb #4cc10f46
-def own_plans(pool, ours, looked):
+def own_plans(pool, ours, looked) -> list:
     """Tests for what units have of their own, and for near copies; `ours`: `Words` of the synthetic rows,
     `looked`: `own_identifiers`.
     """
@@ -69,7 +70,7 @@ def own_plans(pool, ours, looked):
     ]
 
 # %% ../../nbs/12_audit/04_attacks.ipynb #ae949762
-def text_copies(pool, ours, real):
+def text_copies(pool, ours, real) -> list:
     """Tests for copies and long runs; `ours` and `real` are the `Words` of the synthetic and of the pool's
     rows.
     """
@@ -126,7 +127,7 @@ def _ratio(near, far):
     return np.divide(near, far, out=np.ones_like(near), where=far > 0)
 
 # %% ../../nbs/12_audit/04_attacks.ipynb #29f8ac01
-def nearest(ours, real, metric):
+def nearest(ours, real, metric: str) -> Near:
     """`Near` of two matrices, dense or sparse, with the same columns; `metric` is a scikit-learn one whose
     far end is `cosine` 1.
     """
@@ -143,7 +144,7 @@ def nearest(ours, real, metric):
     return Near(index[close, 0], _ratio(*to_real[close].T), distance)
 
 # %% ../../nbs/12_audit/04_attacks.ipynb #ce431a11
-def nearest_plan(near, member):
+def nearest_plan(near, member) -> list:
     """Tests on the nearest rows: of all synthetic rows, and of the closest 1 % (at least `MIN_TAIL`), as
     measured by `Near.ratio`.
     """
@@ -154,7 +155,7 @@ def nearest_plan(near, member):
     ]
 
 # %% ../../nbs/12_audit/04_attacks.ipynb #9ec39601
-def membership_plan(name, scores, member):
+def membership_plan(name: str, scores, member) -> list:
     """The three tests on a membership score."""
     tests = (("all rows (AUC)", auc_test), ("TPR at 1 % FPR", tpr_test), ("highest scores", top_test))
     return [functools.partial(test, f"{name}: {what}", scores, member) for what, test in tests]
@@ -215,7 +216,7 @@ def _telling(pool, name, salt):
     return (hashes, rows, theirs) if telling else None
 
 
-def own_values(pool):
+def own_values(pool) -> Own:
     """`Own` of values in columns where a value is mostly one row's own: names, or numbers of accounts."""
     salts = pd.util.hash_array(np.array(pool.others, dtype=object))
     found = [telling for name, salt in zip(pool.others, salts) if (telling := _telling(pool, name, salt))]
@@ -223,7 +224,7 @@ def own_values(pool):
     return own(*(np.concatenate(parts) for parts in zip(none, *found)), len(pool.member), "values")
 
 # %% ../../nbs/12_audit/04_attacks.ipynb #654e23a5
-def table_copies(pool):
+def table_copies(pool) -> list:
     """Tests for copies of rows."""
     (exact, exact_hit), (keys, hit) = (_copied_rows(pool, fold) for fold in (False, True))
     once = _once(keys)
@@ -257,7 +258,7 @@ def _table_vectors(pool):
     return encoder.transform(pool.synthetic), real
 
 # %% ../../nbs/12_audit/04_attacks.ipynb #a5273d6d
-def table_membership(real, distance):
+def table_membership(real, distance) -> np.ndarray:
     """float64[pool]: distance to the nearest other pool row, over that plus `distance`; 1 for a copy.
 
     `distance` is that to the nearest synthetic row.
@@ -272,7 +273,7 @@ CHECK_ROWS = 4000
 CHECK_LEVEL = 0.001
 
 
-def exchangeability(vectors, member):
+def exchangeability(vectors, member) -> Attack:
     """Can training rows be told from held-out rows without any synthetic row? An `Attack`.
 
     Args:
@@ -313,7 +314,7 @@ class Evidence:
     look: dict
 
 # %% ../../nbs/12_audit/04_attacks.ipynb #13bb14f7
-def text_evidence(pool, max_rows):
+def text_evidence(pool, max_rows: int) -> Evidence:
     """`Evidence` of the text column."""
     ours, real = (Words.of(frame[pool.text]) for frame in (pool.synthetic, pool.real))
     few, some = pool.synthetic[pool.text][:max_rows], pool.real[pool.text][: 2 * max_rows]
@@ -337,7 +338,7 @@ def text_evidence(pool, max_rows):
     )
 
 # %% ../../nbs/12_audit/04_attacks.ipynb #88b75779
-def table_evidence(pool, max_rows):
+def table_evidence(pool, max_rows: int) -> Evidence:
     """`Evidence` of the columns that are not the text, limited in the same way."""
     few = dataclasses.replace(
         pool,

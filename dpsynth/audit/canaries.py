@@ -21,7 +21,7 @@ from ..words import Words, text_membership
 MIN_CANARIES = 40
 
 
-def canary_scores(base_losses, tuned_losses):
+def canary_scores(base_losses, tuned_losses) -> np.ndarray:
     """float64[m]: loss under the untuned model minus loss under the tuned one, per canary, in nats per
     token.
     """
@@ -47,7 +47,7 @@ def _canary_auditor(scores, included):
     return CanaryScoreAuditor(scores[included], scores[~included])
 
 # %% ../../nbs/12_audit/07_canaries.ipynb #0e703cbc
-def one_run_bound(scores, included, delta, *, confidence=0.95, seed=0):
+def one_run_bound(scores, included, delta: float, *, confidence: float = 0.95, seed: int = 0) -> float:
     """Lower bound on the ε at `delta` of any mechanism, from one run with canaries; 0 refutes nothing.
 
     Args:
@@ -71,7 +71,7 @@ def one_run_bound(scores, included, delta, *, confidence=0.95, seed=0):
     )
 
 # %% ../../nbs/12_audit/07_canaries.ipynb #64f405a1
-def gaussian_bound(scores, included, delta, *, confidence=0.95, seed=0):
+def gaussian_bound(scores, included, delta: float, *, confidence: float = 0.95, seed: int = 0) -> float:
     """As `one_run_bound`, **under the assumption of a Gaussian mechanism**: no bound on the ε of any other.
 
     Source: Mahloujifar, Melis, Chaudhuri 2024, "Auditing f-differential privacy in one run"; implementation
@@ -87,7 +87,7 @@ def gaussian_bound(scores, included, delta, *, confidence=0.95, seed=0):
 
 # %% ../../nbs/12_audit/07_canaries.ipynb #4afb86f7
 @functools.lru_cache(maxsize=64)
-def largest_bound(count, delta, confidence=0.95):
+def largest_bound(count: int, delta: float, confidence: float = 0.95) -> float:
     """The bound that `count` canaries show when every coin is guessed right: more cannot be seen."""
     included = np.arange(count) % 2 == 0
     return one_run_bound(included.astype(float), included, delta, confidence=confidence)
@@ -132,7 +132,9 @@ class CanaryAudit:
         )
 
 # %% ../../nbs/12_audit/07_canaries.ipynb #3fe9aec6
-def audit_scores(scores, included, delta, saw, *, confidence=0.95, seed=0):
+def audit_scores(
+    scores, included, delta: float, saw: str, *, confidence: float = 0.95, seed: int = 0
+) -> CanaryAudit:
     """`CanaryAudit` from any scores of the canaries, float[m], higher where they look included, and the
     coins, bool[m].
 
@@ -151,7 +153,9 @@ def audit_scores(scores, included, delta, saw, *, confidence=0.95, seed=0):
     )
 
 # %% ../../nbs/12_audit/07_canaries.ipynb #31486a74
-def audit_canaries(base_losses, tuned_losses, included, delta, *, confidence=0.95, seed=0):
+def audit_canaries(
+    base_losses, tuned_losses, included, delta: float, *, confidence: float = 0.95, seed: int = 0
+) -> CanaryAudit:
     """`CanaryAudit` from the losses of all canaries, float[m] each, under the untuned and the tuned model,
     and the coins, bool[m].
 
@@ -168,7 +172,9 @@ def audit_canaries(base_losses, tuned_losses, included, delta, *, confidence=0.9
     )
 
 # %% ../../nbs/12_audit/07_canaries.ipynb #a39167fc
-def audit_canaries_in_rows(synthetic_texts, canary_texts, included, delta, *, confidence=0.95, seed=0):
+def audit_canaries_in_rows(
+    synthetic_texts, canary_texts, included, delta: float, *, confidence: float = 0.95, seed: int = 0
+) -> CanaryAudit:
     """`CanaryAudit` of an auditor who has the synthetic rows and no model, from the texts of all canaries and
     the coins, bool[m].
 

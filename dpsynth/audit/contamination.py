@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from .tests import auc_test, exact_interval
+from .tests import Attack, auc_test, exact_interval
 from ..words import Words, chunks
 
 # %% ../../nbs/12_audit/09_contamination.ipynb #0219d1a2
@@ -57,7 +57,7 @@ def corpus_overlap(texts, corpus_texts, n: int = 50) -> Contamination:
     )
 
 # %% ../../nbs/12_audit/09_contamination.ipynb #7873aa13
-def loss_membership(losses_private, losses_reference, *, level=0.05):
+def loss_membership(losses_private, losses_reference, *, level: float = 0.05) -> Attack:
     """Does the untuned model find private rows likelier than reference rows? An `Attack`, one-sided.
 
     The statistic is the AUC of the loss: 0.5 means no difference. The result is computed from private rows

@@ -11,19 +11,19 @@ import numpy as np
 from ..certificate import false_negatives
 
 # %% ../../nbs/12_audit/06_pictures.ipynb #2e0a1883
-def roc(members, others):
+def roc(members, others) -> tuple[np.ndarray, np.ndarray]:
     """`(fpr, tpr)` of all thresholds on a score, from strict to lenient."""
     thresholds = np.unique(np.concatenate([members, others]))[::-1]
     above = lambda scores: 1 - np.searchsorted(np.sort(scores), thresholds, "left") / len(scores)
     return above(others), above(members)
 
 
-def dp_region(fpr, epsilon: float, delta: float):
+def dp_region(fpr, epsilon: float, delta: float) -> np.ndarray:
     """Largest TPR at each FPR under (ε, δ)-DP. Source: Kairouz et al. 2015."""
     return 1 - false_negatives([{"epsilon": epsilon, "delta": delta}], fpr)
 
 # %% ../../nbs/12_audit/06_pictures.ipynb #d1a62152
-def plot_roc(report, epsilon=None, delta=None):
+def plot_roc(report, epsilon=None, delta: float | None = None):
     """ROC curves of the membership scores, as a matplotlib Figure; shaded: what (ε, δ) allows."""
     import matplotlib.pyplot as plt
 

@@ -27,7 +27,7 @@ def _records_frame(records):
     return records.frame.assign(label=[records.label_names[i] for i in records.labels])
 
 
-def read_rows(source, what="rows"):
+def read_rows(source, what: str = "rows") -> pd.DataFrame:
     """DataFrame of a DataFrame, `Records`, list of dicts or texts, or path of a file (see `all_columns`).
 
     Raises:
@@ -363,7 +363,7 @@ def _all_texts(frames, text, units, chosen, order):
 # %% ../../nbs/12_audit/02_pool.ipynb #c8e9f713
 def make_pool(
     synthetic, train, holdout, *, text_column=None, columns=None, train_units=None, holdout_units=None,
-    copies_together=False, seed=0,
+    copies_together: bool = False, seed: int = 0,
 ) -> Pool:  # fmt: skip
     """`Pool` of three sets of rows (anything `read_rows` takes), of one random row of each unit.
 

@@ -37,7 +37,7 @@ class Check:
         return self.p_value >= CHECK_P
 
 # %% ../../nbs/12_audit/08_replay.ipynb #a9c56719
-def check_noise(samples, std):
+def check_noise(samples, std: float) -> tuple[Check, ...]:
     """Are these draws normal with mean 0 and standard deviation `std`? Returns `Check`s.
 
     Mean (exact z), standard deviation (exact χ²), shape (D'Agostino and Pearson; Kolmogorov and Smirnov), and
@@ -65,7 +65,7 @@ def _flat(result, expected):
     return float(result.statistic), expected, float(result.pvalue)
 
 # %% ../../nbs/12_audit/08_replay.ipynb #b4a72287
-def check_inclusion(counts, steps, probability):
+def check_inclusion(counts, steps: int, probability: float) -> tuple[Check, ...]:
     """Are inclusion counts Binomial(`steps`, `probability`)? Returns `Check`s.
 
     The total is tested exactly (binomial), the distribution over units by χ² goodness of fit, in cells with
@@ -95,7 +95,7 @@ def check_inclusion(counts, steps, probability):
     )
 
 # %% ../../nbs/12_audit/08_replay.ipynb #e722925a
-def check_batches(batches):
+def check_batches(batches) -> Check:
     """Does every update contain each unit at most once? A `Check`; no chance involved, so its p-value is 0 or
     1.
 
@@ -108,7 +108,7 @@ def check_batches(batches):
     return Check("most times a unit occurs in one update", most, 1.0, float(most <= 1))
 
 # %% ../../nbs/12_audit/08_replay.ipynb #a803ec28
-def check_independence(a, b):
+def check_independence(a, b) -> tuple[Check, ...]:
     """Are two histories of noise independent? Returns `Check`s: the correlations of the values and of their
     squares.
 
@@ -176,7 +176,7 @@ def _replayed_noise(mechanism, randomness, steps, size):
     return sum(weight * np.pad(noise, ((back, 0), (0, 0)))[:steps] for back, weight in enumerate(c))
 
 # %% ../../nbs/12_audit/08_replay.ipynb #2b7843cd
-def training_checks(mechanism, recorded, numbers):
+def training_checks(mechanism, recorded, numbers: int) -> tuple[Check, ...]:
     """`Check`s of what a training left behind about itself; no chance involved, so their p-values are 0 or 1.
 
     Args:
@@ -200,7 +200,9 @@ def training_checks(mechanism, recorded, numbers):
     )
 
 # %% ../../nbs/12_audit/08_replay.ipynb #c126f905
-def replay_checks(mechanism, randomness, num_units=None, *, steps=1000, noise_steps=16, noise_size=4096):
+def replay_checks(
+    mechanism, randomness, num_units=None, *, steps: int = 1000, noise_steps: int = 16, noise_size: int = 4096
+) -> Replay:
     """Draw the batches and some noise of a run again from its secret, and compare with what was promised; a
     `Replay`.
 
@@ -234,7 +236,7 @@ def replay_checks(mechanism, randomness, num_units=None, *, steps=1000, noise_st
     return Replay(tuple(checks), len(batches), noise_steps)
 
 # %% ../../nbs/12_audit/08_replay.ipynb #dee30050
-def differing(told, expected, tolerance, where=""):
+def differing(told, expected, tolerance: float, where: str = "") -> list[str]:
     """Paths, such as `mechanism.steps`, of what is not told as expected; what is told beyond that is not
     looked at.
 
@@ -251,7 +253,7 @@ def differing(told, expected, tolerance, where=""):
     return [] if told == expected else [where]
 
 # %% ../../nbs/12_audit/08_replay.ipynb #7fb281d6
-def agreement(what, told, expected, tolerance=1e-6):
+def agreement(what: str, told: dict, expected: dict, tolerance: float = 1e-6) -> Check:
     """Is everything told as expected? A `Check` that names what is not; no chance involved: its p-value is 0
     or 1.
 
@@ -287,7 +289,7 @@ def _move(trainer, units):
     return math.sqrt(sum(squares)) / (trainer.session.grid * trainer.session.mechanism.sensitivity)
 
 # %% ../../nbs/12_audit/08_replay.ipynb #3d8915fe
-def sensitivity_check(model, settings, mechanism):
+def sensitivity_check(model, settings, mechanism) -> Check:
     """Does one unit move the clipped sum by at most the sensitivity? A `Check`; no chance involved, so its
     p-value is 0 or 1.
 

@@ -43,7 +43,7 @@ def _p_text(p):
     return f"{p:.2g}" if p >= 1e-6 else "< 1e-6"
 
 # %% ../../nbs/12_audit/05_report.ipynb #3c5fa162
-def unseen_by(attacks):
+def unseen_by(attacks) -> str:
     """What so many rows could not have shown, in a sentence: less than is found with probability `POWER`."""
     told = [attack for attack in attacks if attack.in_verdict]
     less = [f"{attack.name} below {attack.sees}" for attack in told if attack.detectable is not None]
@@ -56,7 +56,7 @@ def unseen_by(attacks):
     )
 
 # %% ../../nbs/12_audit/05_report.ipynb #69843625
-def summarized(report):
+def summarized(report) -> str:
     """The verdict of an `AuditReport` in two sentences."""
     if report.failed:
         worst, bound = report.worst, ""
@@ -75,7 +75,7 @@ def summarized(report):
     return f"Passes: no attack told training from held-out rows at level {report.level:g}. {report.unseen}"
 
 
-def footing_of(report):
+def footing_of(report) -> str:
     """The last line of an `AuditReport`: sizes, and where it may lie."""
     return (
         f"{report.rows['synthetic']:,} synthetic, {report.rows['train']:,} training and"
@@ -84,7 +84,7 @@ def footing_of(report):
     )
 
 # %% ../../nbs/12_audit/05_report.ipynb #bb58aac8
-def report_cells(attacks):
+def report_cells(attacks) -> list[tuple]:
     """The table of attacks as texts, one tuple for each, under `HEADER`."""
     measured = lambda a: f"{a.statistic:.4g} ({a.interval[0]:.3g} to {a.interval[1]:.3g})"
     return [
@@ -92,7 +92,7 @@ def report_cells(attacks):
     ]
 
 
-def report_markdown(report):
+def report_markdown(report) -> str:
     """An `AuditReport` as Markdown."""
     rows = (HEADER, ("---",) * len(HEADER), *report_cells(report.attacks))
     lines = [
@@ -113,7 +113,7 @@ def report_markdown(report):
     return "\n".join(lines)
 
 # %% ../../nbs/12_audit/05_report.ipynb #e9bd2486
-def report_html(report):
+def report_html(report) -> str:
     """An `AuditReport` as HTML, for a notebook."""
     color = {"fails": "#b3261e", "passes": "#2e7d32", "cannot tell": "#8a6d00"}[report.verdict]
     cell = lambda tag, text: f"<{tag} style='text-align:left'>{html.escape(text)}</{tag}>"
@@ -129,7 +129,7 @@ def report_html(report):
     )
 
 # %% ../../nbs/12_audit/05_report.ipynb #c476c367
-def report_dict(report):
+def report_dict(report) -> dict:
     """An `AuditReport` as a JSON-able dict; without the arrays."""
     names = [f.name for f in dataclasses.fields(report) if f.name != "details"]
     return {
@@ -278,7 +278,7 @@ def _division(pool, parts):
     return min(found, key=lambda attack: attack.p_value)
 
 # %% ../../nbs/12_audit/05_report.ipynb #fbdaf741
-def audit_pool(pool, began, *, level, confidence, delta, max_rows) -> AuditReport:
+def audit_pool(pool, began, *, level: float, confidence: float, delta, max_rows: int) -> AuditReport:
     """`AuditReport` of a `Pool`; `began` is when, by `time.perf_counter`; the others as `audit_files`."""
     parts = [text_evidence(pool, max_rows)] if pool.text else []
     parts += [table_evidence(pool, max_rows)] if pool.others else []
@@ -305,7 +305,8 @@ def audit_pool(pool, began, *, level, confidence, delta, max_rows) -> AuditRepor
 # %% ../../nbs/12_audit/05_report.ipynb #4e80bf82
 def audit_files(
     synthetic, train, holdout, *, text_column=None, columns=None, train_units=None, holdout_units=None,
-    copies_together=False, level=LEVEL, confidence=0.95, delta=None, max_rows=5000, seed=0,
+    copies_together: bool = False, level: float = LEVEL, confidence: float = 0.95,
+    delta: float | None = None, max_rows: int = 5000, seed: int = 0,
 ) -> AuditReport:  # fmt: skip
     """Attack synthetic rows with everything an outsider has, and compare training rows with held-out rows.
 
@@ -365,7 +366,7 @@ def _check_place(path):
         )
 
 # %% ../../nbs/12_audit/05_report.ipynb #8e177be6
-def audit_command(synthetic, train, holdout, *, json_path=None, unit_column=None, **options):
+def audit_command(synthetic, train, holdout, *, json_path=None, unit_column=None, **options) -> bool:
     """Audit, print the table and the verdict, and write the report as JSON (mode 0600) where a path is given.
 
     Args:

@@ -53,7 +53,7 @@ POWER = 0.8
 Z_POWER = float(stats.norm.ppf(POWER))
 
 
-def exact_interval(successes, trials, confidence=0.95):
+def exact_interval(successes, trials: int, confidence: float = 0.95) -> tuple[float, float]:
     """Clopper-Pearson interval of a share; (0, 1) where there are no trials."""
     if not trials:
         return (0.0, 1.0)
@@ -62,7 +62,7 @@ def exact_interval(successes, trials, confidence=0.95):
     )
 
 # %% ../../nbs/12_audit/01_tests.ipynb #9cec4465
-def share_interval(share, error, trials, confidence=0.95):
+def share_interval(share: float, error: float, trials: int, confidence: float = 0.95) -> tuple[float, float]:
     """Interval of a share with a standard error: normal on the scale of the logit, which keeps it within 0
     and 1 and lopsided near them.
 
@@ -97,7 +97,9 @@ def _in_words(share, of=""):
     return "nothing: too few rows" if share is None else f"{100 * share:.2g} % of the training rows{of}"
 
 # %% ../../nbs/12_audit/01_tests.ipynb #ef23b660
-def copy_test(name, hits, member, *, level, in_train=None, of="", in_verdict=False):
+def copy_test(
+    name: str, hits, member, *, level: float, in_train=None, of: str = "", in_verdict: bool = False
+) -> Attack:
     """Are training rows hit more often than held-out rows? Fisher's exact test, one-sided.
 
     Args:
@@ -132,7 +134,7 @@ def copy_test(name, hits, member, *, level, in_train=None, of="", in_verdict=Fal
     )
 
 # %% ../../nbs/12_audit/01_tests.ipynb #52618155
-def delong(members, others):
+def delong(members, others) -> tuple[float, float]:
     """AUC and its standard error from the scores of training rows, float[n], and of held-out rows, float[m].
 
     Source: DeLong et al. 1988, "Comparing the areas under two or more correlated receiver operating
@@ -146,7 +148,7 @@ def delong(members, others):
     return float(of_members.mean()), math.sqrt(variance)
 
 # %% ../../nbs/12_audit/01_tests.ipynb #e9da3399
-def auc_interval(members, others):
+def auc_interval(members, others) -> tuple[float, float]:
     """95 % interval of the AUC of the scores of training rows, float[n], and of held-out rows, float[m].
 
     Source: Qin and Hotilovac 2008, "Comparison of non-parametric confidence intervals for the area under the
@@ -160,7 +162,7 @@ def _share_seen(share, what):
     return (float(share), f"{what} of {share:.3f}") if share < 1 else (None, "nothing: too few rows")
 
 
-def auc_test(name, scores, member, *, level, alternative="two-sided"):
+def auc_test(name: str, scores, member, *, level: float, alternative: str = "two-sided") -> Attack:
     """Do training rows score higher (or, two-sided, differently)? Mann-Whitney test."""
     members, others = scores[member], scores[~member]
     p_value = (
@@ -183,7 +185,7 @@ def auc_test(name, scores, member, *, level, alternative="two-sided"):
     )
 
 # %% ../../nbs/12_audit/01_tests.ipynb #58133ac3
-def ranked(scores, member, seed=0):
+def ranked(scores, member, seed: int = 0) -> np.ndarray:
     """`member` from the highest score to the lowest, equal scores in random order."""
     return member[np.lexsort((np.random.default_rng(seed).random(len(scores)), -scores))]
 
@@ -196,7 +198,7 @@ def _above(order, passed):
     return int(order[: ranks[min(passed, len(ranks) - 1)]].sum()) if passed >= 0 else 0
 
 # %% ../../nbs/12_audit/01_tests.ipynb #b1253370
-def tpr_interval(order, fpr=0.01, confidence=0.95):
+def tpr_interval(order, fpr: float = 0.01, confidence: float = 0.95) -> tuple[float, float]:
     """Conservative interval of the TPR at the threshold which a share `fpr` of the population of held-out
     rows exceeds.
 
@@ -216,7 +218,7 @@ def tpr_interval(order, fpr=0.01, confidence=0.95):
     return bounds(low)[0], bounds(high)[1]
 
 # %% ../../nbs/12_audit/01_tests.ipynb #f3ccdef1
-def tpr_test(name, scores, member, *, level, fpr=0.01):
+def tpr_test(name: str, scores, member, *, level: float, fpr: float = 0.01) -> Attack:
     """How many training rows score above all but a share `fpr` of the held-out rows?
 
     Exact, one-sided; interval: `tpr_interval`.
@@ -234,12 +236,12 @@ def tpr_test(name, scores, member, *, level, fpr=0.01):
     )
 
 # %% ../../nbs/12_audit/01_tests.ipynb #711f701d
-def top_sizes(rows):
+def top_sizes(rows: int) -> list[int]:
     """k = 5, 10, 20, … up to half the pool."""
     return [5 * 2**i for i in range(64) if 5 * 2**i <= rows / 2] or [max(1, rows // 2)]
 
 
-def top_test(name, scores, member, *, level):
+def top_test(name: str, scores, member, *, level: float) -> Attack:
     """Are there too many training rows among the k highest scores, for some k of `top_sizes`? Exact,
     Bonferroni over k.
 
@@ -278,7 +280,7 @@ def _weighted_interval(weights, member):
     return share_interval(share, error, int(total**2 // squares))
 
 # %% ../../nbs/12_audit/01_tests.ipynb #26772af0
-def share_test(name, nearest, member, *, level, seed=0):
+def share_test(name: str, nearest, member, *, level: float, seed: int = 0) -> Attack:
     """Is the nearest pool row too often (or too seldom) a training row? Permutation test over deals of the
     pool, two-sided.
 
@@ -299,7 +301,7 @@ def share_test(name, nearest, member, *, level, seed=0):
     return Attack(name, share, interval, expected, float(p), detail, *_share_seen(seen, "a share"))
 
 # %% ../../nbs/12_audit/01_tests.ipynb #24168260
-def holm(attacks):
+def holm(attacks) -> tuple[Attack, ...]:
     """The attacks with `adjusted_p`: family-wise, for any dependence.
 
     Source: Holm 1979, "A simple sequentially rejective multiple test procedure".
@@ -332,7 +334,9 @@ def _one_run(right, wrong, threshold, delta, significance):
     return float(auditor.epsilon_one_run(significance, delta, threshold_strategy=Explicit(threshold)))
 
 # %% ../../nbs/12_audit/01_tests.ipynb #c3057082
-def pairs_bound(train_scores, holdout_scores, delta, *, confidence=0.95, seed=0):
+def pairs_bound(
+    train_scores, holdout_scores, delta: float, *, confidence: float = 0.95, seed: int = 0
+) -> float:
     """Lower bound on ε under replace-one at `delta`, from the membership scores of randomly paired rows.
 
     Valid for a random division into training and held-out rows of equal distribution; rows left over are not

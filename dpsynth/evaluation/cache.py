@@ -21,7 +21,7 @@ from ..settings import DataError
 KEY_BYTES = 32
 
 
-def private_folder(path):
+def private_folder(path) -> pathlib.Path:
     """Make a folder that only its owner can enter; returns its path."""
     path = pathlib.Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def private_folder(path):
     return path
 
 
-def cache_secret(folder):
+def cache_secret(folder) -> bytes:
     """The key of the names in a cache folder, made at first use: file `key`, mode 0600.
 
     Two runs that start at the same time get the same one. Raises DataError where the file was damaged.
@@ -46,7 +46,7 @@ def cache_secret(folder):
     return key
 
 # %% ../../nbs/10_evaluation/04_cache.ipynb #ac7d3e96
-def cache_key(embedder, texts, key):
+def cache_key(embedder, texts, key: bytes) -> str:
     """Hex digest, keyed by `key` (bytes), of all that decides the vectors."""
     digest = hmac.new(key, json.dumps([2, *embedder.key]).encode(), "sha256")
     for text in texts:
@@ -61,7 +61,7 @@ def _save_array(path, array):
         np.save(file, array)
 
 # %% ../../nbs/10_evaluation/04_cache.ipynb #bb3adaa8
-def embed_with(embedder, texts, cache, progress):
+def embed_with(embedder, texts, cache, progress: bool) -> tuple[np.ndarray, str]:
     """`(vectors, pooling that was used)` of an opened embedder, from the cache if they are there."""
     if not len(texts):
         raise DataError("there are no texts to embed")
@@ -75,7 +75,9 @@ def embed_with(embedder, texts, cache, progress):
     return vectors, pooling
 
 # %% ../../nbs/10_evaluation/04_cache.ipynb #d4e3a5bf
-def embed(texts, embedder: str, *, length=256, pooling="mean", cache=None, progress=True) -> np.ndarray:
+def embed(
+    texts, embedder: str, *, length: int = 256, pooling: str = "mean", cache=None, progress: bool = True
+) -> np.ndarray:
     """One vector for each text: float32[n, d].
 
     Args:

@@ -100,7 +100,7 @@ def mauve_repeated(synthetic, reference, *, size: int, trials: int, seed: int) -
     )
 
 # %% ../../nbs/10_evaluation/05_mauve.ipynb #57329d8c
-def split_reference(n: int, size: int | None = None, *, seed: int):
+def split_reference(n: int, size: int | None = None, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Two disjoint sorted arrays of row numbers below `n`, `size` each; at most, and by default, n / 2."""
     if n < 2:
         raise DataError(f"{n} rows cannot be split into two samples")
@@ -109,7 +109,7 @@ def split_reference(n: int, size: int | None = None, *, seed: int):
     return np.sort(order[:size]), np.sort(order[size : 2 * size])
 
 # %% ../../nbs/10_evaluation/05_mauve.ipynb #c692e24c
-def disjoint_halves(records, seed):
+def disjoint_halves(records, seed: int):
     """Two `Records` that share no row, of equal size: the two sides of the real-against-real ceiling."""
     first, second = split_reference(len(records), seed=seed)
     return records.take(first), records.take(second)

@@ -13,7 +13,7 @@ import numpy as np
 
 from .cache import embed_with
 from .embedders import auto_embedder, open_embedder
-from .mauve import mauve_repeated, split_reference
+from .mauve import MauveResult, mauve_repeated, split_reference
 from .texts import ngram_distance, text_statistics
 from dpsynth.evaluation.usefulness import (
     LOW_CEILING,
@@ -37,7 +37,7 @@ def _subset(n, most, seed, side):
     return np.sort(np.random.default_rng([seed, side]).choice(n, most, replace=False))
 
 # %% ../../nbs/10_evaluation/07_metrics.ipynb #328a525d
-def mauve_ceiling(reference, size: int, seed: int):
+def mauve_ceiling(reference, size: int, seed: int) -> MauveResult | None:
     """`MauveResult` of one half of the reference vectors against the other; None for fewer than 4 vectors."""
     if len(reference) < 4:
         return None
@@ -149,7 +149,7 @@ def _utility_metrics(texts, labels, reference, settings):
 ROWS_SENT = {"real_train": "TRAINING rows", "real_test": "real test rows"}
 
 
-def check_sending(settings):
+def check_sending(settings) -> None:
     """Raise SettingsError if an evaluation would send training rows to a service without permission."""
     service = next(
         (e for e in (settings.embedder, settings.second_embedder) if e.startswith("vertex:")), None
@@ -161,7 +161,7 @@ def check_sending(settings):
         )
 
 # %% ../../nbs/10_evaluation/07_metrics.ipynb #7869d787
-def cautions(size, num_texts, num_reference, settings):
+def cautions(size: int, num_texts: int, num_reference: int, settings) -> list[str]:
     """What to keep in mind about a MAUVE of `size` texts out of `num_texts` and `num_reference`, lines."""
     embedders = [
         auto_embedder() if e == "auto" else e for e in (settings.embedder, settings.second_embedder) if e

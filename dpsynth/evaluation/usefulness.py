@@ -18,7 +18,7 @@ import numpy as np
 STANDARD_ERRORS = 1.96  # of a 95 % interval
 
 
-def recall_interval(hits, counts):
+def recall_interval(hits, counts) -> list[float]:
     """[low, high]: 95 % interval of the mean of recalls `hits / counts`.
 
     Each label counts as if one more row had been found and one more missed, so that few rows, or a recall of
@@ -30,7 +30,7 @@ def recall_interval(hits, counts):
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
 # %% ../../nbs/10_evaluation/01_usefulness.ipynb #6f425053
-def ranking(is_second, shares, names):
+def ranking(is_second, shares, names) -> tuple:
     """`(AUC, its 95 % interval)` of two labels; `(None, None)` for other numbers of labels.
 
     Source: Hanley and McNeil 1982, for the interval.
@@ -107,7 +107,7 @@ def train_on_synthetic(texts, labels, test_texts, test_labels) -> dict:
 NEAR_CHANCE = 0.1  # of the way from guessing to a perfect classifier
 
 
-def guessing(value, low, floor):
+def guessing(value: float, low: float, floor: float) -> str:
     """`nothing` if the interval, from `low` on, holds what guessing reaches; `next to nothing` close to it.
 
     Otherwise an empty text.
@@ -126,7 +126,7 @@ def _old_verdict(metrics):
     return f"from these rows a classifier learns {learnt} about the label: {told}" if learnt else None
 
 # %% ../../nbs/10_evaluation/01_usefulness.ipynb #c4b8c184
-def utility_verdict(metrics):
+def utility_verdict(metrics: dict) -> str | None:
     """What to know about a utility at or near guessing, a sentence; None where there is nothing to say.
 
     `metrics` has `utility_*`. Those of an earlier version have the plain accuracy only, and are judged by it.

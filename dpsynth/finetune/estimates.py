@@ -19,7 +19,7 @@ from ..privacy import count_accesses, noisy_counts
 from ..settings import PrivacyError
 
 # %% ../../nbs/07_finetune/07_estimates.ipynb #bc4d57dc
-def check_counts(settings, path, begun):
+def check_counts(settings, path: pathlib.Path, begun: bool) -> None:
     """Raise PrivacyError if a training that has begun has lost its counts: a new draw is a second release."""
     if begun and count_accesses(settings) and not path.exists():
         raise PrivacyError(
@@ -28,7 +28,7 @@ def check_counts(settings, path, begun):
         )
 
 # %% ../../nbs/07_finetune/07_estimates.ipynb #1d204e9a
-def estimate_counts(settings, records, units, state, model, fmt):
+def estimate_counts(settings, records, units, state, model, fmt) -> dict[str, list[int]]:
     """The counts that are estimated out of ε, those that the settings ask for, by name; each a list of int.
 
     Each unit counts once; its label is that of its first row that takes part. Drawn once, then read from the
@@ -51,7 +51,7 @@ def estimate_counts(settings, records, units, state, model, fmt):
     return counts
 
 # %% ../../nbs/07_finetune/07_estimates.ipynb #0e4732a6
-def overlapping_units(settings, records):
+def overlapping_units(settings, records) -> list[int]:
     """[units with a run of 50 words in common with a text of `contamination_corpus`, other units of 50 words
     or more].
 
@@ -62,7 +62,7 @@ def overlapping_units(settings, records):
     return [found.overlapping, found.long_enough - found.overlapping]
 
 # %% ../../nbs/07_finetune/07_estimates.ipynb #2ec8a5cb
-def likelier_units(settings, records, model, fmt):
+def likelier_units(settings, records, model, fmt) -> list[int]:
     """[units that the base model finds likelier than the median reference text, the other units]: one count
     for each unit.
 
@@ -79,7 +79,7 @@ def likelier_units(settings, records, model, fmt):
     return [below, len(ours) - below]
 
 # %% ../../nbs/07_finetune/07_estimates.ipynb #80ee6bd5
-def contamination_found(settings, counts):
+def contamination_found(settings, counts) -> dict | None:
     """What was estimated of rows that the base model may have read before, as
     `certificate.contamination_text` takes it; None: nothing.
     """
@@ -103,7 +103,7 @@ def contamination_found(settings, counts):
     return found or None
 
 # %% ../../nbs/07_finetune/07_estimates.ipynb #0c87272d
-def label_shares(counts):
+def label_shares(counts) -> list[float]:
     """Shares of the labels from noised counts: negative ones are none, and all are equal if nothing is
     left.
     """

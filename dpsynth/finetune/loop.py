@@ -26,7 +26,7 @@ from ..progress import Progress
 from ..settings import PrivacyError, SettingsError
 
 # %% ../../nbs/07_finetune/04_loop.ipynb #98cc9f1a
-def tokenize(model, records, fmt, folder, sequence_length, batch=2000, before=None):
+def tokenize(model, records, fmt, folder, sequence_length: int, batch: int = 2000, before=None) -> TokenStore:
     """Write a TokenStore of prompt and response ids, cut at `sequence_length`.
 
     `before` is that of `TokenStore.write`. Raises SettingsError if a prompt leaves no room for a response.
@@ -57,7 +57,7 @@ def describe_progress(mechanism, step: int) -> str:
     return f"sigma={mechanism.noise_multiplier:.3g} epsilon={spent:.3g}/{mechanism.target_epsilon:g}"
 
 # %% ../../nbs/07_finetune/04_loop.ipynb #f69a6356
-def train(trainer, checkpoint, *, progress=True, seconds_between=30.0, log=None):
+def train(trainer, checkpoint, *, progress: bool = True, seconds_between: float = 30.0, log=None) -> None:
     """Run the updates that remain; resumes from `checkpoint` if there is one, and leaves a last one there."""
     mechanism = trainer.session.mechanism
     if pathlib.Path(checkpoint).exists():
@@ -74,7 +74,7 @@ def train(trainer, checkpoint, *, progress=True, seconds_between=30.0, log=None)
                 log(trainer)
 
 # %% ../../nbs/07_finetune/04_loop.ipynb #810079fc
-def row_losses(model, records, fmt, settings, trainable=None):
+def row_losses(model, records, fmt, settings, trainable=None) -> np.ndarray:
     """float64[n]: loss of each row in nats per response token, under the model's own weights or other
     `trainable` ones.
     """
@@ -104,7 +104,7 @@ def row_losses(model, records, fmt, settings, trainable=None):
     return losses
 
 # %% ../../nbs/07_finetune/04_loop.ipynb #960e1b20
-def some_rows(count, total, seed):
+def some_rows(count: int, total: int, seed: int) -> np.ndarray:
     """int64[min(count, total)]: rows chosen at random, in order.
 
     The first ones will not do: many files are sorted by label.
@@ -112,7 +112,7 @@ def some_rows(count, total, seed):
     return np.sort(np.random.default_rng([seed, 10]).permutation(total)[:count])
 
 
-def held_out_loss(model, records, fmt, settings, trainable=None):
+def held_out_loss(model, records, fmt, settings, trainable=None) -> float | None:
     """Mean loss in nats per token over `validation_size` test rows, or None if that is 0. Not covered by ε:
     test rows.
 
@@ -125,7 +125,7 @@ def held_out_loss(model, records, fmt, settings, trainable=None):
     )
 
 # %% ../../nbs/07_finetune/04_loop.ipynb #e6f33374
-def check_training(trainer, before):
+def check_training(trainer, before) -> None:
     """Raise PrivacyError unless a finished private training did what was promised.
 
     An update is missing or had no noise, no weight changed, or the noise differs from the promised one by
@@ -150,7 +150,7 @@ def check_training(trainer, before):
         )
 
 # %% ../../nbs/07_finetune/04_loop.ipynb #8e1e7011
-def self_check(trainer, before):
+def self_check(trainer, before) -> dict:
     """The figures of a finished private training, a dict for private/.
 
     `before` are the trained arrays at the start. Raises PrivacyError as `check_training`.
@@ -170,7 +170,7 @@ def self_check(trainer, before):
     }
 
 
-def describe_mechanism(mechanism):
+def describe_mechanism(mechanism) -> dict:
     """What ran, in absolute numbers, a dict: the certificate's `mechanism`, with units, δ and every paid
     access.
     """
