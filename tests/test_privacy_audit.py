@@ -1470,7 +1470,7 @@ def test_canaries_that_changed_since_the_training_are_not_looked_for(tmp_path):
     )
     check_same_canaries(settings, state, made, included, model, make_format(settings))
     other = dataclasses.replace(made, frame=made.frame.assign(text=[f"un{text}" for text in made.texts]))
-    with pytest.raises(PrivacyError, match="canaries are others now"):
+    with pytest.raises(PrivacyError, match="canaries differ from those"):
         check_same_canaries(settings, state, other, included, model, make_format(settings))
 
 
