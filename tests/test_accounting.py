@@ -43,7 +43,7 @@ from dpsynth.privacy import (
 )
 from dpsynth.settings import PrivacyError, Settings, SettingsError
 from dpsynth.state import State
-from dpsynth.verify import COUNT
+from dpsynth.privacy.verify import COUNT
 
 ADD, REPLACE = NeighboringRelation.ADD_OR_REMOVE_ONE, NeighboringRelation.REPLACE_ONE
 TRAINING = Access("fine-tuning", "dp_sgd", 1.0, 0.05, 40)

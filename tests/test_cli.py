@@ -361,7 +361,7 @@ def unreachable(monkeypatch):
     """Every preset but the bundled one is out of reach."""
     from dpsynth import models
 
-    load = models._from_preset
+    load = models.loading.from_preset
 
     def from_preset(kind, name, **options):
         if name != "tiny":
@@ -370,7 +370,7 @@ def unreachable(monkeypatch):
             )
         return load(kind, name, **options)
 
-    monkeypatch.setattr(models, "_from_preset", from_preset)
+    monkeypatch.setattr(models.loading, "from_preset", from_preset)
     models.load_tokenizer.cache_clear()
 
 
@@ -398,7 +398,7 @@ def test_check_recommends_a_model_for_rows_of_ones_own_and_fetches_none(dpsynth,
     from dpsynth import imports
     from dpsynth.runs import surveys
 
-    monkeypatch.setattr(imports, "_package_folder", lambda package: None)
+    monkeypatch.setattr(imports.packages, "_package_folder", lambda package: None)
     surveyed, survey = [], surveys.survey
     monkeypatch.setattr(
         surveys,
@@ -429,7 +429,7 @@ def test_check_measures_the_recommended_model_where_it_is_installed(dpsynth, own
     from dpsynth import cli, imports, models
     from dpsynth.runs import cost as costs
 
-    monkeypatch.setattr(models, "packaged_preset", lambda name: None)
+    monkeypatch.setattr(models.presets, "packaged_preset", lambda name: None)
     monkeypatch.setattr(cli.checking, "BETTER", {**cli.BETTER, "model": MICRO, "vocabulary": "full"})
     monkeypatch.setattr(imports, "packaged", lambda name: (None, "") if name == MICRO else None)
     measured = []

@@ -64,7 +64,7 @@ from dpsynth.settings import (
     resolve,
     result_settings,
 )
-from dpsynth.verify import verify as recompute
+from dpsynth.privacy.verify import verify as recompute
 
 REPORT = """
 import json, os, pathlib, sys

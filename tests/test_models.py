@@ -223,7 +223,7 @@ def test_what_is_in_the_cache_needs_no_hub(monkeypatch, tmp_path):
     (cached.parent.parent / "refs").mkdir()
     (cached.parent.parent / "refs" / "main").write_text("1" * 40)
     (cached / "config.json").write_text("{}")
-    monkeypatch.setattr(models, "_refusal", lambda repository: ConnectionError("no network"))
+    monkeypatch.setattr(models.hubs, "_refusal", lambda repository: ConnectionError("no network"))
     monkeypatch.setattr(
         huggingface_hub,
         "snapshot_download",
@@ -262,9 +262,9 @@ def test_computing_again_keeps_less_and_gives_the_same_gradient(micro, store, mo
     plain = trainer(micro, store).gradient_sum(indices)
     seen = []
     monkeypatch.setattr(
-        models.jax,
+        jax,
         "checkpoint",
-        lambda call, checkpoint=models.jax.checkpoint: seen.append(call) or checkpoint(call),
+        lambda call, checkpoint=jax.checkpoint: seen.append(call) or checkpoint(call),
     )
     micro.rematerialize = True
     again = trainer(micro, store).gradient_sum(indices)
@@ -407,8 +407,8 @@ def test_what_is_trained_unless_told_otherwise(model, tuning, mode):
 def test_a_preset_is_read_for_its_hash_once_and_again_where_a_file_changed(tmp_path, monkeypatch):
     for name in ("config.json", "model.weights.h5", "README.md"):
         (tmp_path / name).write_text(name)
-    read, hashed = [], models.sha256_of
-    monkeypatch.setattr(models, "sha256_of", lambda path: read.append(path.name) or hashed(path))
+    read, hashed = [], models.presets.file_hash
+    monkeypatch.setattr(models.presets, "file_hash", lambda path: read.append(path.name) or hashed(path))
     first = models.preset_hash(str(tmp_path))
     assert models.preset_hash(str(tmp_path)) == first and read == ["config.json", "model.weights.h5"]
     (tmp_path / "README.md").write_text("another card")
@@ -422,9 +422,9 @@ def test_a_preset_is_read_for_its_hash_once_and_again_where_a_file_changed(tmp_p
 def test_the_base_model_of_an_audit_is_the_tuned_one_without_its_adapters(monkeypatch):
     from parts import RUN, splits
     from dpsynth.runs import audit_run
-    from dpsynth.formats import TextFormat
+    from dpsynth.formats import make_format
 
-    records, fmt = splits().test, TextFormat(RUN.prompt, RUN.labels)
+    records, fmt = splits().test, make_format(RUN)
     base = finetune.row_losses(load_model(MICRO, seed=RUN.seed), records, fmt, RUN)
     tuned = finetune.prepare_model(RUN)
     tuned.assign([a + 0.5 for a in tuned.trainable])

@@ -1447,6 +1447,7 @@ def test_the_worse_of_two_canary_audits_is_certified(finished, monkeypatch, by_m
 
 
 def test_canaries_that_changed_since_the_training_are_not_looked_for(tmp_path):
+    from dpsynth.formats import make_format
     from dpsynth.runs import check_same_canaries
 
     settings, included = (
@@ -1467,10 +1468,10 @@ def test_canaries_that_changed_since_the_training_are_not_looked_for(tmp_path):
         [([7, 7, 7], [1]), *(([7, 7, 7], ids[:5]) for ids in model.response_ids(trained.texts))],
         lambda partial: state.seal("tokens", partial),
     )
-    check_same_canaries(settings, state, made, included, model)
+    check_same_canaries(settings, state, made, included, model, make_format(settings))
     other = dataclasses.replace(made, frame=made.frame.assign(text=[f"un{text}" for text in made.texts]))
-    with pytest.raises(PrivacyError, match="canaries are others now"):
-        check_same_canaries(settings, state, other, included, model)
+    with pytest.raises(PrivacyError, match="canaries differ from those"):
+        check_same_canaries(settings, state, other, included, model, make_format(settings))
 
 
 def test_rows_are_attacked_at_the_delta_of_the_run_and_without_those_that_had_copies(finished, monkeypatch):

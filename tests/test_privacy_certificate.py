@@ -31,7 +31,7 @@ from dpsynth.ledger import accesses_event, compose, group_privacy
 from dpsynth.privacy import make_mechanism
 from dpsynth.runs.run import Run
 from dpsynth.settings import PrivacyError, Settings, SettingsError
-from dpsynth.verify import verify as recompute
+from dpsynth.privacy.verify import verify as recompute
 
 
 def test_certificate_verifies_and_a_false_one_does_not(tmp_path):
@@ -791,7 +791,7 @@ def test_certificate_without_a_part_is_refused(tmp_path):
 
 
 def test_verification_is_a_short_script_on_dp_accounting_alone(tmp_path, repo):
-    source = (repo / "dpsynth" / "verify.py").read_text(encoding="utf-8")
+    source = (repo / "dpsynth" / "privacy" / "verify.py").read_text(encoding="utf-8")
     code = source.splitlines()
     assert len(code) < 120 and "dpsynth" not in "".join(line for line in code if "import" in line)
     (tmp_path / "verify.py").write_text(source)

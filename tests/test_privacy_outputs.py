@@ -11,7 +11,7 @@ from parts import RUN, groups_of_rows, splits
 from dpsynth import evaluation
 from dpsynth.data import from_frame
 from dpsynth.finetune import finetune_run, prepare_model, row_losses, some_rows
-from dpsynth.formats import TextFormat
+from dpsynth.formats import make_format
 from dpsynth.manifest import file_hash, statement_of
 from dpsynth.runs import evaluate_stage, fit_stage, load_stage, sample_stage
 from dpsynth.runs.run import Run
@@ -147,7 +147,7 @@ def test_the_loss_that_is_reported_is_of_test_rows(run):
     data = from_frame(pd.DataFrame(rows), RUN, test=others)
     model, figures = finetune_run(Run(RUN, run), data, progress=False)
     fmt, chosen = (
-        TextFormat(RUN.prompt, RUN.labels),
+        make_format(RUN),
         data.test.take(some_rows(RUN.validation_size, 10, RUN.seed)),
     )
     for name, weights in (("held_out_loss", model), ("held_out_loss_untuned", prepare_model(RUN))):

@@ -677,7 +677,7 @@ def test_control_tokens_in_texts_are_letters_both_ways(micro):
     tokenizer, fmt = load_tokenizer("tiny"), TextFormat("[{label}]:", ("a", "b"))
     allowed = samplable(micro, micro.vocabulary_size)
     for text, ids in zip(SPELT, plain_ids(tokenizer, SPELT)):
-        assert tokenizer.detokenize(ids) == text == fmt.decode(text)
+        assert tokenizer.detokenize(ids) == text == fmt.decode(text)["text"]
         assert (
             not set(ids) & set(control_ids(tokenizer).values()) and allowed[ids].all()
         )  # what is trained on can be sampled
@@ -723,7 +723,7 @@ def test_a_survey_refuses_such_a_row_before_anything_is_charged(monkeypatch):
     settings = RUN.model_copy(update={"data": "x.csv", "embed_length": 32})
     assert survey(settings).mechanism is not None
     monkeypatch.setattr(
-        models, "plain_ids", lambda tokenizer, texts: [[tokenizer.token_to_id("<unk>")]] * len(texts)
+        models.spelling, "plain_ids", lambda tokenizer, texts: [[tokenizer.token_to_id("<unk>")]] * len(texts)
     )
     assert "x.csv, line " in refusal(survey, settings, kind=DataError)
     monkeypatch.setattr(runs.Account, "charge", lambda *arguments: pytest.fail("charged"))

@@ -207,7 +207,7 @@ BREAKS = [
     Break(
         4,
         "mixtures of experts are accepted",
-        "models",
+        "models/adapters",
         'name.startswith("router_aux_loss")',
         'name.startswith("router_aux_cost")',
         "test_privacy_per_example_loss.py::test_a_mixture_of_experts_is_refused",
@@ -215,7 +215,7 @@ BREAKS = [
     Break(
         4,
         "layers that mix examples are accepted",
-        "models",
+        "models/adapters",
         "(keras.layers.BatchNormalization, keras.layers.SpectralNormalization)",
         "(keras.layers.SpectralNormalization,)",
         "test_privacy_per_example_loss.py::test_layers_that_mix_examples_are_refused",
@@ -407,7 +407,7 @@ BREAKS = [
     Break(
         8,
         "bands are accounted as plain DP-SGD",
-        "verify",
+        "privacy/verify",
         'access["sampling_probability"] * access["bands"])',
         'access["sampling_probability"])',
         "test_privacy_correlated_noise.py::test_bands_are_accounted_as_fewer_larger_samples_and_chosen_by_public_numbers",
@@ -583,7 +583,7 @@ BREAKS = [
     Break(
         9,
         "what is added is added once for a replaced unit, too",
-        "verify",
+        "privacy/verify",
         '1 if claim == "epsilon" else 2',
         "1",
         "test_privacy_paid_access.py::test_what_follows_from_the_number_of_units_is_added_to_it_and_not_composed",
@@ -591,7 +591,7 @@ BREAKS = [
     Break(
         9,
         "a certificate may understate what one access cost",
-        "verify",
+        "privacy/verify",
         '{**a, "delta": delta}) for a in paid]\n',
         '{**a, "delta": delta}) for a in []]\n',
         "test_privacy_certificate.py::test_a_count_that_is_said_to_be_cheaper_than_it_was_does_not_verify",
@@ -599,7 +599,7 @@ BREAKS = [
     Break(
         9,
         "a certificate with a number of units that nobody paid for verifies",
-        "verify",
+        "privacy/verify",
         '(counted == [True], ',
         '(counted != [], ',
         "test_privacy_certificate.py::test_a_number_of_units_that_nobody_paid_for_does_not_verify",
@@ -607,7 +607,7 @@ BREAKS = [
     Break(
         8,
         "a certificate with a sampling probability above 1 verifies",
-        "verify",
+        "privacy/verify",
         'min(a["steps"], (1 + 1e-9) / a["sampling_probability"])',
         'a["steps"]',
         "test_privacy_certificate.py::test_certificate_verifies_and_a_false_one_does_not",
@@ -615,7 +615,7 @@ BREAKS = [
     Break(
         8,
         "a certificate with more bands than updates verifies",
-        "verify",
+        "privacy/verify",
         'min(a["steps"], (1 + 1e-9) / a["sampling_probability"])',
         '(1 + 1e-9) / a["sampling_probability"]',
         "test_privacy_certificate.py::test_more_bands_than_updates_do_not_verify",
@@ -623,7 +623,7 @@ BREAKS = [
     Break(
         9,
         "a training may pass for a count that is added",
-        "verify",
+        "privacy/verify",
         'a.get("added") and a["mechanism"] != "discrete_laplace"',
         "False",
         "test_privacy_certificate.py::test_certificate_verifies_and_a_false_one_does_not",
@@ -655,7 +655,7 @@ BREAKS = [
     Break(
         13,
         "a file of weights with another SHA-256 is taken",
-        "imports",
+        "imports/conversion",
         "if sha256 and digest and digest != sha256.lower():",
         "if False:",
         "test_imports.py::test_another_file_than_was_meant_is_refused",
@@ -663,7 +663,7 @@ BREAKS = [
     Break(
         13,
         "a kept piece loses one that is made on the way to it",
-        "imports",
+        "imports/pieces",
         "        made.append(parts[i])\n",
         "",
         "test_imports.py::test_a_piece_on_the_way_is_not_left_out",
@@ -927,7 +927,7 @@ BREAKS = [
     Break(
         9,
         "neighbours that do not go with a public number of units",
-        "verify",
+        "privacy/verify",
         '("zero-out" in certificate["adjacency"]) ==',
         "True or",
         "test_privacy_certificate.py::test_certificate_verifies_and_a_false_one_does_not",
@@ -983,7 +983,7 @@ BREAKS = [
     Break(
         9,
         "a check counts in the rows unasked",
-        "cli",
+        "cli/checking",
         "look_at_rows(survey, args.out) if args.look else ()",
         "look_at_rows(survey, args.out)",
         "test_look.py::test_a_check_tells_nothing_that_was_counted_in_the_rows_but_their_number",
@@ -991,7 +991,7 @@ BREAKS = [
     Break(
         9,
         "a look at the rows is not noted",
-        "cli",
+        "cli/counted",
         ".note_look()",
         "",
         "test_look.py::test_a_look_is_shown_on_demand_and_noted_first",
@@ -1048,8 +1048,8 @@ BREAKS = [
         13,
         "a fetched base model has no hash",
         "finetune/prepare",
-        "    return digest.hexdigest()\n\n\ndef processor",
-        '    return "none"\n\n\ndef processor',
+        "    return digest.hexdigest()\n",
+        '    return "none"\n',
         "test_privacy_base_model.py::test_a_model_without_files_here_is_known_by_its_arrays",
     ),
     Break(
@@ -1303,7 +1303,7 @@ BREAKS = [
     Break(
         17,
         "the message of a library is shown",
-        "cli",
+        "cli/printing",
         '    return f"{type(error).__name__}{place};',
         '    return f"{error}{place};',
         "test_readers.py::test_a_library_that_quotes_a_row_is_not_quoted",
@@ -1696,7 +1696,7 @@ BREAKS = [
     Break(
         14,
         "an exported certificate need not hold",
-        "export",
+        "export/folder",
         "    verify(certificate)\n",
         "",
         "test_export.py::test_a_certificate_that_does_not_hold_is_not_passed_on",
@@ -1704,7 +1704,7 @@ BREAKS = [
     Break(
         14,
         "an export takes a certificate as it lies there",
-        "export",
+        "export/folder",
         "    check_listed([release / name for name in CERTIFICATE], statement_of(release))\n",
         "",
         "test_export.py::test_another_adapter_or_certificate_is_refused_and_leaves_nothing",
@@ -1712,7 +1712,7 @@ BREAKS = [
     Break(
         14,
         "an exported model without privacy does not say so",
-        "export",
+        "export/papers",
         "if certificate else NOT_PRIVATE",
         'if certificate else ""',
         "test_export.py::test_a_model_without_privacy_says_so_on_its_first_page",

@@ -9,7 +9,6 @@ __all__ = ['verify', 'sign', 'ledger']
 import argparse
 import pathlib
 
-from .printing import slow_import
 from ..settings import SettingsError
 
 # %% ../../nbs/15_cli/08_certificates.ipynb #7c6f1c6a

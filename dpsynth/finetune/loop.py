@@ -9,6 +9,7 @@ __all__ = ['tokenize', 'describe_progress', 'train', 'row_losses', 'some_rows', 
 # %% ../../nbs/07_finetune/04_loop.ipynb #1154f7e5
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 import time
@@ -18,6 +19,7 @@ import numpy as np
 
 from ..data import TokenStore
 from .clipping import make_mean_loss
+from ..formats import rows_of
 from ..models import divisible, replicate, shard
 from ..privacy import NOISE_ERRORS, realised_noise_error
 from ..progress import Progress
@@ -29,8 +31,8 @@ def tokenize(model, records, fmt, folder, sequence_length: int, batch: int = 200
 
     `before` is that of `TokenStore.write`. Raises SettingsError if a prompt leaves no room for a response.
     """
-    prompts = [model.prompt_ids(p) for p in fmt.prompts]
-    longest = max(len(p) for p in prompts)
+    prompts = {prompt: model.prompt_ids(prompt) for prompt in fmt.prompts}
+    longest = max(map(len, prompts.values()))
     if longest + 1 >= sequence_length:
         raise SettingsError(
             f"setting sequence_length: {sequence_length} is not longer than the prompt, which has {longest}"
@@ -38,10 +40,10 @@ def tokenize(model, records, fmt, folder, sequence_length: int, batch: int = 200
         )
 
     def rows():
-        for start in range(0, len(records), batch):
-            labels = records.labels[start : start + batch]
-            for label, ids in zip(labels, model.response_ids(records.texts[start : start + batch])):
-                yield prompts[label], ids[: sequence_length - len(prompts[label])]
+        pairs = map(fmt.encode, rows_of(records))
+        while part := list(itertools.islice(pairs, batch)):
+            for (prompt, _), ids in zip(part, model.response_ids([response for _, response in part])):
+                yield prompts[prompt], ids[: sequence_length - len(prompts[prompt])]
 
     return TokenStore.write(folder, rows(), before)
 
@@ -76,8 +78,10 @@ def row_losses(model, records, fmt, settings, trainable=None) -> np.ndarray:
     """float64[n]: loss of each row in nats per response token, under the model's own weights or other
     `trainable` ones.
     """
-    prompts = [model.prompt_ids(p) for p in fmt.prompts]
-    rows = [prompts[label] + ids for label, ids in zip(records.labels, model.response_ids(records.texts))]
+    prompts = {prompt: model.prompt_ids(prompt) for prompt in fmt.prompts}
+    pairs = list(map(fmt.encode, rows_of(records)))
+    starts = [prompts[prompt] for prompt, _ in pairs]
+    rows = [a + b for a, b in zip(starts, model.response_ids([response for _, response in pairs]))]
     length, size, mean_loss = (
         settings.sequence_length,
         divisible(settings.microbatch_size),
@@ -92,7 +96,7 @@ def row_losses(model, records, fmt, settings, trainable=None) -> np.ndarray:
             "tokens": jnp.array([row + [0] * (length - len(row)) for row in part], "int32"),
             "total_length": jnp.array(list(map(len, part))),
             "prompt_length": jnp.array(
-                [len(prompts[label]) for label in records.labels[start : start + size]] + [0] * part.count([])
+                [len(begin) for begin in starts[start : start + size]] + [0] * part.count([])
             ),
         }
         found = mean_loss(*weights, shard(batch))

@@ -23,7 +23,7 @@ from .loop import held_out_loss, self_check, some_rows, tokenize, train
 from .loss import rows_of_units
 from .prepare import computation, prepare_with_hash
 from .trainer import Trainer
-from ..formats import TextFormat
+from ..formats import Format
 from ..ledger import accesses_event
 from ..manifest import checked_fit, file_hash, standing, write_release
 from ..models import LanguageModel, base_name, check_spelling, load_adapter, save_adapter, tuning_mode
@@ -62,9 +62,9 @@ class Training:
         return self.run.settings
 
     @property
-    def format(self) -> TextFormat:
+    def format(self) -> Format:
         """How a row is written."""
-        return TextFormat(self.settings.prompt, self.settings.labels)
+        return self.run.format
 
 # %% ../../nbs/07_finetune/08_run.ipynb #33b2d3c9
 def prepare_training(run, splits) -> Training:
@@ -112,7 +112,8 @@ def charge_counts(training) -> dict:
         account.charge("counts", accesses_event(count_accesses(settings).values()))
     begun = training.finished or account.is_charged("training")
     check_counts(settings, training.run.private_folder / "counts.json", begun=begun)
-    return estimate_counts(settings, training.records, training.units, training.state, training.model)
+    records, units, state = training.records, training.units, training.state
+    return estimate_counts(settings, records, units, state, training.model, training.format)
 
 # %% ../../nbs/07_finetune/08_run.ipynb #6819e0fb
 def mechanism_of(settings, records, counts):
@@ -195,8 +196,8 @@ def _train_into(model, trainer, state, progress):
         state.write("checks.json", json.dumps(self_check(trainer, before)) + "\n")
     if not all(np.isfinite(np.asarray(a)).all() for a in trainer.trainable):
         raise SettingsError(
-            "setting learning_rate: training diverged, weights are no numbers; use a smaller one, in another"
-            " folder"
+            "setting learning_rate: training diverged, its weights are not finite; use a smaller one, in"
+            " another folder"
         )
     model.assign(trainer.trainable)
 

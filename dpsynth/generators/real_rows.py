@@ -14,7 +14,7 @@ import numpy as np
 from ..data import Records, Splits
 from ..evaluation.mauve import disjoint_halves
 from ..files import write_text
-from ..formats import TextFormat
+from ..formats import make_format, rows_of
 from .generator import Generator
 from ..manifest import add_to_manifest, entry, manifest_of
 from ..models import base_name, load_tokenizer, plain_ids
@@ -44,11 +44,12 @@ def cut_rows(records, settings):
     prompt of their label.
     """
     tokenizer = load_tokenizer(base_name(settings))
-    fmt = TextFormat(settings.prompt, settings.labels)
-    room = [settings.sequence_length - 1 - len(tokenizer([prompt])[0]) for prompt in fmt.prompts]
+    fmt = make_format(settings)
+    room = {prompt: settings.sequence_length - 1 - len(tokenizer([prompt])[0]) for prompt in fmt.prompts}
+    pairs = list(map(fmt.encode, rows_of(records)))
     texts = [
-        tokenizer.detokenize(ids[: room[label]]) if len(ids) > room[label] else text
-        for text, ids, label in zip(records.texts, plain_ids(tokenizer, list(records.texts)), records.labels)
+        tokenizer.detokenize(ids[: room[prompt]]) if len(ids) > room[prompt] else text
+        for (prompt, text), ids in zip(pairs, plain_ids(tokenizer, [text for _, text in pairs]))
     ]
     return dataclasses.replace(
         records, frame=records.frame.assign(text=[str(text).strip() for text in texts])

@@ -14,7 +14,21 @@ from .account import untold_spending
 from .run import Run
 from .status import on_terminal
 
-# %% ../../nbs/13_runs/12_budget.ipynb #2f1aec35
+# %% ../../nbs/13_runs/12_budget.ipynb #f8cbdbe4
+def _total_line(t):
+    without = (
+        f"{t.without_privacy} run(s) WITHOUT privacy on {t.dataset.name}: with those there is no guarantee"
+    )
+    left = f"{t.limit.left:.4g} of the cap {t.limit.epsilon:g} is then left" if t.limit else "it has no cap"
+    private = (
+        f"{t.runs} run(s) on {t.dataset.name} bring what is spent to epsilon {t.epsilon:.4g} at delta"
+        f" {t.delta:.3g}, {t.earlier} earlier run(s) included; these charge {t.asked:.4g} of it, and {left}"
+    )
+    return "privacy: " + "; and ".join(
+        ([private] if t.runs + t.earlier else []) + ([without] if t.without_privacy else [])
+    )
+
+# %% ../../nbs/13_runs/12_budget.ipynb #2b7c5419
 def spending(surveys, out):
     """One line for each data set that runs about to start in the folder `out` will be charged to; runs that
     were charged are left out.
@@ -47,7 +61,7 @@ def _accounts(surveys, out):
             if not account.is_charged("training"):
                 yield survey, account
 
-# %% ../../nbs/13_runs/12_budget.ipynb #9b61335d
+# %% ../../nbs/13_runs/12_budget.ipynb #c0d69a48
 def announce(run, records):
     """Say on stderr what a `Run` is about to charge to which data; what is then left, on a
     terminal only. Registers nothing.
@@ -64,7 +78,7 @@ def announce(run, records):
         for total in account.ledger.totals_after([(account.dataset, account.uncharged(mechanism))]):
             on_terminal(_total_line(total))
 
-# %% ../../nbs/13_runs/12_budget.ipynb #96d4f906
+# %% ../../nbs/13_runs/12_budget.ipynb #23bd58aa
 def warn_of_untold(run):
     """Tell the operator, on a terminal only, where the rows of a finished `Run` have spent more than its
     certificate composes.
@@ -72,17 +86,3 @@ def warn_of_untold(run):
     if run.settings.private and (certificate := run.certificate):
         if line := untold_spending(run.ledger, run.begun_release, certificate["composed"]):
             on_terminal(line)
-
-# %% ../../nbs/13_runs/12_budget.ipynb #763b6510
-def _total_line(t):
-    without = (
-        f"{t.without_privacy} run(s) WITHOUT privacy on {t.dataset.name}: with those there is no guarantee"
-    )
-    left = f"{t.limit.left:.4g} of the cap {t.limit.epsilon:g} is then left" if t.limit else "it has no cap"
-    private = (
-        f"{t.runs} run(s) on {t.dataset.name} bring what is spent to epsilon {t.epsilon:.4g} at delta"
-        f" {t.delta:.3g}, {t.earlier} earlier run(s) included; these charge {t.asked:.4g} of it, and {left}"
-    )
-    return "privacy: " + "; and ".join(
-        ([private] if t.runs + t.earlier else []) + ([without] if t.without_privacy else [])
-    )

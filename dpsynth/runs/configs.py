@@ -18,7 +18,7 @@ from .status import check_files, read_status
 from ..settings import (
     PrivacyError, Settings, SettingsError, evaluation_settings, load_settings, resolve, result_settings)
 
-# %% ../../nbs/13_runs/16_configs.ipynb #34ca890f
+# %% ../../nbs/13_runs/16_configs.ipynb #ef30fcc9
 ORDER = (
     "baseline_without_examples",
     "baseline_with_examples",
@@ -44,7 +44,7 @@ def config_files(paths):
         files += found
     return files
 
-# %% ../../nbs/13_runs/16_configs.ipynb #c0a0092a
+# %% ../../nbs/13_runs/16_configs.ipynb #ba6b00fa
 def read_configs(paths, overrides=()):
     """Resolved settings of every configuration. Raises SettingsError, also where two have the same name."""
     experiments = {}
@@ -58,7 +58,7 @@ def read_configs(paths, overrides=()):
         experiments[settings.experiment] = path, settings
     return [settings for _, settings in experiments.values()]
 
-# %% ../../nbs/13_runs/16_configs.ipynb #c8bbd830
+# %% ../../nbs/13_runs/16_configs.ipynb #65909a6e
 TEMPLATE = str(importlib.resources.files("dpsynth") / "assets" / "experiment.ipynb")
 TYPES = {int: "int", float: "float", bool: "bool"}
 
@@ -77,7 +77,7 @@ def check_template(path=None):
             " together"
         )
 
-# %% ../../nbs/13_runs/16_configs.ipynb #124a59b0
+# %% ../../nbs/13_runs/16_configs.ipynb #10edd554
 def first_difference(old, new):
     """`(name, old value, new value)` of the first setting that matters and differs, as texts; None if there
     is none.
@@ -89,7 +89,7 @@ def first_difference(old, new):
     )
     return (changed[0], plain(old.get(changed[0])), plain(new[changed[0]])) if changed else None
 
-
+# %% ../../nbs/13_runs/16_configs.ipynb #57e794b4
 def is_done(run):
     """Whether a `Run` is complete; False where it is to be started, resumed or measured anew.
 

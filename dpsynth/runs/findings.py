@@ -10,15 +10,13 @@ import dataclasses
 
 from ..audit import CAVEAT
 
-# %% ../../nbs/13_runs/08_findings.ipynb #04d95b9a
+# %% ../../nbs/13_runs/08_findings.ipynb #979998de
 # chance that an honest run fails its audit, at most; the parts below and ten checks at `CHECK_P` add up to it
 ERROR = 0.05
-
-
 ROWS_ERROR = 0.01  # of all attacks on rows together
 BOUND_ERROR = 0.013  # of each of three bounds on ε: two from canaries, one from rows kept out
 
-# %% ../../nbs/13_runs/08_findings.ipynb #6728ec29
+# %% ../../nbs/13_runs/08_findings.ipynb #a2c22ba2
 @dataclasses.dataclass(frozen=True)
 class Findings:
     """What an audit of a run found, None where there was nothing to look for.

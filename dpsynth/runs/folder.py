@@ -19,7 +19,7 @@ import dpsynth
 from ..files import load_json, lock_file, write_text
 from ..settings import DataError, SettingsError, load_earlier, resolve, settings_text
 
-# %% ../../nbs/13_runs/01_folder.ipynb #5ccdc579
+# %% ../../nbs/13_runs/01_folder.ipynb #3958c46c
 def read_json(path):
     """The content of a JSON file, or an empty dict where there is none.
 
@@ -43,7 +43,7 @@ def way_back(path):
         ),
     }.get(pathlib.Path(path).name, f"remove it and {again}")
 
-# %% ../../nbs/13_runs/01_folder.ipynb #d3b87ab0
+# %% ../../nbs/13_runs/01_folder.ipynb #205eca34
 def read_facts(path):
     """The dict in a JSON file of a run folder, empty where there is none.
 
@@ -54,7 +54,7 @@ def read_facts(path):
         raise DataError(f"{path}: damaged, it holds no names and values; {way_back(path)}")
     return found
 
-# %% ../../nbs/13_runs/01_folder.ipynb #77f6c928
+# %% ../../nbs/13_runs/01_folder.ipynb #20bb295f
 PACKAGES = ("jax", "jax-privacy", "dp-accounting", "keras", "keras-hub", "mauve-text", "numpy")
 
 
@@ -71,7 +71,7 @@ def version_line():
     names = [f"{name} {version_of(name)}" for name in ("dpsynth", *PACKAGES)]
     return ", ".join([*names, f"Python {platform.python_version()}", platform.machine()])
 
-# %% ../../nbs/13_runs/01_folder.ipynb #5613720a
+# %% ../../nbs/13_runs/01_folder.ipynb #7c6a3516
 def run_folder(settings):
     """The folder of an experiment: `$DPSYNTH_OUT/<experiment>`, and `runs/<experiment>` where that is not
     set.
@@ -94,7 +94,7 @@ def prepare_folder(settings, folder, device=""):
     )
     return folder
 
-# %% ../../nbs/13_runs/01_folder.ipynb #9c292a74
+# %% ../../nbs/13_runs/01_folder.ipynb #403a289c
 def check_whole(path):
     """Raise SettingsError where a settings.yaml is not as `prepare_folder` wrote it: empty, cut, or
     overwritten with zeros.
@@ -121,7 +121,7 @@ def read_settings(folder):
     check_whole(path)
     return resolve(load_earlier(path))
 
-# %% ../../nbs/13_runs/01_folder.ipynb #cb15ac30
+# %% ../../nbs/13_runs/01_folder.ipynb #8f137026
 def same_package(code):
     """`code` for `python -P -c`, run where `dpsynth` is the package that this process imported, whatever lies
     in the working directory.
@@ -133,7 +133,7 @@ def same_package(code):
         f" importlib.util.module_from_spec(spec)\nspec.loader.exec_module(sys.modules['dpsynth'])\n{code}"
     )
 
-# %% ../../nbs/13_runs/01_folder.ipynb #a246eb32
+# %% ../../nbs/13_runs/01_folder.ipynb #724fa1af
 class BusyError(SettingsError):
     """Another process is at this run."""
 

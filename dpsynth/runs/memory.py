@@ -14,7 +14,7 @@ import jax
 from ..finetune import bucket_lengths, example_loss, one_by_one
 from ..models import by_shapes
 
-# %% ../../nbs/13_runs/13_memory.ipynb #80ad83ca
+# %% ../../nbs/13_runs/13_memory.ipynb #a1650c0e
 def bytes_kept(model, length):
     """Bytes that the forward pass of a row of `length` tokens keeps for the backward pass, weights aside.
 
@@ -31,7 +31,7 @@ def bytes_kept(model, length):
 def _bytes(array):
     return array.size * array.dtype.itemsize
 
-# %% ../../nbs/13_runs/13_memory.ipynb #06177af9
+# %% ../../nbs/13_runs/13_memory.ipynb #c0af23ee
 LIBRARY_BYTES = 1.2 * 2**30  # JAX, Keras, TensorFlow and a kernel, after a tokenizer was loaded
 COMPILED = 0.09 * 2**30  # what a function leaves behind that was compiled here
 NOT_FUSED = 2 / 3
@@ -53,7 +53,7 @@ def training_bytes(model, settings):
     )  # between the blocks; what is inside is there for one block at a time
     return NOT_FUSED * (between + (everything - between) / len(model.causal_lm.backbone.transformer_layers))
 
-# %% ../../nbs/13_runs/13_memory.ipynb #f2754b90
+# %% ../../nbs/13_runs/13_memory.ipynb #56259f26
 def sampling_bytes(model, settings):
     """Bytes that one row of full length needs while it is sampled: its cache, and its scores, which are there
     three times at most.
@@ -73,7 +73,7 @@ def functions_compiled(settings):
     """
     return 3 + (len(bucket_lengths(settings.sequence_length)) if settings.kind.fits else 0)
 
-# %% ../../nbs/13_runs/13_memory.ipynb #4cabc3e4
+# %% ../../nbs/13_runs/13_memory.ipynb #735232e4
 def estimate_memory(settings, total, trained):
     """Bytes that fine-tuning and sampling need on each device, roughly; `total` and `trained` count
     parameters.

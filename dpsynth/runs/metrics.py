@@ -17,7 +17,7 @@ from ..files import write_json
 from .folder import read_facts
 from ..settings import DataError
 
-# %% ../../nbs/13_runs/02_metrics.ipynb #64cb1e28
+# %% ../../nbs/13_runs/02_metrics.ipynb #10152a47
 def record(folder, **numbers):
     """Merge numbers into metrics.json; returns all of them. Raises DataError where one is not finite."""
     path = pathlib.Path(folder) / "metrics.json"
@@ -37,7 +37,7 @@ def _check_finite(name, value):
             " diverged"
         ) from None
 
-# %% ../../nbs/13_runs/02_metrics.ipynb #c39c8ac9
+# %% ../../nbs/13_runs/02_metrics.ipynb #68c00b9d
 def forget_scores(folder):
     """Take the scores of an earlier evaluation out of metrics.json: those of other settings must not stand
     beside the new ones.
@@ -48,7 +48,7 @@ def forget_scores(folder):
         {k: v for k, v in read_facts(path).items() if not k.startswith(("mauve", "utility", "warnings"))},
     )
 
-# %% ../../nbs/13_runs/02_metrics.ipynb #7d58b725
+# %% ../../nbs/13_runs/02_metrics.ipynb #dee95b28
 def report_progress(folder, stage, state=None):
     """Write .progress.json: the stage and what is told of it, and under `updates` the completed updates
     `done` and `total` of the training.
@@ -79,11 +79,11 @@ def forget_progress(folder):
     if read_facts(folder / "status.json").get("state") != "running":
         (folder / ".progress.json").unlink(missing_ok=True)
 
-# %% ../../nbs/13_runs/02_metrics.ipynb #96fd7641
+# %% ../../nbs/13_runs/02_metrics.ipynb #4ecbc17d
 STAGES = ("load", "fit", "sample", "evaluate")
 BEAT = 30.0  # a process that is killed takes at most so many seconds with it
 
-# %% ../../nbs/13_runs/02_metrics.ipynb #a50466b0
+
 def _add_seconds(folder, stage, spent):
     known = read_facts(folder / "metrics.json")
     added = {f"seconds_{stage}": round(known.get(f"seconds_{stage}", 0.0) + spent, 2)}
@@ -101,7 +101,7 @@ def _add_unfinished(folder, clock):
     for stage, spent in left.items():
         _add_seconds(folder, stage, spent)
 
-# %% ../../nbs/13_runs/02_metrics.ipynb #54f7a5ad
+# %% ../../nbs/13_runs/02_metrics.ipynb #9e66e3d2
 @contextlib.contextmanager
 def timed(folder, stage):
     """Add the seconds of the block to `seconds_<stage>`; `seconds` is the total of `STAGES`, what it takes to

@@ -17,7 +17,7 @@ from .folder import read_facts, read_json, read_settings
 from .status import read_status
 from ..settings import SettingsError
 
-# %% ../../nbs/13_runs/17_results.ipynb #35a1002e
+# %% ../../nbs/13_runs/17_results.ipynb #562fbadf
 RECORDS = pathlib.Path(str(importlib.resources.files("dpsynth"))) / "assets" / "records"
 
 
@@ -34,10 +34,8 @@ def record_folder(name):
         )
     return RECORDS / name
 
-# %% ../../nbs/13_runs/17_results.ipynb #0529a6d5
+# %% ../../nbs/13_runs/17_results.ipynb #c455b43c
 OWN_ERRORS = ("SettingsError", "DataError", "ModelError", "BudgetError", "PrivacyError")
-
-
 QUOTABLE = (
     "BusyError",
     "Unreachable",
@@ -68,7 +66,7 @@ def one_line(name, message):
     )
     return message if name in OWN_ERRORS and message else f"{name}: {message}".removesuffix(": ")
 
-# %% ../../nbs/13_runs/17_results.ipynb #75e2e542
+# %% ../../nbs/13_runs/17_results.ipynb #93b88774
 COLUMNS = (
     "experiment",
     "status",
@@ -96,15 +94,29 @@ COLUMNS = (
     "unfinished",
     "seconds",
 )
-
-
 # Tables that an earlier version wrote do not have these.
 NEW_COLUMNS = COLUMNS[COLUMNS.index("utility_balanced_accuracy") : COLUMNS.index("utility_accuracy")] + (
     "held_out_loss",
     "held_out_loss_untuned",
 )
 
-# %% ../../nbs/13_runs/17_results.ipynb #a80a5f21
+# %% ../../nbs/13_runs/17_results.ipynb #a973cf1f
+def _guarantee(settings, certificate):
+    """`private`, true only where a certificate covers the run and its own audit does not contradict it, and
+    the same in words.
+    """
+    refuted = (certificate.get("audit") or {}).get("refuted", False)
+    words = (
+        f"ε = {certificate['epsilon']:.4g}" + (", REFUTED" if refuted else "")
+        if certificate
+        else "no guarantee yet"
+    )
+    return {
+        "private": bool(certificate) and not refuted,
+        "guarantee": words if settings.private else "not private",
+    }
+
+# %% ../../nbs/13_runs/17_results.ipynb #bb2a4ba4
 def describe(folder):
     """The row of one run folder: a dict of JSON values, `COLUMNS` and more.
 
@@ -131,23 +143,7 @@ def _facts(folder):
         **{name: certificate.get(name) for name in ("epsilon", "epsilon_replace_one", "delta")},
     }
 
-# %% ../../nbs/13_runs/17_results.ipynb #d10023e6
-def _guarantee(settings, certificate):
-    """`private`, true only where a certificate covers the run and its own audit does not contradict it, and
-    the same in words.
-    """
-    refuted = (certificate.get("audit") or {}).get("refuted", False)
-    words = (
-        f"ε = {certificate['epsilon']:.4g}" + (", REFUTED" if refuted else "")
-        if certificate
-        else "no guarantee yet"
-    )
-    return {
-        "private": bool(certificate) and not refuted,
-        "guarantee": words if settings.private else "not private",
-    }
-
-# %% ../../nbs/13_runs/17_results.ipynb #cd297c04
+# %% ../../nbs/13_runs/17_results.ipynb #af12a376
 def collect(runs):
     """Rows of all runs in a folder or in the sweeps in it, of one run folder, or of a file that `dpsynth
     results --format json` wrote.

@@ -11,7 +11,7 @@ import pathlib
 
 from ..kinds import KINDS
 
-# %% ../../nbs/13_runs/18_scores.ipynb #f8e6e4b2
+# %% ../../nbs/13_runs/18_scores.ipynb #78de275f
 SCORES = ("mauve", "mauve2")  # beginnings of the names of their numbers
 
 
@@ -25,7 +25,7 @@ def embedder_name(embedder):
     named = [part for part in pathlib.PurePath(place).parts if part not in ("/", "..", "~", "model")]
     return kind + colon + (named or ["model"])[-1]
 
-# %% ../../nbs/13_runs/18_scores.ipynb #e6a9d9eb
+# %% ../../nbs/13_runs/18_scores.ipynb #6d3d720f
 CUT, UTILITY, MAJORITY, OLD, LOSS = (
     "cut",
     "utility",
@@ -34,7 +34,7 @@ CUT, UTILITY, MAJORITY, OLD, LOSS = (
     "loss (untuned)",
 )
 
-# %% ../../nbs/13_runs/18_scores.ipynb #f57ef3a6
+# %% ../../nbs/13_runs/18_scores.ipynb #9372d497
 def score_columns(rows):
     """header -> what tells the embedder of that column from others: (name, length, pooling).
 
@@ -76,7 +76,7 @@ def score_of(row, embedder):
         None,
     )
 
-# %% ../../nbs/13_runs/18_scores.ipynb #0950748e
+# %% ../../nbs/13_runs/18_scores.ipynb #47741738
 def is_old(row):
     """Whether the utility of a run was measured when it was the plain accuracy."""
     return row.get("utility_balanced_accuracy") is None and row.get("utility_accuracy") is not None
@@ -86,7 +86,7 @@ def majority(row):
     """What naming one label always reaches, in the terms of the row's utility; None where there is none."""
     return row.get("utility_majority" if is_old(row) else "utility_chance")
 
-# %% ../../nbs/13_runs/18_scores.ipynb #23061478
+# %% ../../nbs/13_runs/18_scores.ipynb #449d111b
 def _is_real(row):
     kind = KINDS.get(row.get("generator"))
     return kind is not None and kind.real

@@ -15,7 +15,6 @@ import jax
 from ..data import Splits, load
 from ..evaluation import evaluate, private_folder
 from ..files import move, write_private
-from ..formats import TextFormat
 from ..generators import Generator, make_generator, reference_rows
 from ..manifest import add_to_manifest, entry, manifest_of, read_sealed, statement_of
 from ..models import check_environment
@@ -124,7 +123,7 @@ def sample_again(run, rows: int, seed: int):
         if begun.get("num_samples") != rows:
             shutil.rmtree(scratch)  # an interrupted call for another number of rows
     scratch.mkdir(exist_ok=True)
-    sample_to_file(model, again, TextFormat(again.prompt, again.labels), scratch, statement=belongs_to)
+    sample_to_file(model, again, run.format, scratch, statement=belongs_to)
     made = {target.name: entry(scratch / "synthetic.jsonl", rows=rows, seed=seed)}
     add_to_manifest(manifest_of(target), belongs_to, made)
     move(scratch / "synthetic.jsonl", target)

@@ -19,7 +19,7 @@ from .folder import read_facts, read_settings, way_back
 from .metrics import read_progress
 from ..settings import DataError
 
-# %% ../../nbs/13_runs/03_status.ipynb #5cd0929a
+# %% ../../nbs/13_runs/03_status.ipynb #2f6492e4
 def on_terminal(line):
     """Write a line to stderr where that is a terminal, which keeps nothing; never to a file, a pipe or the
     output of a notebook.
@@ -27,7 +27,7 @@ def on_terminal(line):
     if sys.stderr.isatty():
         print(line, file=sys.stderr, flush=True)
 
-# %% ../../nbs/13_runs/03_status.ipynb #e6e0b5e9
+# %% ../../nbs/13_runs/03_status.ipynb #5292a7f3
 def write_status(folder, state, reason="", started=None):
     """Write status.json, with the updates that are told of; `started` is the time of an earlier `running`."""
     ended, updates = {} if state == "running" else {"finished": now()}, read_progress(folder).get("updates")
@@ -43,7 +43,7 @@ def write_status(folder, state, reason="", started=None):
         },
     )
 
-# %% ../../nbs/13_runs/03_status.ipynb #08e0fc05
+# %% ../../nbs/13_runs/03_status.ipynb #c3e800ce
 def is_alive(pid, started):
     """Whether another process `pid` exists that began before the time `started`."""
     if pid == os.getpid() or not psutil.pid_exists(pid):
@@ -53,7 +53,7 @@ def is_alive(pid, started):
     except psutil.Error:
         return False
 
-# %% ../../nbs/13_runs/03_status.ipynb #026bc85c
+# %% ../../nbs/13_runs/03_status.ipynb #be1da301
 def read_status(folder):
     """dict with `state` and `reason`: of a `running` how far it is; one whose process is gone is reported as
     `killed`. Raises DataError.
@@ -72,7 +72,7 @@ def read_status(folder):
         return {**status, "reason": progress_line(read_progress(folder))}
     return status
 
-# %% ../../nbs/13_runs/03_status.ipynb #21532d6f
+# %% ../../nbs/13_runs/03_status.ipynb #050af17d
 def check_files(folder):
     """Raise DataError or SettingsError where one of the files that say how a run stands is damaged; a folder
     without them is in order.

@@ -15,14 +15,14 @@ from ..data import load, other_texts
 from ..evaluation import auto_embedder, check_sending, open_embedder
 from ..evaluation.usefulness import no_evidence, writing_differences
 from ..finetune import public_mechanism
-from ..formats import TextFormat
+from ..formats import make_format
 from ..generators import reference_rows
 from ..models import (
     Unreachable, base_name, by_shapes, check_environment, check_spelling, count_parameters, load_tokenizer)
 from ..sampling import position_axes
 from ..settings import DataError, DpsynthError, SettingsError, quiet_libraries
 
-# %% ../../nbs/13_runs/11_surveys.ipynb #261d4a15
+# %% ../../nbs/13_runs/11_surveys.ipynb #d8a95cba
 def is_prepared(settings):
     """Whether the rows can be read without downloading them.
 
@@ -41,12 +41,12 @@ def is_prepared(settings):
         except ValueError as error:
             raise DataError(f"{settings.data}: {str(error).splitlines()[0]}") from None
 
-# %% ../../nbs/13_runs/11_surveys.ipynb #303c41b2
+# %% ../../nbs/13_runs/11_surveys.ipynb #48f1421c
 def check_prompts(settings, tokenizer):
     """Raise SettingsError if a prompt leaves no room for a response; returns the length of the longest
     prompt.
     """
-    prompts = TextFormat(settings.prompt, settings.labels).prompts
+    prompts = make_format(settings).prompts
     longest = max(len(ids) for ids in tokenizer(prompts)) + 1
     if longest + 1 >= settings.sequence_length:
         raise SettingsError(
@@ -61,7 +61,7 @@ def check_rows(settings, splits):
     if len(reference_rows(settings, splits)) < 2:
         raise DataError(f"{settings.data}: {len(splits.test)} test rows are too few to evaluate against")
 
-# %% ../../nbs/13_runs/11_surveys.ipynb #2d3ba1d0
+# %% ../../nbs/13_runs/11_surveys.ipynb #52427796
 DATA_SETTINGS = (
     "data",
     "test_data",
@@ -100,7 +100,7 @@ def remember():
 
     return look
 
-# %% ../../nbs/13_runs/11_surveys.ipynb #909c4d03
+# %% ../../nbs/13_runs/11_surveys.ipynb #9ac58da5
 class Survey:
     """Findings of a preflight. `lenient` notes in `unknown` what is remote and cannot be reached, instead of
     raising.
@@ -159,7 +159,7 @@ class Survey:
             )
         return public_mechanism(self.settings, self.splits.train)
 
-# %% ../../nbs/13_runs/11_surveys.ipynb #a98aa580
+# %% ../../nbs/13_runs/11_surveys.ipynb #f6ff5028
 def survey(settings, **options):
     """A `Survey` whose errors name the experiment."""
     try:
@@ -167,7 +167,7 @@ def survey(settings, **options):
     except DpsynthError as error:
         raise type(error)(f"{settings.experiment}: {error}") from error
 
-# %% ../../nbs/13_runs/11_surveys.ipynb #785f688e
+# %% ../../nbs/13_runs/11_surveys.ipynb #c8bb5ced
 def written_differently(survey):
     """Lines on how training and test rows are written differently, as line ends and blanks; what they say of
     training rows is private.

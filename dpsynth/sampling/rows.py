@@ -31,9 +31,8 @@ from ..settings import DataError, result_settings
 def to_row(sample, fmt) -> dict:
     """The line of a sample: a row {index, label, text}, or {index, label, reason} if it was rejected."""
     decoded = fmt.decode(sample.text)
-    label = {"label": fmt.labels[sample.prompt]} if fmt.labels[sample.prompt] else {}
-    last = {"reason": decoded.reason} if isinstance(decoded, Rejected) else {"text": decoded}
-    return {"index": sample.index, **label, **last}
+    last = {"reason": decoded.reason} if isinstance(decoded, Rejected) else decoded
+    return {"index": sample.index, **fmt.given[sample.prompt], **last}
 
 # %% ../../nbs/08_sampling/04_rows.ipynb #208b11ad
 def whole_lines(path) -> list[tuple[int, int]]:
@@ -85,7 +84,6 @@ def append_lines(path, rows) -> bytes:
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     append(path, lines)
     return lines
-
 
 # %% ../../nbs/08_sampling/04_rows.ipynb #906f289d
 class Files(NamedTuple):
