@@ -25,11 +25,12 @@ from .prepare import computation, prepare_with_hash
 from .trainer import Trainer
 from ..formats import TextFormat
 from ..ledger import accesses_event, release_id
-from ..manifest import checked_fit, file_hash, standing, write_release
+from ..manifest import checked_fit, standing, write_release
 from ..models import base_name, check_spelling, load_adapter, save_adapter, tuning_mode
 from ..privacy import Randomness, bind_run, count_accesses, load_secret, make_mechanism, run_identity
 from ..files import move, write_text
 from ..settings import PrivacyError, SettingsError, result_settings
+from ..state import file_hash
 
 # %% ../../nbs/07_finetune/08_run.ipynb #a98ab962
 def finetune_run(settings, splits, folder, progress=True):
