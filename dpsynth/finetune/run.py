@@ -25,7 +25,7 @@ from .prepare import computation, prepare_with_hash
 from .trainer import Trainer
 from ..formats import Format
 from ..ledger import accesses_event
-from ..manifest import checked_fit, file_hash, standing, write_release
+from ..manifest import checked_fit, standing, write_release
 from ..models import LanguageModel, base_name, check_spelling, load_adapter, save_adapter, tuning_mode
 from ..privacy import Randomness, bind_run, count_accesses, load_secret, make_mechanism, run_identity
 from ..settings import PrivacyError, SettingsError, result_settings
