@@ -91,8 +91,8 @@ def _dealt(train, test, name, settings):
 
 # %% ../../nbs/01_data/08_loading.ipynb #e036324a
 def _kept_apart(train, name, settings):
-    """`(train, kept_out, counts, gaps)`: training rows and rows kept out for an audit, rid of gaps and copies,
-    and two dicts of what was counted on the way.
+    """`(train, kept_out, counts, gaps)`: training rows and rows kept out for an audit, without gaps and
+    copies, and two dicts of what was counted on the way.
     """
     repeated, kept_out = _duplicated(train, keep=False), train[:0]
     if settings.audit_fraction:
