@@ -150,7 +150,7 @@ def _require(where, available, settings, cure=""):
         if name and name not in available:
             alike = [i for i, other in enumerate(available) if other.strip().lower() == name.strip().lower()]
             near = (
-                f", though column {alike[0]} (from 0) is called so in other letters or with blanks"
+                f" (column {alike[0]} from 0 has this name in other letters or with blanks)"
                 if alike
                 else ""
             )

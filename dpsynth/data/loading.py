@@ -44,7 +44,7 @@ def _filled(frame, where):
     """
     left = frame[frame["text"].notna()]
     if not len(left):
-        raise DataError(f"{where}: no rows are left without those that `missing: drop` leaves out")
+        raise DataError(f"{where}: `missing: drop` leaves out every row")
     units = len(np.unique(_unit_numbers(frame))) - len(np.unique(_unit_numbers(left)))
     return left, {"missing_dropped": len(frame) - len(left), "units_dropped": units}
 
@@ -82,7 +82,7 @@ def _dealt(train, test, name, settings):
         train, test = _hold_out(train, name, "test_fraction", settings, 0)
     if settings.train_size and settings.unit_count == "private":
         raise DataError(
-            "train_size: to choose that many units takes their exact number, which `unit_count: private`"
+            "train_size: choosing that many units needs their exact number, which `unit_count: private`"
             " hides; cut the file instead"
         )
     rows = len(train), len(test)
@@ -153,10 +153,8 @@ def left_out(records: Records) -> str:
         return ""
     more = f" and {len(positions) - 10} more" if len(positions) > 10 else ""
     columns = f"column{'s' * (len(positions) > 1)} {', '.join(map(str, positions[:10]))}{more}"
-    return (
-        f"{records.name}: {columns} of {count} (from 0) {'is' if len(positions) == 1 else 'are'} named by no"
-        " setting and left out"
-    )
+    they_are = "it is" if len(positions) == 1 else "they are"
+    return f"{records.name}: no setting names {columns} of {count} (from 0), so {they_are} left out"
 
 # %% ../../nbs/01_data/08_loading.ipynb #050a79d3
 def refuse_left_out(records: Records, settings: Settings) -> None:
@@ -166,7 +164,7 @@ def refuse_left_out(records: Records, settings: Settings) -> None:
     line = left_out(records)
     if line and settings.columns == "refuse":
         raise DataError(
-            f"{line}: the rows that are made would not have them; set columns: ignore if that is meant"
+            f"{line} and missing in the synthetic rows; set columns: ignore if this is intended"
         )
 
 # %% ../../nbs/01_data/08_loading.ipynb #18611a64
