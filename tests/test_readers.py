@@ -350,11 +350,11 @@ LEFT = {
 @pytest.mark.parametrize("kind", LEFT)
 def test_a_column_that_would_vanish_is_refused_by_position_unless_that_is_meant(kind):
     path = LEFT[kind](pd.DataFrame({"stars": 5, "text": TEXTS, "label": LABELS, "city": "York"}))
-    line = f"x.{kind}: columns 0, 3 of 4 (from 0) are named by no setting and left out"
+    line = f"x.{kind}: no setting names columns 0, 3 of 4 (from 0), so they are left out"
     said = refusal(load, Settings(data=path))
-    assert said == f"{line}: the rows that are made would not have them; set columns: ignore if that is meant"
+    assert said == f"{line} and missing in the synthetic rows; set columns: ignore if this is intended"
     assert left_out(load(Settings(data=path, columns="ignore")).train) == line
-    assert "column 3 of 4 (from 0) is named" in refusal(
+    assert "no setting names column 3 of 4 (from 0)" in refusal(
         load, Settings(data=path, test_data=path, unit="stars")
     )
 
@@ -365,7 +365,7 @@ def test_check_and_run_and_fit_tell_which_columns_are_left_out(dpsynth, refused,
     write(
         "x.yaml", yaml.safe_dump({**RUN.model_dump(), "experiment": "x", "data": "x.csv", "embed_length": 32})
     )
-    line = "column 2 of 3 (from 0) is named by no setting and left out"
+    line = "no setting names column 2 of 3 (from 0), so it is left out"
     assert line in refused("check", "x.yaml") and line in refused("run", "x.yaml")
     code, out, _ = dpsynth("check", "x.yaml", "--set", "columns=ignore")
     assert code == 0 and f"  columns      x.csv: {line}\n" in out

@@ -185,7 +185,7 @@ def _refuse_left_over(folder, finished):
     if left or finished:
         what = f"{left[0]}: left by a run" if left else f"{folder}: of a finished run"
         raise PrivacyError(
-            f"{what}, and private/identity.json, which says by which, is missing; restore that from a "
+            f"{what}, and private/identity.json is missing, which says which run it was; restore that from a "
             "backup, or use another folder"
         )
 
