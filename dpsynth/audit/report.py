@@ -362,7 +362,7 @@ def _check_place(path):
     if path.is_dir() or not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         raise DataError(
             f"{path}: cannot be written"
-            f" ({'is a folder' if path.is_dir() else 'no folder there that can be written to'})"
+            f" ({'is a folder' if path.is_dir() else 'its folder does not exist or cannot be written to'})"
         )
 
 # %% ../../nbs/12_audit/05_report.ipynb #8e177be6
