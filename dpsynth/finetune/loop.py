@@ -73,7 +73,7 @@ def train(trainer, checkpoint, *, progress: bool = True, seconds_between: float 
 
 # %% ../../nbs/07_finetune/04_loop.ipynb #810079fc
 def row_losses(model, records, fmt, settings, trainable=None) -> np.ndarray:
-    """float64[n]: loss of each row in nats per response token; `trainable`: other weights than the model's."""
+    """float64[n]: loss of each row in nats per response token; `trainable`: weights to use instead."""
     prompts = [model.prompt_ids(p) for p in fmt.prompts]
     rows = [prompts[label] + ids for label, ids in zip(records.labels, model.response_ids(records.texts))]
     length, size, mean_loss = (
