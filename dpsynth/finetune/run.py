@@ -196,8 +196,8 @@ def _train_into(model, trainer, state, progress):
         state.write("checks.json", json.dumps(self_check(trainer, before)) + "\n")
     if not all(np.isfinite(np.asarray(a)).all() for a in trainer.trainable):
         raise SettingsError(
-            "setting learning_rate: training diverged, weights are no numbers; use a smaller one, in another"
-            " folder"
+            "setting learning_rate: training diverged, its weights are not finite; use a smaller one, in"
+            " another folder"
         )
     model.assign(trainer.trainable)
 

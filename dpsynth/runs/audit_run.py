@@ -49,7 +49,7 @@ def check_same_rows(run, splits):
         return
     if differing_parts(read_identity(private), {"data": splits.train.fingerprint(load_secret(private))}):
         raise PrivacyError(
-            f"{folder}: {settings.data} has other rows now than the run was made with; audit it with those"
+            f"{folder}: {settings.data} has other rows now than those that the run was made with; audit it with those"
         )
     bind_run(private, {"settings": result_settings(settings)}, finished=True)
 
@@ -89,7 +89,7 @@ def check_same_canaries(settings, state, canaries, included, model, fmt):
         trained, prompt = store.row(row)
         if trained[prompt:].tolist() != list(ids[: settings.sequence_length - prompt]):
             raise PrivacyError(
-                f"{state.folder.parent}: the canaries are others now than the run was trained with; restore "
+                f"{state.folder.parent}: the canaries differ from those that the run was trained with; restore "
                 f"{settings.canary_texts or 'the version of dpsynth that it was made with'}"
             )
 

@@ -51,7 +51,7 @@ def spending(surveys, out):
         _total_line(total) for ledger, runs in planned.values() for total in ledger.totals_after(runs)
     ]
 
-
+# %% ../../nbs/13_runs/12_budget.ipynb #80c594b8
 def _accounts(surveys, out):
     """Yield (survey, `Account`) for each fine-tuning that is not charged for its training yet."""
     for survey in surveys:

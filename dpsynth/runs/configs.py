@@ -33,7 +33,7 @@ def reading_order(name):
     """Sort key of an experiment's name."""
     return (ORDER.index(name) if name in ORDER else len(ORDER), name)
 
-
+# %% ../../nbs/13_runs/16_configs.ipynb #de08bcb1
 def config_files(paths):
     """YAML files, those of a folder in reading order. Raises SettingsError where there are none."""
     files = []

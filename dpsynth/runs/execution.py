@@ -85,7 +85,7 @@ def outcome(error, timeout):
         return "failed", one_line(error.ename, error.evalue)
     return "failed", one_line(type(error).__name__, str(error))
 
-
+# %% ../../nbs/13_runs/21_execution.ipynb #d33e91d2
 def ending(work, timeout):
     """`(state, reason)` of a piece of work."""
     try:
@@ -156,7 +156,7 @@ def remove_times(path):
                 ]
         write_text(path, nbformat.writes(notebook))
 
-
+# %% ../../nbs/13_runs/21_execution.ipynb #4234382a
 def _without_quotes(output):
     """An output of a cell; of an error that may quote a row, only the name is left."""
     if output.output_type == "error" and output.ename not in (*OWN_ERRORS, *QUOTABLE):
@@ -203,7 +203,7 @@ def execute(run, timeout=None, title="", say=None):
     except Exception as error:
         return outcome(error, timeout)
 
-
+# %% ../../nbs/13_runs/21_execution.ipynb #ebefbf97
 def _execute_locked(run, timeout, lock, title, say):
     folder = run.folder
     started, progress = now(), folder / ".progress.json"

@@ -31,7 +31,7 @@ def read_json(path):
     except FileNotFoundError:
         return {}
 
-
+# %% ../../nbs/13_runs/01_folder.ipynb #9a7c26fa
 def way_back(path):
     """What to do about a file of a run folder that is damaged."""
     again = "run again; what is finished is not done again"
@@ -78,7 +78,7 @@ def run_folder(settings):
     """
     return pathlib.Path(os.environ.get("DPSYNTH_OUT", "runs")) / settings.experiment
 
-
+# %% ../../nbs/13_runs/01_folder.ipynb #b271c9f7
 def prepare_folder(settings, folder, device=""):
     """Make a run folder and write its settings, with the device where it is known; harmless where both
     exist.
@@ -109,7 +109,7 @@ def check_whole(path):
     ):
         raise SettingsError(f"{path}: damaged; {way_back(path)}")
 
-
+# %% ../../nbs/13_runs/01_folder.ipynb #930807bf
 def read_settings(folder):
     """The resolved settings of a run folder.
 

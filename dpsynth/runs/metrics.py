@@ -61,7 +61,7 @@ def report_progress(folder, stage, state=None):
     )
     write_json(path, {**(state or {}), "stage": stage, "updates": updates})
 
-
+# %% ../../nbs/13_runs/02_metrics.ipynb #5e1c86d2
 def read_progress(folder):
     """What `report_progress` wrote, a dict; empty where there is nothing, or nothing that can be read: it is
     for showing only.
@@ -71,7 +71,7 @@ def read_progress(folder):
     except DataError:
         return {}
 
-
+# %% ../../nbs/13_runs/02_metrics.ipynb #8c7da209
 def forget_progress(folder):
     """Remove .progress.json, unless a runner is at the run: it takes the updates over into the status, and
     removes the file then.

@@ -71,7 +71,7 @@ def attacker_sentence(mechanism):
         f" at epsilon {mechanism.epsilon:.3g}"
     )
 
-
+# %% ../../nbs/13_runs/15_plan.ipynb #f9092f95
 @functools.lru_cache(maxsize=64)
 def advice(mechanism):
     """What another ε, another batch and other updates would buy, a tuple of texts."""
@@ -103,7 +103,7 @@ def around(number, least, most):
     """A quarter of a number, itself and four times as much, within limits; increasing."""
     return sorted({min(max(value, least), most) for value in (number // 4, number, 4 * number)})
 
-
+# %% ../../nbs/13_runs/15_plan.ipynb #7c7de8f2
 def plan_rows(mechanism, update_seconds=None):
     """Yield the rows of the table, as texts, around a mechanism; `update_seconds` is f(expected batch) or
     None where nothing was measured.

@@ -55,7 +55,7 @@ def promised_mechanism(run, splits):
         left = {name: recorded[name] for name in ("noise_multiplier", "bands", "delta") if name in recorded}
     return mechanism_of(settings.model_copy(update=left), splits.train, counts)
 
-
+# %% ../../nbs/13_runs/09_promises.ipynb #edd684c2
 def made_elsewhere(private):
     """Whether a run was made by other code or libraries than are here."""
     return bool(differing_parts(read_identity(private), software()))
@@ -99,7 +99,7 @@ def _certificate_checks(run, mechanism):
     )
     return [there, agreement(what, {**certificate, "accesses": paid}, expected, tolerance)]
 
-
+# %% ../../nbs/13_runs/09_promises.ipynb #d99c6e71
 def _ledger_checks(mechanism, charged):
     """A `Check` that the ledger charged what the mechanism costs; none where there is no ledger at hand."""
     if charged is None:

@@ -129,7 +129,7 @@ def describe(folder):
         reason = one_line(type(error).__name__, str(error))
         return dict.fromkeys(COLUMNS) | {"experiment": folder.name, "status": "unreadable", "reason": reason}
 
-
+# %% ../../nbs/13_runs/17_results.ipynb #53f3555d
 def _facts(folder):
     settings, status = read_settings(folder), read_status(folder)
     certificate = released_certificate(folder / "release") if settings.private else {}
@@ -169,7 +169,7 @@ def collect(runs):
     rows = [(folder.parent.relative_to(runs), describe(folder)) for folder in folders]
     return [{**row, "experiment": str(sweep / row["experiment"])} for sweep, row in rows]
 
-
+# %% ../../nbs/13_runs/17_results.ipynb #eb54f7a9
 def _read_rows(path):
     rows = read_json(path)
     if not isinstance(rows, list) or not all(

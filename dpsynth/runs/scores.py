@@ -54,7 +54,7 @@ def score_columns(rows):
         )
     return columns
 
-
+# %% ../../nbs/13_runs/18_scores.ipynb #9c67f735
 def _embedder(row, score):
     return (
         row.get(f"{score}_embedder") or "unknown embedder",
@@ -62,7 +62,7 @@ def _embedder(row, score):
         row.get(f"{score}_pooling"),
     )
 
-
+# %% ../../nbs/13_runs/18_scores.ipynb #78a569bf
 def score_of(row, embedder):
     """Beginning of the names of a row's numbers that were made through an embedder of `score_columns`; None
     where it has none.
