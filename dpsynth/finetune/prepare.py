@@ -14,10 +14,11 @@ import platform
 import jax
 import numpy as np
 
-from ..models import base_name, load_model, preset_hash, setup_tuning
+from ..models import LanguageModel, base_name, load_model, preset_hash, setup_tuning
+from ..settings import Settings
 
 # %% ../../nbs/07_finetune/05_prepare.ipynb #739a3fb6
-def base_hash(model):
+def base_hash(model: LanguageModel) -> str:
     """SHA-256 of a model as it was loaded: over its files where it is a folder, over its arrays where it was
     fetched.
     """
@@ -29,12 +30,12 @@ def base_hash(model):
     return digest.hexdigest()
 
 # %% ../../nbs/07_finetune/05_prepare.ipynb #ef76bcbd
-def prepare_model(settings):
+def prepare_model(settings: Settings) -> LanguageModel:
     """The base model with the trainable part set up as the settings say."""
     return prepare_with_hash(settings)[0]
 
 
-def prepare_with_hash(settings):
+def prepare_with_hash(settings: Settings) -> tuple[LanguageModel, str]:
     """The same, and the `base_hash` of what was loaded."""
     model = load_model(base_name(settings), settings.dtype, settings.seed)
     digest = base_hash(model)
@@ -43,7 +44,7 @@ def prepare_with_hash(settings):
     return model, digest
 
 # %% ../../nbs/07_finetune/05_prepare.ipynb #36342cd0
-def processor():
+def processor() -> str:
     """What kind of processor this is, with its instructions, which a compiler chooses among: a digest."""
     facts = pathlib.Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.exists() else [platform.processor(), platform.machine()]
@@ -53,7 +54,7 @@ def processor():
     return hashlib.sha256("\n".join(sorted(set(lines))).encode()).hexdigest()
 
 
-def computation(settings):
+def computation(settings: Settings) -> dict:
     """What decides the last bits of a sum beside settings, rows, code and libraries: a dict for
     `run_identity`.
     """

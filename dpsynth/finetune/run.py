@@ -27,8 +27,16 @@ from ..formats import Format
 from ..ledger import accesses_event
 from ..manifest import checked_fit, standing, write_release
 from ..models import LanguageModel, base_name, check_spelling, load_adapter, save_adapter, tuning_mode
-from ..privacy import Randomness, bind_run, count_accesses, load_secret, make_mechanism, run_identity
-from ..settings import PrivacyError, SettingsError, result_settings
+from dpsynth.privacy import (
+    Mechanism,
+    Randomness,
+    bind_run,
+    count_accesses,
+    load_secret,
+    make_mechanism,
+    run_identity,
+)
+from ..settings import PrivacyError, Settings, SettingsError, result_settings
 from ..state import State
 
 # %% ../../nbs/07_finetune/08_run.ipynb #9e288208
@@ -57,7 +65,7 @@ class Training:
     finished: bool
 
     @property
-    def settings(self):
+    def settings(self) -> Settings:
         """Those of the run."""
         return self.run.settings
 
@@ -116,7 +124,7 @@ def charge_counts(training) -> dict:
     return estimate_counts(settings, records, units, state, training.model, training.format)
 
 # %% ../../nbs/07_finetune/08_run.ipynb #6819e0fb
-def mechanism_of(settings, records, counts):
+def mechanism_of(settings: Settings, records: Records, counts: dict) -> Mechanism:
     """The `Mechanism` of a run on `records` whose estimated counts are known. Raises SettingsError,
     PrivacyError.
 
@@ -133,7 +141,7 @@ def mechanism_of(settings, records, counts):
         ) from None
 
 
-def public_mechanism(settings, records):
+def public_mechanism(settings: Settings, records: Records) -> Mechanism | None:
     """The `Mechanism` as it is known before a run: None where it follows from a number of units that is
     private. Raises SettingsError.
     """
@@ -143,7 +151,7 @@ def public_mechanism(settings, records):
     return mechanism_of(settings, records, {})
 
 # %% ../../nbs/07_finetune/08_run.ipynb #bd0e4195
-def dry_run_certificate(mechanism, settings, base):
+def dry_run_certificate(mechanism: Mechanism, settings: Settings, base: dict) -> None:
     """Make and write the certificate once, where nobody keeps it: what cannot be stated is not to be
     spent.
     """
@@ -202,7 +210,7 @@ def _train_into(model, trainer, state, progress):
     model.assign(trainer.trainable)
 
 # %% ../../nbs/07_finetune/08_run.ipynb #0b5acaac
-def train_run(training, mechanism, base, progress=True):
+def train_run(training: Training, mechanism: Mechanism, base: dict, progress: bool = True) -> None:
     """Try, charge and train; the model of `training` has the trained weights afterwards. Resumes.
 
     Raises:
@@ -219,7 +227,7 @@ def train_run(training, mechanism, base, progress=True):
         _train_into(training.model, trainer, training.state, progress)
 
 # %% ../../nbs/07_finetune/08_run.ipynb #bfa197ef
-def release_run(training, mechanism, counts, base):
+def release_run(training: Training, mechanism: Mechanism, counts: dict, base: dict) -> None:
     """Write label shares, certificate, manifest and adapter into `release/`."""
     run, settings, release = training.run, training.settings, training.run.release_folder
     files = {"adapter.npz": release / "adapter.tmp"}
@@ -254,7 +262,7 @@ def figures_of(training, mechanism) -> dict:
     }
 
 # %% ../../nbs/07_finetune/08_run.ipynb #ddd7c8ec
-def finish_training(training, progress=True):
+def finish_training(training: Training, progress: bool = True) -> tuple[LanguageModel, dict]:
     """Charge, train and release what was prepared; returns (model with the trained weights, dict of public
     figures). Raises as the steps do.
     """
@@ -272,7 +280,7 @@ def finish_training(training, progress=True):
     return model, figures_of(training, mechanism)
 
 
-def finetune_run(run, splits, progress=True):
+def finetune_run(run, splits: Splits, progress: bool = True) -> tuple[LanguageModel, dict]:
     """Fine-tune a `Run` on `Splits`; returns (model with the trained weights, dict of public figures).
 
     Resumes where it stopped. Raises as `prepare_training`, `charge_counts` and `train_run`.

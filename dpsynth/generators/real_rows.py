@@ -8,6 +8,7 @@ __all__ = ['real_rows', 'reference_rows', 'cut_rows', 'write_rows', 'RealRows']
 # %% ../../nbs/09_generators/02_real_rows.ipynb #1ee17397
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 
@@ -18,10 +19,10 @@ from ..formats import make_format, rows_of
 from .generator import Generator
 from ..manifest import add_to_manifest, entry, manifest_of
 from ..models import base_name, load_tokenizer, plain_ids
-from ..settings import SettingsError
+from ..settings import Settings, SettingsError
 
 # %% ../../nbs/09_generators/02_real_rows.ipynb #8f0b4678
-def real_rows(settings, splits):
+def real_rows(settings: Settings, splits: Splits) -> Records:
     """`Records` of the real rows that a run passes off as synthetic: training rows, or half of the test
     rows.
     """
@@ -32,14 +33,14 @@ def real_rows(settings, splits):
     return cut_rows(rows, settings) if settings.cut_real_rows else rows
 
 
-def reference_rows(settings, splits):
+def reference_rows(settings: Settings, splits: Splits) -> Records:
     """`Records` of real rows to compare with; none of them is among the rows of the run."""
     if settings.kind.copies == "test":
         return disjoint_halves(splits.test, settings.seed)[1]
     return splits.test
 
 # %% ../../nbs/09_generators/02_real_rows.ipynb #bb4fb0d5
-def cut_rows(records, settings):
+def cut_rows(records: Records, settings: Settings) -> Records:
     """`Records` whose texts end where the tokenizer of `model` and `sequence_length` would cut them after the
     prompt of their label.
     """
@@ -56,7 +57,7 @@ def cut_rows(records, settings):
     )
 
 # %% ../../nbs/09_generators/02_real_rows.ipynb #4c189297
-def write_rows(records: Records, path):
+def write_rows(records: Records, path: pathlib.Path) -> None:
     """Write records as rows of the form that sampling has."""
     names = [records.label_names[label] for label in records.labels]
     rows = (

@@ -9,18 +9,29 @@ __all__ = ['training_event', 'events_of', 'Account', 'charges', 'untold_spending
 import contextlib
 import json
 import pathlib
+from collections.abc import Iterator
 
-from ..ledger import (
-    EXPOSED, HIDDEN, MORE, NewDataset, accesses_event, note_look, was_looked_at)
-from ..settings import PrivacyError
+from dpsynth.ledger import (
+    EXPOSED,
+    HIDDEN,
+    MORE,
+    Dataset,
+    Ledger,
+    NewDataset,
+    accesses_event,
+    note_look,
+    was_looked_at,
+)
+from ..privacy import Mechanism
+from ..settings import PrivacyError, Settings
 
 # %% ../../nbs/13_runs/04_account.ipynb #10a229eb
-def training_event(mechanism):
+def training_event(mechanism: Mechanism) -> list:
     """What the ledger is told of a training, a list of events."""
     return accesses_event([mechanism.training(mechanism.steps)]) if mechanism.private else [EXPOSED]
 
 
-def events_of(mechanism):
+def events_of(mechanism: Mechanism) -> dict:
     """All that the ledger is told of a run: `counts` and `training`, lists of events; `counts` may be
     empty.
     """
@@ -54,13 +65,13 @@ class Account:
             records.name, records.ledger_names(), delta, units, settings.unit, records.earlier_names()
         )
 
-    def register(self):
+    def register(self) -> Dataset:
         """The `Dataset` of the rows, in a ledger that is made if need be; a cap can be set on it before
         anything is charged.
         """
         return self.ledger.registered(self.dataset)
 
-    def charge(self, what, event):
+    def charge(self, what: str, event: list) -> None:
         """Charge an event, a list, once however often the run is resumed; nothing where it is empty.
 
         Raises BudgetError over a cap.
@@ -69,42 +80,42 @@ class Account:
             self.reserve(what, event)
             self.ledger.start(f"{self.run_id} {what}")
 
-    def reserve(self, what, event):
+    def reserve(self, what: str, event: list) -> None:
         """Hold what an event will cost until it is charged or given up. Raises BudgetError over a cap."""
         self.ledger.plan(f"{self.run_id} {what}", self.dataset, event, f"{self.title}: {what}")
 
-    def reserve_training(self, mechanism):
+    def reserve_training(self, mechanism: Mechanism) -> None:
         """`reserve` the training of a mechanism."""
         self.reserve("training", training_event(mechanism))
 
-    def charge_training(self, mechanism):
+    def charge_training(self, mechanism: Mechanism) -> None:
         """`charge` the training of a mechanism."""
         self.charge("training", training_event(mechanism))
 
-    def is_charged(self, what):
+    def is_charged(self, what: str) -> bool:
         """Whether a part of this run was charged before."""
         known = self.ledger.release(f"{self.run_id} {what}")
         return known is not None and known.charged
 
-    def uncharged(self, mechanism):
+    def uncharged(self, mechanism: Mechanism) -> list:
         """The event of what a run with this mechanism has still to be charged for; empty once it has begun to
         train.
         """
         parts = events_of(mechanism).items()
         return [part for what, event in parts if not self.is_charged(what) for part in event]
 
-    def note_look(self):
+    def note_look(self) -> None:
         """Note that somebody looked at the rows: every certificate of data of this name says so from now
         on.
         """
         note_look(self.ledger, self.name)
 
     @property
-    def looked(self):
+    def looked(self) -> bool:
         """Whether somebody looked at the rows of data of this name before."""
         return was_looked_at(self.ledger, self.name)
 
-    def composed(self, mechanism):
+    def composed(self, mechanism: Mechanism) -> dict:
         """The certificate's `composed` entry: all that was charged so far to data of this name with this
         unit, this run included; and `looked`.
 
@@ -121,7 +132,7 @@ class Account:
             "looked": self.looked,
         }
 
-    def announcement(self, settings, mechanism):
+    def announcement(self, settings: Settings, mechanism: Mechanism | None) -> str:
         """What a run is about to charge to which data, in words that follow from no row; empty where it was
         charged before.
 
@@ -141,7 +152,7 @@ class Account:
         return f"privacy: {self.title} will charge {cost} to {self.name} in {self.kept_in}"
 
     @contextlib.contextmanager
-    def abandon_on(self, *errors):
+    def abandon_on(self, *errors) -> Iterator[None]:
         """Inside, an error of these kinds notes in the ledger that the training was abandoned, and any error
         frees what is only reserved.
 
@@ -154,13 +165,13 @@ class Account:
                 self.ledger.abandon(f"{self.run_id} training")
             raise
 
-    def finish(self):
+    def finish(self) -> None:
         """Note that the run is complete."""
         for what in filter(self.is_charged, ("counts", "training")):
             self.ledger.finish(f"{self.run_id} {what}")
 
 # %% ../../nbs/13_runs/04_account.ipynb #71188c43
-def charges(run):
+def charges(run) -> dict | None:
     """What a `Run` was charged for, by its ledger: a dict of `counts` and `training` to lists of events, some
     empty.
 
@@ -178,7 +189,7 @@ def charges(run):
     return {what: list(events(release)) for what, release in found.items()}
 
 # %% ../../nbs/13_runs/04_account.ipynb #c3407a21
-def untold_spending(ledger, run_id, composed):
+def untold_spending(ledger: Ledger, run_id: str, composed: dict) -> str:
     """What the worst row of a run has spent, in a line, where that is more than the `composed` entry of its
     certificate says; empty otherwise.
 

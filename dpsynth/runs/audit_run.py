@@ -13,22 +13,31 @@ import warnings
 
 import numpy as np
 
-from ..audit import MIN_ROWS, audit_canaries, audit_canaries_in_rows, audit_files
+from dpsynth.audit import (
+    MIN_ROWS,
+    AuditReport,
+    CanaryAudit,
+    audit_canaries,
+    audit_canaries_in_rows,
+    audit_files,
+)
 from ..canaries import CanaryCoins, canary_records
 from ..certificate import audit_entry, read_certificate
-from ..data import TokenStore
+from ..data import Records, Splits, TokenStore
 from ..finetune import prepare_model, row_losses
-from ..formats import rows_of
+from ..formats import Format, make_format, rows_of
 from ..manifest import CERTIFICATE, compare_release, manifests, statement_of, write_release
-from ..models import adapted_layers
+from ..models import LanguageModel, adapted_layers
 from ..privacy import bind_run, default_delta, differing_parts, load_secret, read_identity
 from .findings import BOUND_ERROR, Findings, ROWS_ERROR
 from .promises import keep, replay_run
+from .run import Run
 from ..sampling import adapters_off
-from ..settings import PrivacyError, SettingsError, result_settings
+from ..settings import PrivacyError, Settings, SettingsError, result_settings
+from ..state import State
 
 # %% ../../nbs/13_runs/10_audit_run.ipynb #c6769326
-def enough_rows(run, splits):
+def enough_rows(run: Run, splits: Splits) -> bool:
     """Whether there are enough units, trained on and kept out, for an audit of the rows: by the estimate that
     was paid for where the number of those that were trained on is private."""
     hidden = run.settings.unit_count == "private"
@@ -40,7 +49,7 @@ def enough_rows(run, splits):
     return min(splits.kept_out.num_units, trained) >= MIN_ROWS
 
 # %% ../../nbs/13_runs/10_audit_run.ipynb #8e608ece
-def check_same_rows(run, splits):
+def check_same_rows(run: Run, splits: Splits) -> None:
     """Raise PrivacyError if a trained run has other rows or settings: an audit would look for the wrong
     ones.
     """
@@ -54,7 +63,7 @@ def check_same_rows(run, splits):
     bind_run(private, {"settings": result_settings(settings)}, finished=True)
 
 # %% ../../nbs/13_runs/10_audit_run.ipynb #b224cff5
-def check_release(run):
+def check_release(run: Run) -> None:
     """Raise DataError unless the released files of a private run are those that its certificate and its
     manifests speak of.
 
@@ -68,7 +77,7 @@ def check_release(run):
         )
 
 # %% ../../nbs/13_runs/10_audit_run.ipynb #8495ccab
-def base_losses(model, records, fmt, settings):
+def base_losses(model: LanguageModel, records: Records, fmt: Format, settings: Settings) -> np.ndarray:
     """`row_losses` under the model as it was before its training; without its adapters it is that, and is not
     loaded again.
     """
@@ -78,7 +87,14 @@ def base_losses(model, records, fmt, settings):
         return row_losses(model, records, fmt, settings)
 
 # %% ../../nbs/13_runs/10_audit_run.ipynb #f6843dc5
-def check_same_canaries(settings, state, canaries, included, model, fmt):
+def check_same_canaries(
+    settings: Settings,
+    state: State,
+    canaries: Records,
+    included: np.ndarray,
+    model: LanguageModel,
+    fmt: Format,
+) -> None:
     """Raise PrivacyError if a run, known by its `State`, was trained with other canaries than these
     `Records`.
     """
@@ -94,7 +110,7 @@ def check_same_canaries(settings, state, canaries, included, model, fmt):
             )
 
 # %% ../../nbs/13_runs/10_audit_run.ipynb #84140a1d
-def audit_hidden(run, splits, model):
+def audit_hidden(run: Run, splits: Splits, model: LanguageModel) -> tuple[CanaryAudit, CanaryAudit]:
     """`CanaryAudit` with the model and with the rows alone; recorded."""
     settings, state = run.settings, run.state
     canaries, fmt = canary_records(settings, splits.train), run.format
@@ -114,14 +130,14 @@ def audit_hidden(run, splits, model):
     return by_model, by_rows
 
 # %% ../../nbs/13_runs/10_audit_run.ipynb #39756a1d
-def without_repeated(records):
+def without_repeated(records: Records) -> Records:
     """The training rows of which there were no copies, where copies were dropped: only such rows were kept
     out too.
     """
     return records.take(np.setdiff1d(np.arange(len(records)), records.source.get("repeated", [])))
 
 # %% ../../nbs/13_runs/10_audit_run.ipynb #4c26b94d
-def audit_rows(run, splits):
+def audit_rows(run: Run, splits: Splits) -> AuditReport:
     """`AuditReport` of the rows of a run at the δ of its certificate, written to `private/audit.json`."""
     settings, (texts, _) = run.settings, run.rows()
     train = without_repeated(splits.train)
@@ -169,7 +185,7 @@ def _certify(found, release):
     write_release(certificate, release, {})
 
 # %% ../../nbs/13_runs/10_audit_run.ipynb #f61b70e6
-def audit_stage(run, splits, model=None):
+def audit_stage(run: Run, splits: Splits, model: LanguageModel | None = None) -> Findings:
     """Attack a `Run`; returns `Findings`, also written to `private/findings.json`; the part that may be told
     goes into the certificate.
 

@@ -9,6 +9,7 @@ __all__ = ['spending', 'announce', 'warn_of_untold']
 import pathlib
 import sys
 
+from ..data import Records
 from ..finetune import public_mechanism
 from .account import untold_spending
 from .run import Run
@@ -29,7 +30,7 @@ def _total_line(t):
     )
 
 # %% ../../nbs/13_runs/12_budget.ipynb #2b7c5419
-def spending(surveys, out):
+def spending(surveys: list, out: str | pathlib.Path) -> list[str]:
     """One line for each data set that runs about to start in the folder `out` will be charged to; runs that
     were charged are left out.
 
@@ -51,7 +52,7 @@ def spending(surveys, out):
         _total_line(total) for ledger, runs in planned.values() for total in ledger.totals_after(runs)
     ]
 
-
+# %% ../../nbs/13_runs/12_budget.ipynb #80c594b8
 def _accounts(surveys, out):
     """Yield (survey, `Account`) for each fine-tuning that is not charged for its training yet."""
     for survey in surveys:
@@ -62,7 +63,7 @@ def _accounts(surveys, out):
                 yield survey, account
 
 # %% ../../nbs/13_runs/12_budget.ipynb #c0d69a48
-def announce(run, records):
+def announce(run: Run, records: Records) -> None:
     """Say on stderr what a `Run` is about to charge to which data; what is then left, on a
     terminal only. Registers nothing.
 
@@ -79,7 +80,7 @@ def announce(run, records):
             on_terminal(_total_line(total))
 
 # %% ../../nbs/13_runs/12_budget.ipynb #23bd58aa
-def warn_of_untold(run):
+def warn_of_untold(run: Run) -> None:
     """Tell the operator, on a terminal only, where the rows of a finished `Run` have spent more than its
     certificate composes.
     """

@@ -10,10 +10,12 @@ __all__ = ['ORDER', 'TEMPLATE', 'TYPES', 'reading_order', 'config_files', 'read_
 import importlib.resources
 import json
 import pathlib
+from collections.abc import Iterable
 
 import papermill
 
 from .folder import read_settings
+from .run import Run
 from .status import check_files, read_status
 from ..settings import (
     PrivacyError, Settings, SettingsError, evaluation_settings, load_settings, resolve, result_settings)
@@ -29,12 +31,12 @@ ORDER = (
 )
 
 
-def reading_order(name):
+def reading_order(name: str) -> tuple[int, str]:
     """Sort key of an experiment's name."""
     return (ORDER.index(name) if name in ORDER else len(ORDER), name)
 
-
-def config_files(paths):
+# %% ../../nbs/13_runs/16_configs.ipynb #de08bcb1
+def config_files(paths: Iterable[str | pathlib.Path]) -> list[pathlib.Path]:
     """YAML files, those of a folder in reading order. Raises SettingsError where there are none."""
     files = []
     for path in map(pathlib.Path, paths):
@@ -45,7 +47,7 @@ def config_files(paths):
     return files
 
 # %% ../../nbs/13_runs/16_configs.ipynb #ba6b00fa
-def read_configs(paths, overrides=()):
+def read_configs(paths: Iterable[str | pathlib.Path], overrides: Iterable[str] = ()) -> list[Settings]:
     """Resolved settings of every configuration. Raises SettingsError, also where two have the same name."""
     experiments = {}
     for path in config_files(paths):
@@ -63,7 +65,7 @@ TEMPLATE = str(importlib.resources.files("dpsynth") / "assets" / "experiment.ipy
 TYPES = {int: "int", float: "float", bool: "bool"}
 
 
-def check_template(path=None):
+def check_template(path: str | pathlib.Path | None = None) -> None:
     """Raise SettingsError unless the `parameters` cell of a notebook has exactly the settings, with their
     types.
     """
@@ -78,7 +80,7 @@ def check_template(path=None):
         )
 
 # %% ../../nbs/13_runs/16_configs.ipynb #10edd554
-def first_difference(old, new):
+def first_difference(old: Settings, new: Settings) -> tuple[str, str, str] | None:
     """`(name, old value, new value)` of the first setting that matters and differs, as texts; None if there
     is none.
     """
@@ -90,7 +92,7 @@ def first_difference(old, new):
     return (changed[0], plain(old.get(changed[0])), plain(new[changed[0]])) if changed else None
 
 # %% ../../nbs/13_runs/16_configs.ipynb #57e794b4
-def is_done(run):
+def is_done(run: Run) -> bool:
     """Whether a `Run` is complete; False where it is to be started, resumed or measured anew.
 
     Raises:

@@ -18,25 +18,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import numpy as np
 from scipy import stats
 
-from ..data import TokenStore
+from ..data import Records, TokenStore
+from ..files import write_json
 from ..finetune import (
     Trainer, bucket_lengths, rows_of_units, some_rows, units_of_a_call)
-from ..formats import make_format
+from ..formats import Format, make_format
 from ..generators import make_generator, reference_rows
+from ..models import LanguageModel
 from ..privacy import Mechanism, Randomness
-from ..files import write_json
 from .folder import read_json, same_package
 from ..sampling import (
     Block, Choice, Decoder, MANY_ROWS, ROUNDS, STEPS, adapters_off, among_devices, boundaries, empty_slots)
 from ..settings import DpsynthError, Settings, SettingsError, evaluation_settings, make_settings
 
 # %% ../../nbs/13_runs/14_cost.ipynb #d9fff319
-def seconds_of(work, least=0.5, most=5):
+def seconds_of(work: Callable, least: float = 0.5, most: int = 5) -> tuple[float, float]:
     """`(seconds, compiling)` of `work()`: the median of up to `most` calls, until they have taken `least`
     seconds; and what the first one took longer."""
     spent = []
@@ -55,14 +58,16 @@ class IdleTrainer(Trainer):
         return self._nothing()[0]
 
 
-def invented_row(model, fmt, length):
+def invented_row(model: LanguageModel, fmt: Format, length: int) -> tuple[list, list]:
     """(prompt, response) of a row of so many tokens, invented."""
     prompt = model.prompt_ids(fmt.prompts[0])
     rng = np.random.default_rng(0)
     return prompt, rng.integers(0, model.vocabulary_size, length - len(prompt)).tolist()
 
 # %% ../../nbs/13_runs/14_cost.ipynb #366ccc35
-def measure_training(model, fmt, settings, bands, lengths):
+def measure_training(
+    model: LanguageModel, fmt: Format, settings: Settings, bands: int, lengths: Iterable[int]
+) -> tuple[dict, float, float]:
     """`(microbatch, update, compiling)`: seconds of a microbatch of rows of each length, by length, of an
     update beside its microbatches, and of what comes before the first ones."""
     most = 1 if settings.unit == "row" else settings.max_records_per_unit
@@ -94,7 +99,7 @@ def measure_training(model, fmt, settings, bands, lengths):
     return microbatch, update, compiling + first
 
 # %% ../../nbs/13_runs/14_cost.ipynb #555700c5
-def play_block(lengths, prompt, most, slots, rows):
+def play_block(lengths: Iterable[int], prompt: int, most: int, slots: int, rows: int) -> dict:
     """dict of (slots, reach) to the number of looks that a block of rows needs whose lengths in tokens,
     prompt included, are given.
     """
@@ -117,7 +122,7 @@ def play_block(lengths, prompt, most, slots, rows):
     return looks
 
 # %% ../../nbs/13_runs/14_cost.ipynb #cd6ab12f
-def looks_needed(settings, lengths, prompt):
+def looks_needed(settings: Settings, lengths: Iterable[int], prompt: int) -> dict:
     """The looks of a whole sampling, as `play_block`; its rows take turns with the given lengths."""
     edges = [edge for edge in boundaries(settings.num_samples) if edge <= settings.num_samples]
     rows = max(np.diff(edges))
@@ -131,7 +136,9 @@ def looks_needed(settings, lengths, prompt):
     return {kind: count * settings.num_samples / rows for kind, count in block.items()}
 
 # %% ../../nbs/13_runs/14_cost.ipynb #13c0a2c6
-def measure_sampling(model, fmt, settings, kinds):
+def measure_sampling(
+    model: LanguageModel, fmt: Format, settings: Settings, kinds: list[tuple[int, int]]
+) -> tuple[list, float]:
     """`(seconds, compiling)`: of each kind of look, a list of (slots, reach); and before the first ones."""
     edges = [edge for edge in boundaries(settings.num_samples) if edge <= settings.num_samples]
     rows = int(max(np.diff(edges)))
@@ -173,7 +180,9 @@ class Pace:
     device_memory: int
 
 # %% ../../nbs/13_runs/14_cost.ipynb #3bd9aa94
-def measure_here(settings, bands, lengths, kinds):
+def measure_here(
+    settings: Settings, bands: int, lengths: Iterable[int], kinds: list[tuple[int, int]]
+) -> dict:
     """`Pace` as a dict, measured in this process, whose memory is that of all it ever did."""
     began = time.perf_counter()
     model = make_generator(settings).base_model()
@@ -197,7 +206,7 @@ def measure_here(settings, bands, lengths, kinds):
     }
 
 # %% ../../nbs/13_runs/14_cost.ipynb #d9ad55b0
-def serve(path):
+def serve(path: str | pathlib.Path) -> None:
     """Answer the question in a JSON file, in its place."""
     asked = read_json(path)
     try:
@@ -262,7 +271,7 @@ UNMEASURED = {
 }  # what makes no difference to what is measured
 
 # %% ../../nbs/13_runs/14_cost.ipynb #572c855d
-def measure(settings, bands, lengths, kinds):
+def measure(settings: Settings, bands: int, lengths: Iterable[int], kinds: list[tuple[int, int]]) -> Pace:
     """`Pace` of a run with these settings, measured in a process of its own; remembered for settings that
     make no difference to it.
 
@@ -294,7 +303,7 @@ def measure(settings, bands, lengths, kinds):
     )
 
 # %% ../../nbs/13_runs/14_cost.ipynb #e4d7e110
-def expected_microbatches(mean, size):
+def expected_microbatches(mean: float, size: int) -> float:
     """Expected number of microbatches of `size` units for a Poisson number of units with this mean: E⌈n /
     size⌉.
     """
@@ -302,7 +311,7 @@ def expected_microbatches(mean, size):
     return float(stats.poisson.sf(starts, mean).sum()) if mean > 0 else 0.0
 
 
-def update_seconds(pace, settings, lengths):
+def update_seconds(pace: Pace, settings: Settings, lengths: Iterable[int]) -> float:
     """Seconds of an update whose units are as long as these, in tokens with the prompt."""
     buckets = bucket_lengths(settings.sequence_length)
     place = np.searchsorted(buckets, np.minimum(lengths, buckets[-1]))
@@ -314,13 +323,13 @@ def update_seconds(pace, settings, lengths):
     )
 
 # %% ../../nbs/13_runs/14_cost.ipynb #533aa76d
-def token_lengths(survey, records, most=1000):
+def token_lengths(survey: Any, records: Records, most: int = 1000) -> np.ndarray:
     """int[n]: tokens, prompt and end included, of at most so many of the rows."""
     rows = records.take(some_rows(most, len(records), survey.settings.seed))
     return np.array([len(ids) + 1 for ids in survey.tokenizer(rows.texts)]) + survey.prompt_length
 
 
-def unit_lengths(survey, records):
+def unit_lengths(survey: Any, records: Records) -> np.ndarray:
     """int[n]: of at most so many of the units, the tokens of the longest of their rows that take part:
     they decide the shape of a unit.
     """
@@ -331,7 +340,7 @@ def unit_lengths(survey, records):
     return np.append(lengths, 0)[rows].max(1)
 
 # %% ../../nbs/13_runs/14_cost.ipynb #16a72594
-def held_out_seconds(pace, settings, rows):
+def held_out_seconds(pace: Pace, settings: Settings, rows: int) -> float:
     """Seconds of the loss on at most so many test rows, before and after the training. A forward pass is a
     third of a gradient."""
     size = units_of_a_call(settings)
@@ -339,7 +348,7 @@ def held_out_seconds(pace, settings, rows):
     return 2 * math.ceil(min(settings.validation_size, rows) / size) * each
 
 
-def sampling_seconds(looks, kinds, pace):
+def sampling_seconds(looks: dict, kinds: list[tuple[int, int]], pace: Pace) -> float:
     """Seconds of so many looks of each kind; `kinds` are those that were measured, in order."""
     seconds = dict(zip(kinds, pace.looks))
     return pace.compiling_looks + float(sum(count * seconds[kind] for kind, count in looks.items()))
@@ -348,7 +357,7 @@ def sampling_seconds(looks, kinds, pace):
 KERNEL = 0.2 * 2**30  # bytes of what a run has beside a trial: a kernel and what evaluates its rows
 
 
-def estimate(survey, looked=False):
+def estimate(survey: Any, looked: bool = False) -> dict:
     """What a surveyed run with a model will take here: dict of `seconds` (None where the number of updates is
     not known), `training`, `sampling` and `sampling_most` in seconds, `per_update`, and `memory` and
     `device_memory` in bytes.

@@ -10,15 +10,18 @@ __all__ = ['START', 'kernel_manager', 'seconds_left', 'outcome', 'ending', 'watc
 import contextlib
 import itertools
 import logging
+import pathlib
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import nbformat
+import papermill
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
-import nbformat
-import papermill
 from papermill.exceptions import PapermillExecutionError
 
 from ..files import write_text
@@ -27,6 +30,7 @@ from .configs import TEMPLATE, is_done
 from .folder import BusyError, read_facts, read_settings, same_package
 from .metrics import read_progress
 from .results import OWN_ERRORS, QUOTABLE, one_line
+from .run import Run
 from .status import write_status
 from ..settings import evaluation_settings
 
@@ -34,7 +38,7 @@ from ..settings import evaluation_settings
 START = "from ipykernel.kernelapp import launch_new_instance; launch_new_instance()"
 
 
-def kernel_manager(folder, lock=None):
+def kernel_manager(folder: pathlib.Path, lock: Any = None) -> type:
     """A kernel manager class for this interpreter, whose kernels write the run of `folder` and hold its open
     file `lock`.
     """
@@ -62,7 +66,7 @@ def kernel_manager(folder, lock=None):
     return ThisPython
 
 # %% ../../nbs/13_runs/21_execution.ipynb #7449c135
-def seconds_left(timeout):
+def seconds_left(timeout: float | None) -> Callable | None:
     """A function of a cell that gives the seconds left of `timeout`, counted from now; None where there is no
     limit.
     """
@@ -70,7 +74,7 @@ def seconds_left(timeout):
     return (lambda cell: max(1, int(end - time.monotonic()))) if end else None
 
 # %% ../../nbs/13_runs/21_execution.ipynb #48f3ea62
-def outcome(error, timeout):
+def outcome(error: Exception, timeout: float | None) -> tuple[str, str]:
     """`(state, reason)` of a run that ended with an exception."""
     if isinstance(error, BusyError):
         return "running elsewhere", str(error)
@@ -85,8 +89,8 @@ def outcome(error, timeout):
         return "failed", one_line(error.ename, error.evalue)
     return "failed", one_line(type(error).__name__, str(error))
 
-
-def ending(work, timeout):
+# %% ../../nbs/13_runs/21_execution.ipynb #d33e91d2
+def ending(work: Callable, timeout: float | None) -> tuple[str, str]:
     """`(state, reason)` of a piece of work."""
     try:
         work()
@@ -96,7 +100,9 @@ def ending(work, timeout):
 
 # %% ../../nbs/13_runs/21_execution.ipynb #1b2761f0
 @contextlib.contextmanager
-def watched(folder, started, title="", say=None):
+def watched(
+    folder: pathlib.Path, started: str, title: str = "", say: Callable[[str], Any] | None = None
+) -> Iterator[None]:
     """Inside, status.json has the completed updates, and `say`, if given, is told how far the run is; `title`
     begins the line.
 
@@ -126,7 +132,7 @@ def watched(folder, started, title="", say=None):
         print(live_line(""), end="", flush=True) if live else None
 
 # %% ../../nbs/13_runs/21_execution.ipynb #d199dc0c
-def note_old_scores(run):
+def note_old_scores(run: Run) -> None:
     """Let the scores that a `Run` has, made with other settings, say so in its warnings, until the next
     evaluation replaces both.
     """
@@ -139,7 +145,7 @@ def note_old_scores(run):
         run.record(warnings=list(dict.fromkeys([*metrics.get("warnings", ()), note])))
 
 # %% ../../nbs/13_runs/21_execution.ipynb #d5262685
-def remove_times(path):
+def remove_times(path: pathlib.Path) -> None:
     """Take out of an executed notebook, if there is one, what cells wrote to stderr, and the times that were
     noted of them.
     """
@@ -156,7 +162,7 @@ def remove_times(path):
                 ]
         write_text(path, nbformat.writes(notebook))
 
-
+# %% ../../nbs/13_runs/21_execution.ipynb #4234382a
 def _without_quotes(output):
     """An output of a cell; of an error that may quote a row, only the name is left."""
     if output.output_type == "error" and output.ename not in (*OWN_ERRORS, *QUOTABLE):
@@ -169,7 +175,7 @@ def _literal(path):
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
-def run_template(run, timeout, lock):
+def run_template(run: Run, timeout: float | None, lock: Any) -> None:
     """Execute a copy of the template, `notebook.ipynb`, in a kernel of its own."""
     note_old_scores(run)
     run.prepare()
@@ -185,7 +191,9 @@ def run_template(run, timeout, lock):
     )
 
 # %% ../../nbs/13_runs/21_execution.ipynb #a9a1617a
-def execute(run, timeout=None, title="", say=None):
+def execute(
+    run: Run, timeout: float | None = None, title: str = "", say: Callable[[str], Any] | None = None
+) -> tuple[str, str]:
     """Run the template with the settings of a `Run` into its folder; returns `(state, reason)`. Never raises
     but on interrupt.
 
@@ -203,7 +211,7 @@ def execute(run, timeout=None, title="", say=None):
     except Exception as error:
         return outcome(error, timeout)
 
-
+# %% ../../nbs/13_runs/21_execution.ipynb #ebefbf97
 def _execute_locked(run, timeout, lock, title, say):
     folder = run.folder
     started, progress = now(), folder / ".progress.json"

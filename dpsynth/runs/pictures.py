@@ -7,6 +7,7 @@ __all__ = ['COLORS', 'HATCHES', 'plot_results']
 
 # %% ../../nbs/13_runs/20_pictures.ipynb #186d1bc7
 import textwrap
+from typing import Any
 
 from .scores import MAJORITY, OLD, SCORES, _is_real, is_old, majority, score_columns, score_of
 
@@ -106,7 +107,7 @@ def _legend(rows, columns):
     return colors + scores + old + lines
 
 # %% ../../nbs/13_runs/20_pictures.ipynb #543423d4
-def plot_results(rows):
+def plot_results(rows: list[dict]) -> Any:
     """MAUVE through each embedder and the utility of each run, as a matplotlib Figure; runs without a score
     are named with their reason.
 

@@ -9,21 +9,26 @@ __all__ = ['keep', 'read_kept', 'promised_mechanism', 'made_elsewhere', 'expecte
 import dataclasses
 import hashlib
 import json
+import pathlib
+from typing import Any
 
 import numpy as np
 
-from ..audit import Check, agreement, replay_checks, sensitivity_check, training_checks
+from ..audit import Check, Replay, agreement, replay_checks, sensitivity_check, training_checks
 from ..certificate import LEDGER_AWAY, MADE_ELSEWHERE, choices_of, privacy_curve, read_certificate
+from ..data import Splits
+from ..files import write_private
 from ..finetune import describe_mechanism, mechanism_of
 from ..ledger import read_event
-from ..models import base_name
-from ..privacy import count_accesses, differing_parts, read_identity, software, stored_run
+from ..models import LanguageModel, base_name
+from ..privacy import Mechanism, count_accesses, differing_parts, read_identity, software, stored_run
 from .account import charges, events_of
 from .folder import read_json
-from ..files import write_private
+from .run import Run
+from ..settings import Settings
 
 # %% ../../nbs/13_runs/09_promises.ipynb #c09fbb64
-def keep(run, name, value):
+def keep(run: Run, name: str, value: Any) -> None:
     """Write a JSON file under private/, with the seal of the run where one was trained there."""
     private, text = run.private_folder, json.dumps(value, indent=1) + "\n"
     if (private / "identity.json").exists():
@@ -32,13 +37,13 @@ def keep(run, name, value):
         write_private(private / name, text)
 
 
-def read_kept(run, name):
+def read_kept(run: Run, name: str) -> Any:
     """The value of a file that `keep` wrote. Raises PrivacyError where the run did not seal it."""
     trained = (run.private_folder / "identity.json").exists()
     return run.state.read_json(name) if trained else read_json(run.private_folder / name)
 
 # %% ../../nbs/13_runs/09_promises.ipynb #401126b8
-def promised_mechanism(run, splits):
+def promised_mechanism(run: Run, splits: Splits) -> Mechanism:
     """The `Mechanism` that settings, rows and the counts of a run give; nothing that was released is asked.
 
     Code and libraries of another version may calibrate otherwise. What was left to them, noise multiplier,
@@ -55,13 +60,13 @@ def promised_mechanism(run, splits):
         left = {name: recorded[name] for name in ("noise_multiplier", "bands", "delta") if name in recorded}
     return mechanism_of(settings.model_copy(update=left), splits.train, counts)
 
-
-def made_elsewhere(private):
+# %% ../../nbs/13_runs/09_promises.ipynb #edd684c2
+def made_elsewhere(private: pathlib.Path) -> bool:
     """Whether a run was made by other code or libraries than are here."""
     return bool(differing_parts(read_identity(private), software()))
 
 # %% ../../nbs/13_runs/09_promises.ipynb #665931d8
-def expected_certificate(settings, mechanism, identity):
+def expected_certificate(settings: Settings, mechanism: Mechanism, identity: dict) -> dict:
     """What a certificate has to say of the mechanism and of what ran, a dict; `identity` is that of the
     run.
     """
@@ -99,7 +104,7 @@ def _certificate_checks(run, mechanism):
     )
     return [there, agreement(what, {**certificate, "accesses": paid}, expected, tolerance)]
 
-
+# %% ../../nbs/13_runs/09_promises.ipynb #d99c6e71
 def _ledger_checks(mechanism, charged):
     """A `Check` that the ledger charged what the mechanism costs; none where there is no ledger at hand."""
     if charged is None:
@@ -109,7 +114,7 @@ def _ledger_checks(mechanism, charged):
     return [agreement("what the ledger charged this run for", charged, events)]
 
 # %% ../../nbs/13_runs/09_promises.ipynb #8e979ea8
-def replay_run(run, splits, model):
+def replay_run(run: Run, splits: Splits, model: LanguageModel) -> Replay:
     """`Replay` of the batches and the noise of a run; also written to `private/replay.json`.
 
     With checks of the sensitivity, and of what the training recorded, the certificate says and the ledger

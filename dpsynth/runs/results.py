@@ -21,12 +21,12 @@ from ..settings import SettingsError
 RECORDS = pathlib.Path(str(importlib.resources.files("dpsynth"))) / "assets" / "records"
 
 
-def record_names():
+def record_names() -> list[str]:
     """Names of the records that come with the package."""
     return sorted(path.name for path in RECORDS.iterdir() if path.is_dir())
 
 
-def record_folder(name):
+def record_folder(name: str) -> pathlib.Path:
     """The folder of a record of this name. Raises SettingsError with the names that there are."""
     if name not in record_names():
         raise SettingsError(
@@ -52,7 +52,7 @@ QUOTABLE = (
 )  # errors that say nothing of rows
 
 
-def one_line(name, message):
+def one_line(name: str, message: str) -> str:
     """An error as one line; the names of this package's errors are left out, as their messages speak for
     themselves.
 
@@ -117,7 +117,7 @@ def _guarantee(settings, certificate):
     }
 
 # %% ../../nbs/13_runs/17_results.ipynb #bb2a4ba4
-def describe(folder):
+def describe(folder: str | pathlib.Path) -> dict:
     """The row of one run folder: a dict of JSON values, `COLUMNS` and more.
 
     One that cannot be read has the status `unreadable`.
@@ -129,7 +129,7 @@ def describe(folder):
         reason = one_line(type(error).__name__, str(error))
         return dict.fromkeys(COLUMNS) | {"experiment": folder.name, "status": "unreadable", "reason": reason}
 
-
+# %% ../../nbs/13_runs/17_results.ipynb #53f3555d
 def _facts(folder):
     settings, status = read_settings(folder), read_status(folder)
     certificate = released_certificate(folder / "release") if settings.private else {}
@@ -144,7 +144,7 @@ def _facts(folder):
     }
 
 # %% ../../nbs/13_runs/17_results.ipynb #af12a376
-def collect(runs):
+def collect(runs: str | pathlib.Path) -> list[dict]:
     """Rows of all runs in a folder or in the sweeps in it, of one run folder, or of a file that `dpsynth
     results --format json` wrote.
 
@@ -169,7 +169,7 @@ def collect(runs):
     rows = [(folder.parent.relative_to(runs), describe(folder)) for folder in folders]
     return [{**row, "experiment": str(sweep / row["experiment"])} for sweep, row in rows]
 
-
+# %% ../../nbs/13_runs/17_results.ipynb #eb54f7a9
 def _read_rows(path):
     rows = read_json(path)
     if not isinstance(rows, list) or not all(

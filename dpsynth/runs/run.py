@@ -20,9 +20,10 @@ from .account import Account
 from .folder import locked, prepare_folder, read_json, read_settings
 from .metrics import record, timed
 from ..settings import DataError, Settings, SettingsError
+from ..state import State
 
 # %% ../../nbs/13_runs/05_run.ipynb #2f57a002
-def read_rows(path):
+def read_rows(path: pathlib.Path) -> tuple[list[str], list[str]]:
     """`(texts, labels)` of a file of rows; labels are names.
 
     Raises SettingsError where there is none, DataError where it is damaged.
@@ -36,7 +37,7 @@ def read_rows(path):
         raise DataError(f"{path}: damaged; {way_back(path)}") from None
 
 
-def mark_not_private(settings, folder):
+def mark_not_private(settings: Settings, folder: pathlib.Path) -> None:
     """Say in `NOT_PRIVATE.md` in a folder why no guarantee covers what a run without one put there."""
     text = f"# Not private\n\n{settings.kind.not_private}\n\nThere is no certificate.\n"
     write_text(folder / "NOT_PRIVATE.md", text)
@@ -58,7 +59,7 @@ class Run:
         object.__setattr__(self, "folder", pathlib.Path(self.folder))
 
     @classmethod
-    def read(cls, folder):
+    def read(cls, folder: str | pathlib.Path) -> "Run":
         """The run of an existing folder. Raises SettingsError where it is not one, or is damaged."""
         return cls(read_settings(folder), folder)
 
@@ -88,7 +89,7 @@ class Run:
         """How a row of the run is written as text, and read back."""
         return make_format(self.settings)
 
-    def prepare(self, device=""):
+    def prepare(self, device: str = "") -> pathlib.Path:
         """Make the folder and write the settings, as `prepare_folder`."""
         return prepare_folder(self.settings, self.folder, device)
 
@@ -100,7 +101,7 @@ class Run:
         """Add the seconds of a block to those of a stage, as `timed`."""
         return timed(self.folder, stage)
 
-    def record(self, **numbers):
+    def record(self, **numbers) -> dict:
         """Merge numbers into metrics.json; returns all of them. Raises DataError where one is not finite."""
         return record(self.folder, **numbers)
 
@@ -115,7 +116,7 @@ class Run:
         certificate = self.certificate
         return {key: certificate.get(key) for key in ("epsilon", "epsilon_replace_one", "delta")}
 
-    def rows(self):
+    def rows(self) -> tuple[list[str], list[str]]:
         """`read_rows` of the run, after its file was compared with the manifest.
 
         Raises DataError where it is not the file that was made, SettingsError where there is none.
@@ -134,12 +135,12 @@ class Run:
         shares = json.loads(file.read_text(encoding="utf-8"))
         return self.settings.model_copy(update={"label_prior": ",".join(map(str, shares))})
 
-    def mark_not_private(self):
+    def mark_not_private(self) -> None:
         """`mark_not_private` beside the rows."""
         mark_not_private(self.settings, self.rows_file.parent)
 
     @property
-    def state(self):
+    def state(self) -> State:
         """The `State` of a training that was begun here: its private files, with its seal."""
         return stored_run(self.private_folder).state(self.private_folder)
 

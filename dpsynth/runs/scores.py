@@ -15,7 +15,7 @@ from ..kinds import KINDS
 SCORES = ("mauve", "mauve2")  # beginnings of the names of their numbers
 
 
-def embedder_name(embedder):
+def embedder_name(embedder: str) -> str:
     """An embedder as people know it: of a folder the last part that names it (`model` does not), of anything
     else all.
     """
@@ -35,7 +35,7 @@ CUT, UTILITY, MAJORITY, OLD, LOSS = (
 )
 
 # %% ../../nbs/13_runs/18_scores.ipynb #9372d497
-def score_columns(rows):
+def score_columns(rows: list[dict]) -> dict:
     """header -> what tells the embedder of that column from others: (name, length, pooling).
 
     Those of `tiny` come last.
@@ -54,7 +54,7 @@ def score_columns(rows):
         )
     return columns
 
-
+# %% ../../nbs/13_runs/18_scores.ipynb #9c67f735
 def _embedder(row, score):
     return (
         row.get(f"{score}_embedder") or "unknown embedder",
@@ -62,8 +62,8 @@ def _embedder(row, score):
         row.get(f"{score}_pooling"),
     )
 
-
-def score_of(row, embedder):
+# %% ../../nbs/13_runs/18_scores.ipynb #78a569bf
+def score_of(row: dict, embedder: tuple) -> str | None:
     """Beginning of the names of a row's numbers that were made through an embedder of `score_columns`; None
     where it has none.
     """
@@ -77,12 +77,12 @@ def score_of(row, embedder):
     )
 
 # %% ../../nbs/13_runs/18_scores.ipynb #47741738
-def is_old(row):
+def is_old(row: dict) -> bool:
     """Whether the utility of a run was measured when it was the plain accuracy."""
     return row.get("utility_balanced_accuracy") is None and row.get("utility_accuracy") is not None
 
 
-def majority(row):
+def majority(row: dict) -> float | None:
     """What naming one label always reaches, in the terms of the row's utility; None where there is none."""
     return row.get("utility_majority" if is_old(row) else "utility_chance")
 

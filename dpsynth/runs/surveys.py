@@ -8,10 +8,12 @@ __all__ = ['DATA_SETTINGS', 'is_prepared', 'check_prompts', 'check_rows', 'remem
 
 # %% ../../nbs/13_runs/11_surveys.ipynb #f1ffff6c
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
-from ..data import load, other_texts
+from ..data import Splits, load, other_texts
 from ..evaluation import auto_embedder, check_sending, open_embedder
 from ..evaluation.usefulness import no_evidence, writing_differences
 from ..finetune import public_mechanism
@@ -20,10 +22,10 @@ from ..generators import reference_rows
 from ..models import (
     Unreachable, base_name, by_shapes, check_environment, check_spelling, count_parameters, load_tokenizer)
 from ..sampling import position_axes
-from ..settings import DataError, DpsynthError, SettingsError, quiet_libraries
+from ..settings import DataError, DpsynthError, Settings, SettingsError, quiet_libraries
 
 # %% ../../nbs/13_runs/11_surveys.ipynb #d8a95cba
-def is_prepared(settings):
+def is_prepared(settings: Settings) -> bool:
     """Whether the rows can be read without downloading them.
 
     Raises DataError for a TFDS name that does not exist.
@@ -42,7 +44,7 @@ def is_prepared(settings):
             raise DataError(f"{settings.data}: {str(error).splitlines()[0]}") from None
 
 # %% ../../nbs/13_runs/11_surveys.ipynb #48f1421c
-def check_prompts(settings, tokenizer):
+def check_prompts(settings: Settings, tokenizer: Any) -> int:
     """Raise SettingsError if a prompt leaves no room for a response; returns the length of the longest
     prompt.
     """
@@ -56,7 +58,7 @@ def check_prompts(settings, tokenizer):
     return longest
 
 
-def check_rows(settings, splits):
+def check_rows(settings: Settings, splits: Splits) -> None:
     """Raise DataError if there are too few rows to compare with."""
     if len(reference_rows(settings, splits)) < 2:
         raise DataError(f"{settings.data}: {len(splits.test)} test rows are too few to evaluate against")
@@ -87,7 +89,7 @@ DATA_SETTINGS = (
 )
 
 
-def remember():
+def remember() -> Callable[[Settings], Splits]:
     """A `load` that remembers the last splits it gave."""
     last = {}
 
@@ -160,7 +162,7 @@ class Survey:
         return public_mechanism(self.settings, self.splits.train)
 
 # %% ../../nbs/13_runs/11_surveys.ipynb #f6ff5028
-def survey(settings, **options):
+def survey(settings: Settings, **options) -> Survey:
     """A `Survey` whose errors name the experiment."""
     try:
         return Survey(settings, **options)
@@ -168,7 +170,7 @@ def survey(settings, **options):
         raise type(error)(f"{settings.experiment}: {error}") from error
 
 # %% ../../nbs/13_runs/11_surveys.ipynb #c8bb5ced
-def written_differently(survey):
+def written_differently(survey: Survey) -> list[str]:
     """Lines on how training and test rows are written differently, as line ends and blanks; what they say of
     training rows is private.
     """
@@ -177,7 +179,7 @@ def written_differently(survey):
     )
 
 
-def describe_embedders(settings):
+def describe_embedders(settings: Settings) -> list[str]:
     """A line for each embedder: what `auto` stands for here, or that its scores will be no evidence."""
     names = [
         auto_embedder() if name == "auto" else name

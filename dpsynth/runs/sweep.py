@@ -10,16 +10,18 @@ import functools
 import os
 import pathlib
 import tempfile
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from ..ledger import existing_part
 from .configs import check_template, is_done, read_configs
 from .execution import execute
 from .results import describe
 from .run import Run
-from ..settings import SettingsError, quiet_libraries
+from ..settings import Settings, SettingsError, quiet_libraries
 
 # %% ../../nbs/13_runs/22_sweep.ipynb #c044fbf9
-def check_writable(out, names=()):
+def check_writable(out: str | pathlib.Path, names: Iterable[str] = ()) -> None:
     """Raise SettingsError where the folder of a sweep, or what is there of the run folders in it, cannot be
     written; leaves nothing.
     """
@@ -34,7 +36,7 @@ def check_writable(out, names=()):
             ) from None
 
 # %% ../../nbs/13_runs/22_sweep.ipynb #07f24283
-def preflight(experiments, out):
+def preflight(experiments: list[Settings], out: str | pathlib.Path) -> list[str]:
     """Look for everything that would make one of the experiments fail; returns lines on columns left out and
     on what they will spend.
 
@@ -52,7 +54,7 @@ def preflight(experiments, out):
     return [*dict.fromkeys(filter(None, lines)), *spending(surveys, out)]
 
 # %% ../../nbs/13_runs/22_sweep.ipynb #667c5af8
-def describe_end(row, state):
+def describe_end(row: dict, state: str) -> str:
     """One line on how a run ended."""
     reason, seconds = row["reason"], row["seconds"]
     return (
@@ -62,7 +64,13 @@ def describe_end(row, state):
     )
 
 # %% ../../nbs/13_runs/22_sweep.ipynb #a7941c31
-def run_sweep(configs, out="runs", overrides=(), timeout=None, say=functools.partial(print, flush=True)):
+def run_sweep(
+    configs: Iterable[str | pathlib.Path],
+    out: str | pathlib.Path = "runs",
+    overrides: Iterable[str] = (),
+    timeout: float | None = None,
+    say: Callable[[str], Any] = functools.partial(print, flush=True),
+) -> list[dict]:
     """Run every experiment of `configs` (YAML files, or folders of them) into `out/<experiment>`.
 
     Done runs are skipped, stopped ones resumed. A run that fails, is killed, exceeds `timeout` seconds or is

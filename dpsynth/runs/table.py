@@ -62,7 +62,7 @@ def _headline(rows):
     return list(filter(None, (no_evidence(name) for name, _, _ in score_columns(rows).values())))
 
 # %% ../../nbs/13_runs/19_table.ipynb #fb6c0681
-def real_rows_below(rows):
+def real_rows_below(rows: list[dict]) -> list[str]:
     """Lines about scores through an embedder that puts real rows below synthetic ones, or that real rows
     themselves do not reach.
     """
@@ -143,7 +143,7 @@ def _is_scored(row):
     return any(row.get(f"{score}_mean") is not None for score in SCORES) or bool(row.get("warnings"))
 
 # %% ../../nbs/13_runs/19_table.ipynb #7efcfe03
-def worth(row):
+def worth(row: dict) -> str:
     """What stands beside the certificate of a run, in two lines of Markdown: what is promised, and what the
     rows teach. One says nothing of the other.
     """
@@ -220,7 +220,7 @@ def _json_table(rows):
     return json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False)
 
 # %% ../../nbs/13_runs/19_table.ipynb #6d7e9781
-def results_table(rows, format="table"):
+def results_table(rows: list[dict], format: str = "table") -> str:
     """Rows of `collect` as text: `table`, `markdown`, `csv` or `json`.
 
     Raises SettingsError for another format.
