@@ -190,7 +190,7 @@ def test_group_privacy():
     ],
 )
 def test_events_are_those_that_certificates_are_verified_with(event, other, monkeypatch):
-    from dpsynth import verify
+    from dpsynth.privacy import verify
 
     def epsilon(description):
         return read_event(description).loss(1, Neighbours(), 1e-3).get_epsilon_for_delta(DELTA)

@@ -21,7 +21,7 @@ from .statement import ALONE, FACTS, FORMAT, GROUPS, complete
 from ..imports import goes_together, is_a_choice
 from ..files import write_json, write_text
 from ..settings import PrivacyError, SettingsError
-from ..verify import verify as recompute
+from ..privacy.verify import verify as recompute
 
 # %% ../../nbs/04a_certificate/07_checks.ipynb #e13f40f3
 def write_certificate(certificate: Certificate, folder: str | os.PathLike) -> None:

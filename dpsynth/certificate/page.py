@@ -13,7 +13,7 @@ import numpy as np
 
 from .curves import false_negatives, right_guesses
 from ..privacy import told_delta
-from ..verify import COUNT
+from ..privacy.verify import COUNT
 
 # %% ../../nbs/04a_certificate/06_page.ipynb #fdf502ec
 def refutation(certificate: dict) -> str:

@@ -20,7 +20,7 @@ from ..privacy import (
     Access, LABELS, LIKELIER, Mechanism, OVERLAPS, code_hash, discretization_interval, grid_bits, profile,
     told_delta, versions)
 from ..settings import Settings, result_settings
-from ..verify import COUNT
+from ..privacy.verify import COUNT
 
 # %% ../../nbs/04a_certificate/05_statement.ipynb #9391fd6d
 FORMAT = 2

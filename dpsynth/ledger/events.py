@@ -137,7 +137,7 @@ class _Event(pydantic.BaseModel):
 # %% ../../nbs/05_ledger/01_events.ipynb #faaf60e2
 def _verified(event):
     """The accountant's event of an access, as a certificate is recomputed with it."""
-    from dpsynth.verify import event as accounted
+    from dpsynth.privacy.verify import event as accounted
 
     return accounted({**event.model_dump(), "mechanism": event.kind}, "epsilon")
 

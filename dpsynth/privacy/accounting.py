@@ -14,7 +14,7 @@ import itertools
 import math
 
 from ..settings import SettingsError
-from ..verify import privacy_profile
+from .verify import privacy_profile
 
 # %% ../../nbs/04_privacy/01_accounting.ipynb #a5a29922
 @dataclasses.dataclass(frozen=True)

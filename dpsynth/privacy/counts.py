@@ -7,8 +7,8 @@ __all__ = ['LARGEST_COUNT', 'LABELS', 'OVERLAPS', 'LIKELIER', 'noisy_counts', 'c
 
 # %% ../../nbs/04_privacy/03_counts.ipynb #c5c55006
 from .accounting import Access
+from .verify import COUNT
 from ..settings import PrivacyError, Settings, SettingsError
-from ..verify import COUNT
 
 # %% ../../nbs/04_privacy/03_counts.ipynb #8b25a58a
 LARGEST_COUNT = 50.0  # ε of a count; the ledger composes twice that, what a replaced unit is charged
