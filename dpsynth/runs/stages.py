@@ -8,6 +8,7 @@ __all__ = ['SWEEP_PRIVATE', 'device_name', 'load_stage', 'fit_stage', 'load_gene
 
 # %% ../../nbs/13_runs/07_stages.ipynb #081eef12
 import json
+import pathlib
 import shutil
 
 import jax
@@ -20,12 +21,12 @@ from ..generators import Generator, make_generator, reference_rows
 from ..manifest import add_to_manifest, entry, manifest_of, read_sealed, statement_of
 from ..models import check_environment
 from .metrics import forget_scores
-from .run import read_rows
+from .run import Run, read_rows
 from ..sampling import sample_to_file
 from ..settings import SettingsError
 
 # %% ../../nbs/13_runs/07_stages.ipynb #492d222a
-def device_name():
+def device_name() -> str:
     """Kind and number of the devices that compute, such as `cpu × 1`.
 
     Raises SettingsError where there is none that can be used.
@@ -85,7 +86,7 @@ def load_generator(run) -> Generator:
     return generator
 
 # %% ../../nbs/13_runs/07_stages.ipynb #5f0f8c89
-def sample_stage(run, splits: Splits | None, generator: Generator | None = None):
+def sample_stage(run: Run, splits: Splits | None, generator: Generator | None = None) -> None:
     """Make the rows of a `Run`; resumes.
 
     Args:
@@ -106,7 +107,7 @@ def sample_stage(run, splits: Splits | None, generator: Generator | None = None)
     )
 
 # %% ../../nbs/13_runs/07_stages.ipynb #46edc25a
-def sample_again(run, rows: int, seed: int):
+def sample_again(run: Run, rows: int, seed: int) -> pathlib.Path:
     """Sample `rows` rows with another seed from a fitted `Run`; returns `release/synthetic-<seed>.jsonl`.
 
     Raises:
