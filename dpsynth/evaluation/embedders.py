@@ -341,8 +341,6 @@ class VertexEmbedder:
         with named_vertex_errors(self.name):
             return genai.Client(vertexai=True, http_options={"retry_options": {"attempts": ATTEMPTS}})
 
-
-
     def _request(self, batch):
         what = {"contents": batch, "config": {"task_type": "CLUSTERING", "auto_truncate": True}}
         reply = self.client.models.embed_content(model=self.model_name, **what)
