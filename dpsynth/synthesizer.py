@@ -18,7 +18,6 @@ from numbers import Integral
 from .certificate import read_certificate
 from .data import Records, as_frame, as_lines, from_frame, left_out, load, refuse_left_out
 from .evaluation import evaluate
-from .formats import make_format
 from .manifest import statement_of
 from .models import check_environment
 from .runs.budget import announce, warn_of_untold
@@ -141,20 +140,18 @@ class Synthesizer:
         model, seed = self._fitted(), self.settings.seed if seed is None else seed
         if not isinstance(num_rows, Integral) or num_rows < 1:
             raise SettingsError(f"sample: {num_rows!r} rows were asked for; give a whole number, at least 1")
-        settings = Run(self._with(seed=seed), self.folder).with_prior().model_copy(
+        run = Run(self._with(seed=seed), self.folder)
+        settings = run.with_prior().model_copy(
             update={"num_samples": int(num_rows), **self._only(label)}
         )
         name = f"sample-{seed}-{num_rows}" + (
             "" if label is None else f"-label{settings.labels.index(label)}"
         )
         with self._place_of_rows(name) as folder:
-            fmt, belongs_to = (
-                make_format(settings),
-                statement_of(self.folder / "release"),
-            )
-            cut = sample_to_file(model, settings, fmt, folder, progress, statement=belongs_to)["unfinished"]
+            belongs_to = statement_of(run.release_folder)
+            figures = sample_to_file(model, settings, run.format, folder, progress, statement=belongs_to)
             made = pd.read_parquet(folder / "synthetic.parquet")
-        if cut >= 0.05:
+        if (cut := figures["unfinished"]) >= 0.05:
             warnings.warn(
                 f"sample: {cut:.0%} of the rows had not ended at sequence_length, {settings.sequence_length}"
                 " tokens, and are cut there"

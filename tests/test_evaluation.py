@@ -1,3 +1,4 @@
+import functools
 import json
 import stat
 import subprocess
@@ -520,9 +521,20 @@ def fake_vertex(monkeypatch, refusals=()):
             embeddings=[types.SimpleNamespace(values=[float(len(t)), 1.0]) for t in contents]
         )
 
-    client = types.SimpleNamespace(models=types.SimpleNamespace(embed_content=embed_content))
-    monkeypatch.setitem(sys.modules, "google.genai", types.SimpleNamespace(Client=lambda vertexai: client))
-    monkeypatch.setattr(evaluation.embedders.time, "sleep", lambda seconds: None)
+    def repeating(attempts, **request):
+        """What the library does with `retry_options`."""
+        for left in reversed(range(attempts)):
+            try:
+                return embed_content(**request)
+            except Refusal as error:
+                if not left or error.code not in (408, 429, 500, 502, 503, 504):
+                    raise
+
+    def client(vertexai, http_options):
+        embed = functools.partial(repeating, **http_options["retry_options"])
+        return types.SimpleNamespace(models=types.SimpleNamespace(embed_content=embed))
+
+    monkeypatch.setitem(sys.modules, "google.genai", types.SimpleNamespace(Client=client))
     return requests
 
 

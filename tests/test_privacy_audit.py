@@ -774,7 +774,7 @@ def test_the_command_prints_writes_and_returns_the_verdict(tmp_path, tables, cap
     assert "FAIL verbatim rows" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("place, why", [("none/a.json", "no folder there"), ("", "is a folder")])
+@pytest.mark.parametrize("place, why", [("none/a.json", "its folder does not exist"), ("", "is a folder")])
 def test_where_the_report_cannot_be_written_no_attack_is_made(tmp_path, tables, monkeypatch, place, why):
     monkeypatch.setattr(audit.report, "audit_files", None)
     with pytest.raises(DataError, match=why):

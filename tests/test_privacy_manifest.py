@@ -17,7 +17,6 @@ from dpsynth.manifest import (
     add_to_manifest,
     check_listed,
     entry,
-    file_hash,
     read_manifest,
     statement_of,
     verify_release,
@@ -29,6 +28,7 @@ from dpsynth.runs import (
 from dpsynth.runs import read_settings
 from dpsynth.runs.run import Run
 from dpsynth.settings import DataError, DpsynthError, ModelError, PrivacyError, SettingsError
+from dpsynth.state import file_hash
 from dpsynth.synthesizer import Synthesizer
 
 SETTINGS = RUN.model_copy(
@@ -184,7 +184,7 @@ def test_the_manifest_tells_rows_seeds_and_hashes_of_what_is_released_only(run):
 )
 def test_damage_is_one_line_that_names_the_file_and_the_way_back(run, refused, name, monkeypatch):
     monkeypatch.setattr(
-        "dpsynth.manifest.verify", lambda certificate: {}
+        "dpsynth.manifest.release.verify", lambda certificate: {}
     )  # what its numbers say is another question
     path = run / "release" / name
     kept = path.read_bytes()
@@ -271,7 +271,7 @@ def test_a_damaged_adapter_is_told_by_whoever_reads_it_alone(run, tmp_path):
 
 
 def test_files_of_another_run_are_refused_by_name(run, plain, refused, monkeypatch):
-    monkeypatch.setattr("dpsynth.manifest.verify", lambda certificate: {})
+    monkeypatch.setattr("dpsynth.manifest.release.verify", lambda certificate: {})
     release = run / "release"
     for name, change in (
         ("adapter.npz", lambda path: shutil.copy(plain / "release" / "adapter.npz", path)),

@@ -12,11 +12,12 @@ from dpsynth import evaluation
 from dpsynth.data import from_frame
 from dpsynth.finetune import finetune_run, prepare_model, row_losses, some_rows
 from dpsynth.formats import make_format
-from dpsynth.manifest import file_hash, statement_of
+from dpsynth.manifest import statement_of
 from dpsynth.runs import evaluate_stage, fit_stage, load_stage, sample_stage
 from dpsynth.runs.run import Run
 from dpsynth.settings import DataError
 from dpsynth.files import write_private
+from dpsynth.state import file_hash
 
 
 def without_hashes(file):

@@ -41,8 +41,8 @@ def _canary_auditor(scores, included):
         )
     if min(included.sum(), (~included).sum()) < MIN_CANARIES / 8 or len(scores) < MIN_CANARIES:
         raise PrivacyError(
-            f"canaries: {int(included.sum())} in and {int((~included).sum())} out are too few; use at least"
-            f" {MIN_CANARIES}"
+            f"canaries: {int(included.sum())} included and {int((~included).sum())} left out are too few;"
+            f" use at least {MIN_CANARIES}"
         )
     return CanaryScoreAuditor(scores[included], scores[~included])
 

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from .attacks import CHECK_LEVEL, exchangeability, table_evidence, text_evidence
-from .pool import make_pool, read_rows
+from .pool import make_pool, read_audit_rows
 from .tests import Attack, LEVEL, holm, pairs_bound
 from ..privacy import default_delta
 from ..settings import DataError
@@ -346,7 +346,7 @@ def _by_unit(train, holdout, column):
 
     Raises DataError: rows cannot be read or have no such column.
     """
-    frames = {"train": read_rows(train, "train"), "holdout": read_rows(holdout, "holdout")}
+    frames = {"train": read_audit_rows(train, "train"), "holdout": read_audit_rows(holdout, "holdout")}
     for name, frame in frames.items():
         if column not in frame:
             raise DataError(f"{name}: no column {column!r}; it has {', '.join(frame)}; set --unit-column")
@@ -362,7 +362,7 @@ def _check_place(path):
     if path.is_dir() or not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         raise DataError(
             f"{path}: cannot be written"
-            f" ({'is a folder' if path.is_dir() else 'no folder there that can be written to'})"
+            f" ({'is a folder' if path.is_dir() else 'its folder does not exist or cannot be written to'})"
         )
 
 # %% ../../nbs/12_audit/05_report.ipynb #8e177be6

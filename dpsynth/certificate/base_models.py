@@ -54,8 +54,8 @@ def stated_import(name: str) -> dict | None:
         jsonschema.validate(found, schema()["properties"]["base_model"]["properties"]["import"])
     except jsonschema.ValidationError as error:
         raise ModelError(
-            f"preset {name!r}: its import.json says what no import writes ({_where(error)}); import the model"
-            " again"
+            f"preset {name!r}: its import.json does not have the form of an import ({_where(error)}); import"
+            " the model again"
         ) from None
     if found and not is_a_choice(found["vocabulary"]):
         raise ModelError(
@@ -70,7 +70,7 @@ def base_model(name: str, model_hash: str, found: dict | None = None) -> dict:
     own ε if it has one.
 
     `found` is what was estimated of rows that it may have read before, a dict as `contamination_text` takes
-    it; None: nothing was.
+    it, or None.
     """
     known = name == "tiny" or not pathlib.Path(name).exists()  # a folder of the same name is another model
     trained_on, own = known_model(name) if known else UNKNOWN

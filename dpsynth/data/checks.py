@@ -27,7 +27,7 @@ def _missing(value):
     """Whether a cell holds nothing."""
     return bool(pd.api.types.is_scalar(value) and pd.isna(value))
 
-
+# %% ../../nbs/01_data/02_checks.ipynb #8323d1c7
 def _unicode(text):
     """Whether a text can be written as UTF-8; False for half a surrogate pair."""
     try:
@@ -45,24 +45,24 @@ def _text_problem(value, expected="a text"):
         return "empty"
     return None if _unicode(value) else "not valid UTF-8"
 
-
+# %% ../../nbs/01_data/02_checks.ipynb #235b0716
 def _whole(value):
-    """Whether a value is a whole number; `True` is none."""
+    """Whether a value is a whole number; `True` is not."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     return whole or isinstance(value, float) and value.is_integer()
 
 
 def _as_unit(value):
-    """The name of a unit: a whole number as the text that a CSV file has for it, unless it is a float too
-    large to be exact.
+    """The name of a unit. A whole number becomes the text that a CSV file has for it, unless it is a float
+    too large to be exact.
     """
     exact = _whole(value) and not (isinstance(value, float) and abs(value) >= 2.0**53)
     return str(int(value)) if exact else _as_text(value)
 
 # %% ../../nbs/01_data/02_checks.ipynb #bacdf79a
 def _positions(names):
-    """The positions of the labels as texts; none if a name is a number itself, which a position could be
-    mistaken for.
+    """The positions of the labels as texts; empty if a name is a number itself, because a position could be
+    mistaken for it.
     """
     return (
         ()
@@ -70,17 +70,17 @@ def _positions(names):
         else tuple(map(str, range(len(names))))
     )
 
-
+# %% ../../nbs/01_data/02_checks.ipynb #e28cf1ed
 def _truth(value):
-    """True or False of a truth value or of a text that spells one; None of anything else."""
+    """True or False for a truth value or for a text that spells one; None for anything else."""
     if isinstance(value, str):
         return {"true": True, "false": False}.get(value.lower())
     return bool(value) if isinstance(value, (bool, np.bool_)) else None
 
 
 def _spellings(value, names):
-    """The texts that a label may be named by: of a whole number with and without `.0`, of a truth value in
-    any letters, or its number.
+    """The texts by which a label may be named: a whole number with and without `.0`, a truth value in small
+    or capital letters, or its number.
     """
     truth = _truth(value)
     if truth is not None:
@@ -98,7 +98,7 @@ def _spellings(value, names):
         return [str(int(value)), f"{int(value)}.0"]
     return [] if _missing(value) else [str(value)]
 
-
+# %% ../../nbs/01_data/02_checks.ipynb #1800e775
 def _label_index(value, names):
     """Position of a label among `names`; -1 if the value is not a label.
 
@@ -111,7 +111,7 @@ def _label_index(value, names):
                 return choices.index(text)
     return -1
 
-
+# %% ../../nbs/01_data/02_checks.ipynb #1443346d
 def _label_problem(value, names):
     """Why a value is not a label."""
     if _missing(value) or isinstance(value, str) and not value:
@@ -124,11 +124,6 @@ def _label_problem(value, names):
     return "not one of " + (f"0 to {len(names) - 1} ({listed})" if numeric else listed)
 
 # %% ../../nbs/01_data/02_checks.ipynb #f0bc207a
-def _columns(settings):
-    """The columns that a run reads."""
-    return list(dict.fromkeys(name for name in _roles(settings).values() if name))
-
-
 def _roles(settings):
     """Setting -> column, for every setting that names a column; an empty text where there is none."""
     unit = "" if settings.unit == "row" else settings.unit
@@ -140,17 +135,22 @@ def _roles(settings):
     }
 
 
-def _require(where, available, settings, cure=""):
-    """Raise if a column that is read is not there, or there twice.
+def _columns(settings):
+    """The columns that a run reads."""
+    return list(dict.fromkeys(name for name in _roles(settings).values() if name))
 
-    No name is shown that the settings do not have.
+# %% ../../nbs/01_data/02_checks.ipynb #ce6dc3e3
+def _require(where, available, settings, cure=""):
+    """Raise if a column that is read is missing, or is there twice.
+
+    A message shows only names that the settings have.
     """
     available = [str(name) for name in available]
     for role, name in _roles(settings).items():
         if name and name not in available:
             alike = [i for i, other in enumerate(available) if other.strip().lower() == name.strip().lower()]
             near = (
-                f", though column {alike[0]} (from 0) is called so in other letters or with blanks"
+                f" (column {alike[0]} from 0 has this name in other letters or with blanks)"
                 if alike
                 else ""
             )
@@ -158,7 +158,7 @@ def _require(where, available, settings, cure=""):
         if available.count(name) > 1:
             raise DataError(f"{where}: column {name!r} occurs {available.count(name)} times; rename one")
 
-
+# %% ../../nbs/01_data/02_checks.ipynb #851fd69d
 def _noted(frame, available, settings):
     """A raw frame that knows the positions of the columns that are left out of it, and how many there are."""
     read = _columns(settings)
@@ -168,7 +168,7 @@ def _noted(frame, available, settings):
     }
     return frame
 
-
+# %% ../../nbs/01_data/02_checks.ipynb #df69114a
 def _refuse(where, index, column, problems):
     """Raise for the first problem, if any; `problems` has one text or None for each row."""
     bad = [i for i, problem in enumerate(problems) if problem]
@@ -178,12 +178,12 @@ def _refuse(where, index, column, problems):
     others = f" (and {len(bad) - 1} more such rows)" if len(bad) > 1 else ""
     raise DataError(f"{where}, {place}, column {column}: {problems[bad[0]]}{others}")
 
-
+# %% ../../nbs/01_data/02_checks.ipynb #0b60c0b9
 GAPS = ("missing", "empty")
 
 
 def _without_gaps(problems, settings):
-    """bool[n]: the rows that `missing: drop` leaves out; their problems are none any more."""
+    """bool[n]: the rows that `missing: drop` leaves out; and the problems without theirs."""
     drop = settings.missing == "drop"
     gone = np.array(
         [drop and any(problem in GAPS for problem in row) for row in zip(*problems.values())], bool
@@ -192,13 +192,27 @@ def _without_gaps(problems, settings):
         column: [None if g else p for p, g in zip(found, gone)] for column, found in problems.items()
     }
 
+# %% ../../nbs/01_data/02_checks.ipynb #c2ca6d41
+def _checked_names(raw, where, column):
+    """Names of units or rows as texts, a list."""
+    names = [_as_unit(value) for value in raw[column].tolist()]
+    _refuse(where, raw.index, column, [_text_problem(name, "a text or a whole number") for name in names])
+    return names
 
+
+def _labels(raw, settings):
+    """`(int64[n], list)`: indices of the labels, and why a value is not a label."""
+    values, names = [_as_text(value) for value in raw[settings.label_column].tolist()], settings.labels
+    labels = [_label_index(value, names) for value in values]
+    problems = [_label_problem(value, names) if label < 0 else None for value, label in zip(values, labels)]
+    return np.array(labels, np.int64), problems
+
+# %% ../../nbs/01_data/02_checks.ipynb #01be7f8f
 def _checked(raw, where, settings):
-    """Frame with `text` and, where there are such, `label` and `unit` from a raw frame, with its index. A row
-    to be left out has no text.
+    """Frame with `text` and, where the settings ask for them, `label`, `unit` and `id`, from a raw frame,
+    with its index. A row that is left out has no text.
 
-    Raises:
-        DataError: naming `where`, row and column; the value is not shown.
+    Raises DataError, naming `where`, row and column; the value is not shown.
     """
     if not len(raw):
         raise DataError(f"{where}: no rows")
@@ -218,18 +232,3 @@ def _checked(raw, where, settings):
     frame = pd.DataFrame(columns, raw.index)
     frame.attrs = raw.attrs
     return frame
-
-
-def _checked_names(raw, where, column):
-    """Names of units or rows as texts, a list."""
-    names = [_as_unit(value) for value in raw[column].tolist()]
-    _refuse(where, raw.index, column, [_text_problem(name, "a text or a whole number") for name in names])
-    return names
-
-
-def _labels(raw, settings):
-    """`(int64[n], list)`: indices of the labels, and why a value is none."""
-    values, names = [_as_text(value) for value in raw[settings.label_column].tolist()], settings.labels
-    labels = [_label_index(value, names) for value in values]
-    problems = [_label_problem(value, names) if label < 0 else None for value, label in zip(values, labels)]
-    return np.array(labels, np.int64), problems

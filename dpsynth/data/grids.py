@@ -54,9 +54,9 @@ DAMAGED = (
     ValueError,
 )
 
-
+# %% ../../nbs/01_data/03_grids.ipynb #23302428
 def _kind(path):
-    """The ending that says what a file is, in small letters; that of its packing is left out."""
+    """The ending that says what a file is, in small letters, without the ending of its packing."""
     endings = [ending.lower() for ending in path.suffixes]
     return "".join(endings[-2:-1] if endings[-1:] and endings[-1] in UNPACK else endings[-1:])
 
@@ -72,7 +72,7 @@ def _content(path):
             f"{path}: cannot be unpacked{told}; it is damaged, or not what its ending says"
         ) from None
 
-
+# %% ../../nbs/01_data/03_grids.ipynb #dbfe2868
 def _read_text(path):
     """Content of a UTF-8 file, with or without byte order mark."""
     data = _content(path)
@@ -83,14 +83,9 @@ def _read_text(path):
         raise DataError(f"{path}, line {line}: not valid UTF-8; save the file as UTF-8") from None
 
 # %% ../../nbs/01_data/03_grids.ipynb #6728ba3b
-SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
-FIRST = 2**20  # signs, and rows, in which the separator is looked for
-FIRST_ROWS = 20
-
-
 @contextlib.contextmanager
 def _long_fields():
-    """Inside, the csv module takes a field of any length."""
+    """Within the block, the csv module takes a field of any length."""
     limit = csv.field_size_limit(2**31 - 1)
     try:
         yield
@@ -103,10 +98,15 @@ def _fields(text, separator, settings, strict=True):
     quoting = csv.QUOTE_NONE if settings.quoting == "none" else csv.QUOTE_MINIMAL
     return csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=strict, quoting=quoting)
 
+# %% ../../nbs/01_data/03_grids.ipynb #9701f3af
+SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
+FIRST = 2**20  # signs, and rows, in which the separator is looked for
+FIRST_ROWS = 20
+
 
 def _fit(text, separator, settings):
-    """How well a separator fits the first rows: are all columns there, and how many fields do the rows have
-    if they are several in each.
+    """How well a separator fits the first rows: whether all columns are there, and how many fields each row
+    has (0 where they differ, or have one).
     """
     try:
         rows = list(
@@ -119,7 +119,7 @@ def _fit(text, separator, settings):
     named = settings.header == "yes" and bool(rows) and {*_columns(settings)} <= {*rows[0]}
     return named, width if width > 1 and all(len(row) == width for row in whole) else 0
 
-
+# %% ../../nbs/01_data/03_grids.ipynb #263ce010
 def _separator(path, text, settings):
     """The sign between the fields of a file; where several fit, the comma, or the tab of a TSV file, comes
     first.
@@ -132,7 +132,7 @@ def _separator(path, text, settings):
         key=lambda sign: _fit(text[:FIRST], sign, settings),
     )
 
-
+# %% ../../nbs/01_data/03_grids.ipynb #c536e64b
 def _csv_rows(path, text, separator, settings):
     """List of `(line, fields)` of each row that is not blank; a row over several lines counts where it
     begins.
@@ -149,7 +149,7 @@ def _csv_rows(path, text, separator, settings):
         ) from None
     return rows
 
-
+# %% ../../nbs/01_data/03_grids.ipynb #0a21db72
 def _check_width(path, header, rows, separator):
     """Raise for the first row with more or fewer fields than the header."""
     for line, fields in rows:
@@ -157,10 +157,10 @@ def _check_width(path, header, rows, separator):
             cure = f"; quote a text that contains {separator!r}" if len(fields) > len(header) else ""
             raise DataError(f"{path}, line {line}: expected {len(header)} fields, saw {len(fields)}{cure}")
 
-
+# %% ../../nbs/01_data/03_grids.ipynb #d78ad347
 def _as_rows(fields, i, separator):
-    """The rows that the lines of field `i` would be if the quotes around it were not quotes but text; blank
-    lines are none.
+    """The rows that the lines of field `i` would be if the quotes around it were part of the text; blank
+    lines do not count.
     """
     rows = [line.split(separator) for line in re.split(r"[\r\n]+", fields[i])]
     rows[0] = fields[:i] + rows[0]
@@ -169,19 +169,20 @@ def _as_rows(fields, i, separator):
 
 
 def _like_rows(pieces, header, settings):
-    """Whether fields have the form of rows: as many as the header has, and a label where one belongs."""
+    """Whether fields have the form of rows: as many fields as the header has, and a label where one belongs.
+    """
     at = header.index(settings.label_column) if settings.label_column else None
     return all(
         len(piece) == len(header) and (at is None or _label_index(piece[at], settings.labels) >= 0)
         for piece in pieces
     )
 
-
+# %% ../../nbs/01_data/03_grids.ipynb #954ebfc7
 def _refuse_merged(path, header, rows, separator, settings):
-    """Raise if the lines of a quoted field have the form of rows of the file; a single column does not tell.
+    """Raise DataError if the lines of a quoted field have the form of rows of the file, naming its first and
+    last line.
 
-    Raises:
-        DataError: naming the field's first and last line.
+    A file with a single column does not tell.
     """
     several = [
         (line, fields, i)
@@ -202,12 +203,17 @@ def _refuse_merged(path, header, rows, separator, settings):
             )
 
 # %% ../../nbs/01_data/03_grids.ipynb #32a9703b
-def _sheet_rows(path):
-    """List of `(row number, cells)` of the rows that are not empty, in the one sheet that has any; cells keep
-    their types, an empty one is None.
+def _even(rows):
+    """The rows, all as wide as the widest of them; empty cells at the end of a row do not count."""
+    width = max(i + 1 for _, cells in rows for i, cell in enumerate(cells) if cell is not None)
+    return [(line, (cells + [None] * width)[:width]) for line, cells in rows]
+
+# %% ../../nbs/01_data/03_grids.ipynb #747e2d84
+def _sheets(path):
+    """The sheets of an Excel file, each a list of `(row number, cells)`; an empty cell is None.
 
     Raises:
-        DataError: openpyxl is missing, the file is none of Excel, or several sheets have rows.
+        DataError: openpyxl is missing, or the file is not an Excel file.
     """
     try:
         import openpyxl
@@ -218,15 +224,23 @@ def _sheet_rows(path):
     content = io.BytesIO(_content(path))
     try:
         book = openpyxl.load_workbook(content, read_only=True, data_only=True)
-        sheets = [
+        return [
             [(i, list(cells)) for i, cells in enumerate(sheet.iter_rows(values_only=True), 1)]
             for sheet in book.worksheets
         ]
     except Exception:  # openpyxl lets every kind of zip and XML error through
         raise DataError(f"{path}: not an Excel file (.xlsx), or damaged") from None
+
+
+def _sheet_rows(path):
+    """List of `(row number, cells)` of the rows that are not empty, in the one sheet that has any.
+
+    Raises:
+        DataError: as `_sheets`, or several sheets have rows.
+    """
     filled = [
         rows
-        for sheet in sheets
+        for sheet in _sheets(path)
         if (rows := [(i, cells) for i, cells in sheet if any(cell is not None for cell in cells)])
     ]
     if len(filled) > 1:
@@ -235,13 +249,7 @@ def _sheet_rows(path):
         )
     return _even(filled[0]) if filled else []
 
-
-def _even(rows):
-    """The rows, all as wide as the widest of them is without its empty cells at the end."""
-    width = max(i + 1 for _, cells in rows for i, cell in enumerate(cells) if cell is not None)
-    return [(line, (cells + [None] * width)[:width]) for line, cells in rows]
-
-
+# %% ../../nbs/01_data/03_grids.ipynb #c538e521
 def _grid(path, settings):
     """`(header, rows, separator)` of a CSV, TSV or Excel file: texts, `_csv_rows`, and None for Excel.
 
@@ -264,7 +272,7 @@ def _grid(path, settings):
     )
     return list(map(str, header)), rows, separator
 
-
+# %% ../../nbs/01_data/03_grids.ipynb #d79f078c
 def _read_grid(path, settings):
     """Raw frame of a CSV, TSV or Excel file, indexed by line.
 

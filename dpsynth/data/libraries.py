@@ -27,11 +27,12 @@ def _named_splits(where, names, read, settings):
     }
     return frames["train"], frames.get("test")
 
-
+# %% ../../nbs/01_data/05_libraries.ipynb #fa97a314
 def _unavailable(where, settings, error):
     """The DataError for a library's own error.
 
-    At most 160 characters are kept, of errors about files and networks only: others may quote a row.
+    At most 160 characters of it are kept, and only of errors about files and networks: others may quote a
+    row.
     """
     told = f": {(str(error).splitlines() or [''])[0]}" if isinstance(error, OSError) else ""
     reason = f"{type(error).__name__}{told}"[:160]
@@ -40,7 +41,7 @@ def _unavailable(where, settings, error):
         f" ({reason}); set data_dir to a folder that has it, or download it once where there is a network"
     )
 
-
+# %% ../../nbs/01_data/05_libraries.ipynb #ad25af22
 def _read_tfds(name, settings):
     """Checked `(train, test)` of a TensorFlow data set.
 
@@ -73,7 +74,7 @@ def _read_tfds(name, settings):
     with quiet_libraries():
         return _named_splits(where, list(splits), read, settings)
 
-
+# %% ../../nbs/01_data/05_libraries.ipynb #dd0b9324
 def _read_hf(name, settings):
     """Checked `(train, test)` of a Hugging Face data set, `NAME` or `NAME:CONFIGURATION`."""
     where = f"hf:{name}"

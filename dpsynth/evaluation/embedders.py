@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OWN_POOLING', 'MINILM', 'MINILM_PACKAGE', 'MINILM_TOKENS', 'MINILM_SHA256', 'REQUEST_TEXTS', 'REQUEST_TOKENS',
-           'TEXT_TOKENS', 'REQUESTS_AT_ONCE', 'PASSING', 'VERTEX_NEEDS', 'embed_rows', 'KerasEmbedder', 'is_installed',
+           'TEXT_TOKENS', 'REQUESTS_AT_ONCE', 'ATTEMPTS', 'VERTEX_NEEDS', 'embed_rows', 'KerasEmbedder', 'is_installed',
            'minilm_folder', 'check_sha256', 'require_minilm', 'minilm_tokenizer', 'sentence_vectors', 'MiniLMEmbedder',
-           'check_sentence_model', 'load_sentence_model', 'SentenceEmbedder', 'request_batches', 'is_passing',
-           'with_retry', 'named_vertex_errors', 'VertexEmbedder', 'auto_embedder', 'open_embedder']
+           'check_sentence_model', 'load_sentence_model', 'SentenceEmbedder', 'request_batches', 'named_vertex_errors',
+           'VertexEmbedder', 'auto_embedder', 'open_embedder']
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #4a448fa4
 from collections.abc import Callable, Iterator
@@ -18,8 +18,6 @@ import importlib
 import itertools
 import os
 import pathlib
-import random
-import time
 
 import jax
 import jax.numpy as jnp
@@ -290,7 +288,7 @@ class SentenceEmbedder:
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #5e5b1800
 REQUEST_TEXTS, REQUEST_TOKENS, TEXT_TOKENS, REQUESTS_AT_ONCE = 250, 18000, 2048, 8
-PASSING = {408, 429, 500, 502, 503, 504}
+ATTEMPTS = 6  # at each request: the client repeats it while the service is busy or the connection breaks
 VERTEX_NEEDS = (
     "needs a network and `gcloud auth application-default login`, GOOGLE_CLOUD_PROJECT and"
     " GOOGLE_CLOUD_LOCATION"
@@ -308,26 +306,6 @@ def request_batches(texts) -> Iterator[list[str]]:
         batch, tokens = [*batch, text], tokens + size
     if batch:
         yield batch
-
-# %% ../../nbs/10_evaluation/03_embedders.ipynb #d70accbe
-def is_passing(error: Exception) -> bool:
-    """Whether a request may succeed when it is repeated: the service is busy, or the connection broke."""
-    return (
-        getattr(error, "code", None) in PASSING
-        or isinstance(error, OSError)
-        or type(error).__module__.startswith("httpx")
-    )
-
-
-def with_retry(call, attempts: int = 6, pause: float = 1.0):
-    """`call()`, repeated after 1, 2, 4, … times `pause` seconds while it fails for a passing reason."""
-    for attempt in range(attempts):
-        try:
-            return call()
-        except Exception as error:
-            if attempt == attempts - 1 or not is_passing(error):
-                raise
-            time.sleep(pause * 2**attempt * random.uniform(1, 1.5))
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #0e1f6ec1
 @contextlib.contextmanager
@@ -361,13 +339,11 @@ class VertexEmbedder:
     def client(self):
         genai = _extra("google.genai", "vertex", self.name)
         with named_vertex_errors(self.name):
-            return genai.Client(vertexai=True)
-
-
+            return genai.Client(vertexai=True, http_options={"retry_options": {"attempts": ATTEMPTS}})
 
     def _request(self, batch):
         what = {"contents": batch, "config": {"task_type": "CLUSTERING", "auto_truncate": True}}
-        reply = with_retry(lambda: self.client.models.embed_content(model=self.model_name, **what))
+        reply = self.client.models.embed_content(model=self.model_name, **what)
         return [e.values for e in reply.embeddings]
 
     def __call__(self, texts, progress):

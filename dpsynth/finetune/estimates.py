@@ -29,7 +29,7 @@ def check_counts(settings, path: pathlib.Path, begun: bool) -> None:
 
 # %% ../../nbs/07_finetune/07_estimates.ipynb #1d204e9a
 def estimate_counts(settings, records, units, state, model, fmt) -> dict[str, list[int]]:
-    """The counts that are estimated out of ε, those that the settings ask for, by name; each a list of int.
+    """The counts that the settings ask for, estimated out of ε: a list of int by name.
 
     Each unit counts once; its label is that of its first row that takes part. Drawn once, then read from the
     run's `State`.
@@ -104,9 +104,7 @@ def contamination_found(settings, counts) -> dict | None:
 
 # %% ../../nbs/07_finetune/07_estimates.ipynb #0c87272d
 def label_shares(counts) -> list[float]:
-    """Shares of the labels from noised counts: negative ones are none, and all are equal if nothing is
-    left.
-    """
+    """Shares of the labels from noised counts; a negative count is 0, and all shares are equal if all are."""
     positive = np.maximum(np.array(counts, np.float64), 0.0)
     return (
         positive / positive.sum() if positive.sum() else np.full(len(positive), 1 / len(positive))

@@ -58,7 +58,7 @@ def describe_progress(mechanism, step: int) -> str:
 
 # %% ../../nbs/07_finetune/04_loop.ipynb #f69a6356
 def train(trainer, checkpoint, *, progress: bool = True, seconds_between: float = 30.0, log=None) -> None:
-    """Run the updates that remain; resumes from `checkpoint` if there is one, and leaves a last one there."""
+    """Run the updates that remain, from `checkpoint` if there is one; the last checkpoint stays there."""
     mechanism = trainer.session.mechanism
     if pathlib.Path(checkpoint).exists():
         trainer.restore(checkpoint)
@@ -75,9 +75,7 @@ def train(trainer, checkpoint, *, progress: bool = True, seconds_between: float 
 
 # %% ../../nbs/07_finetune/04_loop.ipynb #810079fc
 def row_losses(model, records, fmt, settings, trainable=None) -> np.ndarray:
-    """float64[n]: loss of each row in nats per response token, under the model's own weights or other
-    `trainable` ones.
-    """
+    """float64[n]: loss of each row in nats per response token; `trainable`: weights to use instead."""
     prompts = {prompt: model.prompt_ids(prompt) for prompt in fmt.prompts}
     pairs = list(map(fmt.encode, rows_of(records)))
     starts = [prompts[prompt] for prompt, _ in pairs]
@@ -107,17 +105,16 @@ def row_losses(model, records, fmt, settings, trainable=None) -> np.ndarray:
 def some_rows(count: int, total: int, seed: int) -> np.ndarray:
     """int64[min(count, total)]: rows chosen at random, in order.
 
-    The first ones will not do: many files are sorted by label.
+    Not the first ones: many files are sorted by label.
     """
     return np.sort(np.random.default_rng([seed, 10]).permutation(total)[:count])
 
 
 def held_out_loss(model, records, fmt, settings, trainable=None) -> float | None:
-    """Mean loss in nats per token over `validation_size` test rows, or None if that is 0. Not covered by ε:
-    test rows.
+    """Mean loss in nats per token over `validation_size` test rows, or None if that is 0.
 
-    `trainable` as in `row_losses`: with the weights from before the training, the loss that it has to be
-    compared with.
+    Test rows are not covered by ε. `trainable` as in `row_losses`: the weights from before the training give
+    the loss to compare with.
     """
     rows = some_rows(settings.validation_size, len(records), settings.seed)
     return (

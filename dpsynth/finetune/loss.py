@@ -82,9 +82,9 @@ def unit_loss(model, trainable, frozen, tokens, prompt_length, total_length) -> 
 def rows_of_units(units, most: int, seed: int) -> np.ndarray:
     """int64[number of units, most]: the rows of each unit, filled up with -1.
 
-    Which rows of a unit take part depends on the seed and on how many it has, never on another unit; nor does
-    the shape, or one unit with more rows would change how all others are computed. `units` is int64[n], as
-    `Records.units`.
+    Which rows of a unit take part depends on the seed and on how many it has, never on another unit. The
+    shape does not depend on other units either: one unit with more rows would change how all others are
+    computed. `units` is int64[n], as `Records.units`.
     """
     order = np.argsort(units, kind="stable")
     if most == 1 and units[order[-1]] + 1 == len(units):

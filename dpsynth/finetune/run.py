@@ -23,9 +23,9 @@ from .loop import held_out_loss, self_check, some_rows, tokenize, train
 from .loss import rows_of_units
 from .prepare import computation, prepare_with_hash
 from .trainer import Trainer
-from ..formats import Format, make_format
+from ..formats import Format
 from ..ledger import accesses_event
-from ..manifest import checked_fit, file_hash, standing, write_release
+from ..manifest import checked_fit, standing, write_release
 from ..models import LanguageModel, base_name, check_spelling, load_adapter, save_adapter, tuning_mode
 from dpsynth.privacy import (
     Mechanism,
@@ -37,7 +37,7 @@ from dpsynth.privacy import (
     run_identity,
 )
 from ..settings import PrivacyError, Settings, SettingsError, result_settings
-from ..state import State
+from ..state import State, file_hash
 
 # %% ../../nbs/07_finetune/08_run.ipynb #9e288208
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Training:
     @property
     def format(self) -> Format:
         """How a row is written."""
-        return make_format(self.settings)
+        return self.run.format
 
 # %% ../../nbs/07_finetune/08_run.ipynb #33b2d3c9
 def prepare_training(run, splits) -> Training:

@@ -7,7 +7,6 @@ __all__ = ['sample_model', 'Prompted']
 
 # %% ../../nbs/09_generators/03_prompted.ipynb #a1511ef1
 from ..data import Splits
-from ..formats import make_format
 from .generator import Generator
 from ..manifest import statement_of
 from ..models import LanguageModel, base_name, load_model
@@ -16,8 +15,8 @@ from ..sampling import sample_to_file
 # %% ../../nbs/09_generators/03_prompted.ipynb #47636402
 def sample_model(model: LanguageModel, run) -> dict:
     """Sample the rows of a `Run` from its model into `release/`; returns what `sample_to_file` does."""
-    folder, fmt = run.rows_file.parent, make_format(run.settings)
-    return sample_to_file(model, run.with_prior(), fmt, folder, statement=statement_of(folder))
+    folder = run.rows_file.parent
+    return sample_to_file(model, run.with_prior(), run.format, folder, statement=statement_of(folder))
 
 
 class Prompted(Generator):

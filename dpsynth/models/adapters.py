@@ -75,7 +75,7 @@ def factored_lora_call(layer):
 
 
 def adapters_apart(model):
-    """Inside, layers with an adapter compute it as `factored_lora_call` does, where the result is the same."""
+    """Inside, layers with an adapter compute it as `factored_lora_call` does, where that is the same."""
     return called_as(list(filter(takes_factored_lora, adapted_layers(model))), factored_lora_call)
 
 # %% ../../nbs/06_models/05_adapters.ipynb #87be6f53

@@ -7,10 +7,12 @@ __all__ = ['read_rows', 'mark_not_private', 'Run']
 
 # %% ../../nbs/13_runs/05_run.ipynb #25fea1ac
 import dataclasses
+import functools
 import json
 import pathlib
 
 from ..files import write_text
+from ..formats import Format, make_format
 from ..ledger import RUNS_LEDGER, Ledger, release_id
 from ..manifest import check_listed, checked_fit, statement_of, way_back
 from ..privacy import load_secret, stored_run
@@ -81,6 +83,11 @@ class Run:
         """Where the rows of the run are: released, or private where they are real."""
         place = self.private_folder if self.settings.kind.real else self.release_folder
         return place / "synthetic.jsonl"
+
+    @functools.cached_property
+    def format(self) -> Format:
+        """How a row of the run is written as text, and read back."""
+        return make_format(self.settings)
 
     def prepare(self, device: str = "") -> pathlib.Path:
         """Make the folder and write the settings, as `prepare_folder`."""

@@ -16,7 +16,6 @@ import jax
 from ..data import Splits, load
 from ..evaluation import evaluate, private_folder
 from ..files import move, write_private
-from ..formats import make_format
 from ..generators import Generator, make_generator, reference_rows
 from ..manifest import add_to_manifest, entry, manifest_of, read_sealed, statement_of
 from ..models import check_environment
@@ -125,7 +124,7 @@ def sample_again(run: Run, rows: int, seed: int) -> pathlib.Path:
         if begun.get("num_samples") != rows:
             shutil.rmtree(scratch)  # an interrupted call for another number of rows
     scratch.mkdir(exist_ok=True)
-    sample_to_file(model, again, make_format(again), scratch, statement=belongs_to)
+    sample_to_file(model, again, run.format, scratch, statement=belongs_to)
     made = {target.name: entry(scratch / "synthetic.jsonl", rows=rows, seed=seed)}
     add_to_manifest(manifest_of(target), belongs_to, made)
     move(scratch / "synthetic.jsonl", target)

@@ -50,7 +50,7 @@ def whole_lines(path) -> list[tuple[int, int]]:
 
 
 def _index(line):
-    """The index of a row, from its line; None where that is no whole row."""
+    """The index of a row, from its line; None where the line is not a whole row."""
     try:
         row = json.loads(line) if line.endswith(b"}\n") else None
     except ValueError:
@@ -159,12 +159,12 @@ def open_state(files, settings, model) -> dict:
                 "restore the setting or use another folder"
             )
     if state["weights"] != fresh["weights"]:
-        raise DataError(f"{files.state}: begun with other weights of the model; use another folder")
+        raise DataError(f"{files.state}: begun with other model weights; use another folder")
     return state
 
 # %% ../../nbs/08_sampling/04_rows.ipynb #9ed404c6
 def resume(files, state, edges) -> None:
-    """Cut state and files back to the last block before which all are as they were written."""
+    """Cut state and files back to the blocks that are as they were written."""
     parts = zip(*(read_blocks(path, edges) for path in files.parts))
     whole = [block_hash(part) == block["sha256"] for part, block in zip(parts, state["blocks"])]
     kept = [*whole, False].index(False)
