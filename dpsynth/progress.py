@@ -18,7 +18,7 @@ TICK = 10.0  # seconds between two looks at how far a stage is
 GRAIN = 8  # updates that each told step covers at least
 
 
-def told(done, total, begun=0, grain=GRAIN):
+def told(done: int, total: int, begun: int = 0, grain: int = GRAIN) -> int:
     """How many of `total` steps are told of when `done` are, in an attempt that began with `begun` of
     them.
     """
@@ -28,7 +28,7 @@ def told(done, total, begun=0, grain=GRAIN):
     return step if step >= begun + grain else min(step, begun // grain * grain)
 
 # %% ../nbs/05b_progress.ipynb #aa4e38c1
-def in_words(seconds):
+def in_words(seconds: float) -> str:
     """A length of time as people say it, with two digits at most: `50 s`, `12 minutes`, `3.5 hours`."""
     if seconds < 95:
         return f"{max(10, round(seconds, -1)):.0f} s"
@@ -37,7 +37,7 @@ def in_words(seconds):
     return f"{seconds / 3600:.2g} hours"
 
 
-def progress_line(state):
+def progress_line(state: dict) -> str:
     """What is known of a stage, a dict as `Progress.look` gives it, in a line."""
     count = [f"{state['done']:,} of {state['total']:,} {state['unit']}"] if "total" in state else []
     left = [f"about {in_words(state['left'])} left"] if state.get("left") is not None else []
@@ -48,23 +48,22 @@ def now():
     """The time as text, in UTC."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
-# %% ../nbs/05b_progress.ipynb #7720dff9
+# %% ../nbs/05b_progress.ipynb #590d2d58
 MINUTE = 60.0  # seconds between two lines where there is no terminal
-REPORT = contextvars.ContextVar(
-    "REPORT", default=None
-)  # a function that is told of the stage that runs, or None
+# a function that is told of the stage that runs, or None
+REPORT = contextvars.ContextVar("REPORT", default=None)
 
 
-def is_live(stream):
+def is_live(stream) -> bool:
     """Whether a line on a stream can be written over: a terminal, or a notebook."""
     return stream.isatty() or hasattr(stream, "pub_thread")
 
 
-def live_line(text):
+def live_line(text: str) -> str:
     """A text that takes the place of the line that is there."""
     return "\r\x1b[K" + text[: max(20, shutil.get_terminal_size().columns - 1)]
 
-
+# %% ../nbs/05b_progress.ipynb #c5ffa970
 class Progress:
     """Counts the steps of a stage, and tells how far it is at fixed times; to be used as a context.
 
