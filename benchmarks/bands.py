@@ -20,7 +20,7 @@ import numpy as np
 
 from dpsynth.data import TokenStore, load
 from dpsynth.finetune import Trainer, prepare_model, row_losses, tokenize
-from dpsynth.formats import TextFormat
+from dpsynth.formats import make_format
 from dpsynth.privacy import Randomness, make_mechanism
 from dpsynth.settings import Settings
 
@@ -47,7 +47,7 @@ def held_out(settings, splits, store, seed):
     """Held-out loss after one private training, and the number of bands it had."""
     model, fmt = (
         prepare_model(settings.model_copy(update={"seed": seed})),
-        TextFormat(settings.prompt, settings.labels),
+        make_format(settings),
     )
     mechanism = make_mechanism(settings, len(store))
     trainer = Trainer(model, store, settings, mechanism, Randomness(os.urandom(32), f"bands {seed}"))
@@ -136,7 +136,7 @@ def main():
         tokenize(
             model,
             splits.train,
-            TextFormat(settings.prompt, settings.labels),
+            make_format(settings),
             pathlib.Path(folder) / "tokens",
             settings.sequence_length,
         )

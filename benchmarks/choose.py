@@ -21,7 +21,7 @@ import pandas as pd
 
 from dpsynth.data import Records, TokenStore
 from dpsynth.finetune import Trainer, prepare_model, row_losses, tokenize
-from dpsynth.formats import TextFormat
+from dpsynth.formats import make_format
 from dpsynth.privacy import Randomness, make_mechanism
 from dpsynth.settings import Settings
 
@@ -104,7 +104,7 @@ def attempt(args, name, train, test, folder):
         target_epsilon=float("inf"),
         noise_multiplier=long.noise_multiplier * args.try_batch / args.batch,
     )
-    model, fmt = prepare_model(settings), TextFormat(settings.prompt, settings.labels)
+    model, fmt = prepare_model(settings), make_format(settings)
     if not (folder / "tokens").exists():
         tokenize(model, train, fmt, folder / "tokens", settings.sequence_length)
     trainer = Trainer(model, TokenStore(folder / "tokens"), settings, short, Randomness(b"0" * 32, "choose"))

@@ -27,10 +27,11 @@ import time
 
 import numpy as np
 
+from dpsynth.backend import cache_folder
 from dpsynth.demo import reviews
 from dpsynth.export import TARGETS, export_run, hugging_face_name, write_transformers
 from dpsynth.finetune import prepare_model
-from dpsynth.imports import cache_folder, import_gguf
+from dpsynth.imports import import_gguf
 from dpsynth.manifest import write_release
 from dpsynth.models import adapted_layers, base_name, load_model, save_adapter
 from dpsynth.runs import prepare_folder

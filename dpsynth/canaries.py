@@ -21,9 +21,8 @@ MIN_VOCABULARY = 100
 
 def _vocabulary(texts):
     """Distinct plain words of the texts, sorted."""
-    words = sorted(
-        {word for text in texts for word in text.split() if word.isalpha() and 3 <= len(word) <= 12}
-    )
+    words = (word for text in texts for word in text.split())
+    words = sorted({word for word in words if word.isalpha() and 3 <= len(word) <= 12})
     if len(words) < MIN_VOCABULARY:
         raise DataError(
             f"canaries: the public texts have {len(words)} distinct words; {MIN_VOCABULARY} are needed for a"
@@ -31,8 +30,10 @@ def _vocabulary(texts):
         )
     return np.array(words, dtype=object)
 
-
-def make_canaries(count, public, *, seed=0, prefix_words=12, suffix_words=8):
+# %% ../nbs/05a_canaries.ipynb #c467c113
+def make_canaries(
+    count: int, public, *, seed: int = 0, prefix_words: int = 12, suffix_words: int = 8
+) -> list[str] | Records:
     """Distinct texts that begin like a public text and end in random words.
 
     Args:
@@ -51,21 +52,15 @@ def make_canaries(count, public, *, seed=0, prefix_words=12, suffix_words=8):
     vocabulary, rng = _vocabulary(texts), np.random.default_rng(seed)
     rows = rng.choice(len(texts), count, replace=count > len(texts))
     suffixes = (" ".join(rng.choice(vocabulary, suffix_words)) for _ in rows)
-    canaries = [
-        " ".join(texts[row].split()[:prefix_words]) + " " + suffix for row, suffix in zip(rows, suffixes)
-    ]
+    prefixes = (" ".join(texts[row].split()[:prefix_words]) for row in rows)
+    canaries = [f"{prefix} {suffix}" for prefix, suffix in zip(prefixes, suffixes)]
     if len(set(canaries)) < count:
         raise DataError("canaries: two are equal; use more public texts or a longer suffix")
     if not isinstance(public, Records):
         return canaries
     frame = public.frame.iloc[rows].reset_index(drop=True).assign(text=canaries)
-    return dataclasses.replace(
-        public,
-        frame=frame,
-        name="canaries",
-        source={"kind": "canaries", "from": public.name, "rows": count},
-        places=None,
-    )
+    source = {"kind": "canaries", "from": public.name, "rows": count}
+    return dataclasses.replace(public, frame=frame, name="canaries", source=source, places=None)
 
 # %% ../nbs/05a_canaries.ipynb #840531bd
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -86,13 +81,9 @@ class CanaryCoins:
 
     @classmethod
     def flip(cls, count, folder, randomness):
-        """The coins of a run in its private folder, thrown on first use: file `canary_coins`, sealed.
+        """The coins of a run in its private folder, thrown on first use by its `randomness` and sealed.
 
-        Args:
-            randomness: the run's `Randomness`, which decides them.
-
-        Raises:
-            PrivacyError: the folder holds damaged coins, or those of another run or number of canaries.
+        Raises PrivacyError: the folder has damaged coins, or those of another run or number of canaries.
         """
         if not count:
             return cls(np.zeros(0, bool))
@@ -104,10 +95,7 @@ class CanaryCoins:
 
     @classmethod
     def read(cls, count, state):
-        """The coins that a run was made with, from its `State`.
-
-        Raises PrivacyError, as `flip`, and where there are none.
-        """
+        """The coins of a run, from its `State`. Raises PrivacyError as `flip`, and where there are none."""
         stored = state.read("canary_coins").decode("ascii")
         if len(stored) != count or set(stored) - {"0", "1"}:
             raise PrivacyError(
@@ -117,7 +105,14 @@ class CanaryCoins:
         return cls(np.array([bit == "1" for bit in stored]))
 
 # %% ../nbs/05a_canaries.ipynb #52c1b83d
-def canary_records(settings, records):
+def _public_texts(settings):
+    """Texts whose beginnings canaries have: those of the file `canary_texts`, else invented film reviews."""
+    if settings.canary_texts:
+        return other_texts(settings, "canary_texts")
+    return [row["text"] for row in reviews(max(500, settings.canaries), seed=settings.seed + 1)]
+
+# %% ../nbs/05a_canaries.ipynb #cdf8bccf
+def canary_records(settings, records) -> Records:
     """`Records` of all canaries of a run, with the columns of `records`; each is a unit of its own.
 
     Raises DataError.
@@ -133,22 +128,10 @@ def canary_records(settings, records):
         records, frame=frame, name="canaries", source={"kind": "canaries"}, places=None
     )
 
-
-def _public_texts(settings):
-    """The texts whose beginnings canaries have: those of the file `canary_texts`, else invented film
-    reviews.
-    """
-    if settings.canary_texts:
-        return other_texts(settings, "canary_texts")
-    return [row["text"] for row in reviews(max(500, settings.canaries), seed=settings.seed + 1)]
-
-
-def with_canaries(settings, records, included):
-    """The rows of a run with its canaries behind them: those of `canary_records` that are `included`,
-    `canary_copies` times each.
-    """
+# %% ../nbs/05a_canaries.ipynb #71571007
+def with_canaries(settings, records, included) -> Records:
+    """The rows of a run and, behind them, the canaries that are `included`, `canary_copies` times each."""
     canaries = canary_records(settings, records)
     chosen = canaries.frame.iloc[np.repeat(np.flatnonzero(included), settings.canary_copies)]
-    return dataclasses.replace(
-        records, frame=pd.concat([records.frame, chosen], ignore_index=True), places=None
-    )
+    frame = pd.concat([records.frame, chosen], ignore_index=True)
+    return dataclasses.replace(records, frame=frame, places=None)

@@ -18,17 +18,15 @@ from numbers import Integral
 from .certificate import read_certificate
 from .data import Records, as_frame, as_lines, from_frame, left_out, load, refuse_left_out
 from .evaluation import evaluate
-from .finetune import finetune_run, with_prior
-from .formats import TextFormat
 from .manifest import statement_of
 from .models import check_environment
 from .runs.budget import announce, warn_of_untold
-from .runs.stages import guarantee, load_generator, load_stage
+from .runs.run import Run
+from .runs.stages import fit_stage, load_generator, load_stage
 from .runs.surveys import survey
 
 from .files import write_private
 from .runs.folder import locked, read_json, read_settings
-from .runs.metrics import record, timed
 from .sampling import sample_to_file
 from .settings import EXPERIMENT, UNDECIDED, DataError, Settings, SettingsError, make_settings, resolve
 from .evaluation.usefulness import utility_verdict
@@ -43,7 +41,7 @@ def changed(settings: Settings, **changes) -> Settings:
 
 def _check(settings, chooses_batch):
     """Raise SettingsError for settings that a Synthesizer cannot work with."""
-    if settings.generator != "finetune":
+    if not (settings.kind.fits and settings.kind.uses_model):
         raise SettingsError(
             f"setting generator: a Synthesizer fine-tunes, it cannot {settings.generator}; "
             "use `dpsynth run` with a configuration for that"
@@ -119,6 +117,14 @@ def _warn_of_cut(share, settings):
             stacklevel=2,
         )
 
+# %% ../nbs/13c_synthesizer.ipynb #c89b7059
+def _prepare(run, splits, data):
+    """Make the run folder. Raises where the run cannot work."""
+    survey(run.settings, load=lambda _: splits)
+    load_stage(run, splits)
+    if isinstance(data, pd.DataFrame):
+        write_private(run.settings.data, as_lines(data, run.settings))
+
 # %% ../nbs/13c_synthesizer.ipynb #fda06e02
 @contextlib.contextmanager
 def _place_of_rows(folder):
@@ -174,7 +180,7 @@ class Synthesizer:
         Raises SettingsError.
         """
         synthesizer = cls(folder, **read_settings(folder).model_dump())
-        synthesizer._model = load_generator(synthesizer.settings, folder)
+        synthesizer._model = load_generator(Run(synthesizer.settings, folder)).model
         return synthesizer
 
     def fit(self, data, name=None, progress=True):
@@ -205,15 +211,14 @@ class Synthesizer:
         batch = self._batch_size(splits.train.public_units)
         settings = changed(self.settings, data=self._place(data), batch_size=batch)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder):
-            if not (self.folder / "private" / "identity.json").exists():  # no run has begun here
-                self._prepare(settings, splits, data)
-            announce(settings, splits.train, self.folder)
-            with timed(self.folder, "fit"):
-                model, figures = finetune_run(settings, splits, self.folder, progress)
-            record(self.folder, **figures, **guarantee(self.folder))
-        warn_of_untold(settings, self.folder)
-        self.settings, self._splits, self._model = settings, splits, model
+        run = Run(settings, self.folder)
+        with run.locked():
+            if not (run.private_folder / "identity.json").exists():  # no run has begun here
+                _prepare(run, splits, data)
+            announce(run, splits.train)
+            generator = fit_stage(run, splits, progress)
+        warn_of_untold(run)
+        self.settings, self._splits, self._model = settings, splits, generator.model
         return self
 
     def sample(self, num_rows, seed=None, label=None, progress=True):
@@ -239,18 +244,18 @@ class Synthesizer:
         model, seed = self._fitted(), self.settings.seed if seed is None else seed
         if not isinstance(num_rows, Integral) or num_rows < 1:
             raise SettingsError(f"sample: {num_rows!r} rows were asked for; give a whole number, at least 1")
-        settings = with_prior(changed(self.settings, seed=seed), self.folder).model_copy(
+        run = Run(changed(self.settings, seed=seed), self.folder)
+        settings = run.with_prior().model_copy(
             update={"num_samples": int(num_rows), **_only(self.settings, label)}
         )
         name = f"sample-{seed}-{num_rows}" + (
             "" if label is None else f"-label{settings.labels.index(label)}"
         )
         with _place_of_rows(self.folder / "release" / name) as folder:
-            fmt = TextFormat(settings.prompt, settings.labels)
-            belongs_to = statement_of(self.folder / "release")
-            cut = sample_to_file(model, settings, fmt, folder, progress, statement=belongs_to)["unfinished"]
+            belongs_to = statement_of(run.release_folder)
+            figures = sample_to_file(model, settings, run.format, folder, progress, statement=belongs_to)
             made = pd.read_parquet(folder / "synthetic.parquet")
-        _warn_of_cut(cut, settings)
+        _warn_of_cut(figures["unfinished"], settings)
         names = _columns(self.settings)
         return made[[name for name in names if name in made]].rename(columns=names)
 
@@ -315,15 +320,6 @@ class Synthesizer:
             if self._chooses_batch
             else self.settings.batch_size
         )
-
-    def _prepare(self, settings, splits, data):
-        """Make the run folder, with all that a later reading of it needs; raises before anything is charged
-        if the run cannot work.
-        """
-        survey(settings, load=lambda _: splits)
-        load_stage(settings, self.folder, splits)
-        if isinstance(data, pd.DataFrame):
-            write_private(settings.data, as_lines(data, settings))
 
     def _reference(self, reference):
         """`Records` to compare with."""

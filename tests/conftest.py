@@ -109,9 +109,10 @@ def run(tmp_path_factory):
     from parts import RUN, splits
 
     from dpsynth.finetune import finetune_run
+    from dpsynth.runs.run import Run
 
     folder = tmp_path_factory.mktemp("runs") / "dp"
-    finetune_run(RUN, splits(), folder, progress=False)
+    finetune_run(Run(RUN, folder), splits(), progress=False)
     return folder
 
 
@@ -122,11 +123,11 @@ def caught(monkeypatch):
 
     found = types.SimpleNamespace()
 
-    def pretend(settings, splits, folder, progress):
-        found.__dict__.update(settings=settings, splits=splits)
-        return "model", {}
+    def pretend(run, splits, progress):
+        found.__dict__.update(settings=run.settings, splits=splits)
+        return types.SimpleNamespace(model="model")
 
-    monkeypatch.setattr(module, "finetune_run", pretend)
+    monkeypatch.setattr(module, "fit_stage", pretend)
     monkeypatch.setattr(module, "survey", lambda settings, load: None)
     monkeypatch.setattr(module, "announce", lambda *run: None)
     return found

@@ -1004,7 +1004,7 @@ def test_a_folder_without_its_identity_is_bound_to_no_run(tmp_path):
     folder = tmp_path / "run" / "private"
     with pytest.raises(
         PrivacyError,
-        match=f"^{folder}: of a finished run, and private/identity.json, which says by which, is missing",
+        match=f"^{folder}: of a finished run, and private/identity.json is missing, which says which run it was",
     ):
         privacy.bind_run(folder, IDENTITY, finished=True)
     with pytest.raises(

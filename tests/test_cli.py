@@ -21,6 +21,7 @@ from dpsynth import __version__, demo
 from dpsynth.privacy import stored_run
 from dpsynth.manifest import add_to_manifest, entry
 from dpsynth.runs import locked, prepare_folder, read_json, read_status, record, write_status
+from dpsynth.runs.run import Run
 from dpsynth.settings import DpsynthError, ModelError, Settings
 
 LABELS = ["negative", "positive"]
@@ -193,13 +194,13 @@ def test_scores_stay_until_there_are_new_ones(tmp_path, monkeypatch, failure):
 
     monkeypatch.setattr(stages, "evaluate", evaluate)
     with pytest.raises(DpsynthError):
-        stages.evaluate_stage(settings, folder, SimpleNamespace(test=None))
+        stages.evaluate_stage(Run(settings, folder), SimpleNamespace(test=None))
     kept = lambda: {
         k: v for k, v in read_json(folder / "metrics.json").items() if not k.startswith("seconds")
     }
     assert kept() == {"steps": 5, "mauve_mean": 0.8, "mauve2_mean": 0.9, "warnings": ["small"]}
     monkeypatch.setattr(stages, "evaluate", lambda *arguments: {"mauve_mean": 0.7})
-    stages.evaluate_stage(settings, folder, SimpleNamespace(test=None))
+    stages.evaluate_stage(Run(settings, folder), SimpleNamespace(test=None))
     assert kept() == {"steps": 5, "mauve_mean": 0.7}
 
 
@@ -360,7 +361,7 @@ def unreachable(monkeypatch):
     """Every preset but the bundled one is out of reach."""
     from dpsynth import models
 
-    load = models._from_preset
+    load = models.loading.from_preset
 
     def from_preset(kind, name, **options):
         if name != "tiny":
@@ -369,7 +370,7 @@ def unreachable(monkeypatch):
             )
         return load(kind, name, **options)
 
-    monkeypatch.setattr(models, "_from_preset", from_preset)
+    monkeypatch.setattr(models.loading, "from_preset", from_preset)
     models.load_tokenizer.cache_clear()
 
 
@@ -397,7 +398,7 @@ def test_check_recommends_a_model_for_rows_of_ones_own_and_fetches_none(dpsynth,
     from dpsynth import imports
     from dpsynth.runs import surveys
 
-    monkeypatch.setattr(imports, "_package_folder", lambda package: None)
+    monkeypatch.setattr(imports.packages, "_package_folder", lambda package: None)
     surveyed, survey = [], surveys.survey
     monkeypatch.setattr(
         surveys,
@@ -428,7 +429,7 @@ def test_check_measures_the_recommended_model_where_it_is_installed(dpsynth, own
     from dpsynth import cli, imports, models
     from dpsynth.runs import cost as costs
 
-    monkeypatch.setattr(models, "packaged_preset", lambda name: None)
+    monkeypatch.setattr(models.presets, "packaged_preset", lambda name: None)
     monkeypatch.setattr(cli.checking, "BETTER", {**cli.BETTER, "model": MICRO, "vocabulary": "full"})
     monkeypatch.setattr(imports, "packaged", lambda name: (None, "") if name == MICRO else None)
     measured = []

@@ -514,7 +514,7 @@ def test_one_more_unit_moves_no_other_where_their_number_is_private(unit):
     message_of = message(
         None, lambda _: from_frame(groups(*[2] * 10), settings.model_copy(update={"train_size": 5}))
     )
-    assert message_of.startswith("train_size: to choose that many units takes their exact number")
+    assert message_of.startswith("train_size: choosing that many units needs their exact number")
 
 
 def test_the_public_number_of_units_does_not_depend_on_what_rows_say():

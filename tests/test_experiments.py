@@ -51,6 +51,7 @@ from dpsynth.runs import (
     timed,
     write_status,
 )
+from dpsynth.runs.run import Run
 from dpsynth.settings import (
     DataError,
     PrivacyError,
@@ -125,7 +126,7 @@ def test_every_value_arrives_as_it_is(template, tmp_path):
             "data": "a=b,c.csv",
         }
     )
-    assert execute(settings, tmp_path / "runs{0}" / "hard") == ("done", "")
+    assert execute(Run(settings, tmp_path / "runs{0}" / "hard")) == ("done", "")
     executable, cwd, seen = read_json(tmp_path / "runs{0}" / "hard" / "seen.json")
     assert seen == {n: repr(v) for n, v in settings.model_dump().items()}
     assert executable == sys.executable and cwd == os.getcwd()
@@ -133,7 +134,7 @@ def test_every_value_arrives_as_it_is(template, tmp_path):
 
 def test_executed_notebook_keeps_no_progress(template, tmp_path):
     template("print('shown')")
-    execute(Settings(experiment="e"), tmp_path / "e")
+    execute(Run(Settings(experiment="e"), tmp_path / "e"))
     outputs = [
         o
         for c in nbformat.read(tmp_path / "e" / "notebook.ipynb", 4).cells
@@ -290,7 +291,7 @@ def test_the_kernel_has_the_package_of_its_caller_whatever_lies_in_the_working_d
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise ImportError('the wrong one')")
     monkeypatch.chdir(tmp_path)
-    assert execute(Settings(experiment="e"), tmp_path / "e") == ("done", "")
+    assert execute(Run(Settings(experiment="e"), tmp_path / "e")) == ("done", "")
     assert (tmp_path / "e" / "seen").read_text() == dpsynth.__file__ + "False"
 
 
@@ -498,7 +499,7 @@ def test_a_full_disk_is_a_reason_like_any_other(template, tmp_path, monkeypatch)
     ] * 2
     assert rows == collect(tmp_path / "runs")
     monkeypatch.setattr(runs.execution, "write_status", full)
-    assert execute(Settings(experiment="c"), tmp_path / "c")[0] == "failed"
+    assert execute(Run(Settings(experiment="c"), tmp_path / "c"))[0] == "failed"
 
 
 def test_an_interrupted_run_leaves_no_time_of_an_update(tmp_path, monkeypatch):
@@ -513,7 +514,7 @@ def test_an_interrupted_run_leaves_no_time_of_an_update(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runs.execution.papermill, "execute_notebook", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        execute(Settings(experiment="c"), tmp_path / "c")
+        execute(Run(Settings(experiment="c"), tmp_path / "c"))
     text = (tmp_path / "c" / "notebook.ipynb").read_text()
     assert (
         "fit" in text
@@ -534,7 +535,7 @@ def test_what_only_evaluation_reads_may_change(template, tmp_path):
     write_status(prepare_folder(read_configs([path])[0], folder), "done")
     write_json(folder / "metrics.json", {"mauve_mean": 0.8, "mauve2_mean": 0.9, "steps": 5})
     other = ["second_embedder=", "num_mauve_trials=3", "utility=false"]
-    assert is_done(read_configs([path])[0], folder) and not is_done(read_configs([path], other)[0], folder)
+    assert is_done(Run(read_configs([path])[0], folder)) and not is_done(Run(read_configs([path], other)[0], folder))
     for repeat in range(2):
         assert [r["status"] for r in run_sweep([path], tmp_path / "runs", other, say=lambda line: None)] == ["done"]
         assert (folder / "calls").read_text() == "x" and read_settings(folder) == read_configs([path], other)[

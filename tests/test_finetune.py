@@ -27,6 +27,7 @@ from dpsynth.finetune import (
 )
 from dpsynth.models import LanguageModel, load_model, setup_tuning
 from dpsynth.runs import DATA_SETTINGS
+from dpsynth.runs.run import Run
 from dpsynth.settings import Settings, SettingsError
 
 import jax
@@ -102,7 +103,7 @@ def test_canaries_take_part_as_their_coins_say(tmp_path):
     from dpsynth.privacy import stored_run
 
     settings = RUN.model_copy(update={"canaries": 60})
-    finetune_run(settings, splits(), tmp_path / "dp", progress=False)
+    finetune_run(Run(settings, tmp_path / "dp"), splits(), progress=False)
     certificate = json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())
     private = tmp_path / "dp" / "private"
     included = CanaryCoins.read(60, stored_run(private).state(private)).included
@@ -116,7 +117,7 @@ def test_canaries_take_part_as_their_coins_say(tmp_path):
 def test_prompt_longer_than_the_sequence_is_refused(tmp_path):
     settings = RUN.model_copy(update={"sequence_length": 4})
     with pytest.raises(SettingsError, match="sequence_length"):
-        finetune_run(settings, splits(settings=settings), tmp_path / "dp", progress=False)
+        finetune_run(Run(settings, tmp_path / "dp"), splits(settings=settings), progress=False)
 
 
 def test_full_tuning_refuses_half_precision():
@@ -155,7 +156,7 @@ def test_the_loss_on_a_file_sorted_by_label_is_that_of_both_labels(tmp_path, mon
     )
     rows = pd.DataFrame({"text": [f"row {i}" for i in range(40)], "label": [int(i >= 20) for i in range(40)]})
     settings = RUN.model_copy(update={"validation_size": 8, "epochs": 0.2})
-    finetune_run(settings, from_frame(rows, settings, test=rows), tmp_path / "run", progress=False)
+    finetune_run(Run(settings, tmp_path / "run"), from_frame(rows, settings, test=rows), progress=False)
     assert [set(labels.tolist()) for labels in seen] == 2 * [{0, 1}]  # of the model before and after
 
 

@@ -31,7 +31,6 @@ from dpsynth.imports import (
     packaged_preset,
     provenance,
     read_vocabulary,
-    sha256_of,
 )
 from dpsynth.models import (
     Unreachable,
@@ -43,8 +42,10 @@ from dpsynth.models import (
     preset_hash,
 )
 from dpsynth.privacy import make_mechanism
+from dpsynth.runs.run import Run
 from dpsynth.sampling import sample_stream
 from dpsynth.settings import ModelError, PrivacyError, Settings, make_settings, resolve
+from dpsynth.state import file_hash
 from parts import IMDB, RUN, certified, splits
 from small_gguf import HEAD, Slow, write
 
@@ -231,12 +232,12 @@ def test_another_file_than_was_meant_is_refused(refused, dpsynth, tmp_path):
         "model", "import", file, tmp_path / "m", "--vocabulary-from", tmp_path / "none.txt"
     )
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
-    code, out, _ = dpsynth("model", "import", file, tmp_path / "m", "--sha256", sha256_of(file).upper())
+    code, out, _ = dpsynth("model", "import", file, tmp_path / "m", "--sha256", file_hash(file).upper())
     assert code == 0 and "licence: apache-2.0" in out and (tmp_path / "m").stat().st_mode & 0o777 == 0o755
     assert "is there already" in refused("model", "import", file, tmp_path / "m")
-    assert sha256_of(file) in (tmp_path / "m" / "README.md").read_text()
+    assert file_hash(file) in (tmp_path / "m" / "README.md").read_text()
     stated = base_model(str(tmp_path / "m"), "h")["import"]
-    assert stated and stated["sha256"] == sha256_of(file)
+    assert stated and stated["sha256"] == file_hash(file)
 
 
 def test_facts_of_an_import_that_cannot_be_stated_are_refused_before_anything_is_paid(tmp_path):
@@ -269,7 +270,7 @@ def test_a_llama_with_a_byte_level_tokenizer_is_trained_and_sampled(made, tmp_pa
     settings = RUN.model_copy(
         update={"model": str(place), "sequence_length": 48, "lora_targets": "query,value"}
     )
-    tuned, figures = finetune_run(settings, splits(settings=settings), tmp_path / "run", progress=False)
+    tuned, figures = finetune_run(Run(settings, tmp_path / "run"), splits(settings=settings), progress=False)
     assert figures["steps"] >= 2 and np.isfinite(figures["held_out_loss"])
     rows = list(
         sample_stream(
@@ -307,7 +308,7 @@ def package(tmp_path, monkeypatch):
     monkeypatch.setitem(
         BUNDLES,
         "small",
-        Bundle("small_model", 2, "s.gguf", sha256_of(file), "Subject to the Terms of Small", "TERMS.html"),
+        Bundle("small_model", 2, "s.gguf", file_hash(file), "Subject to the Terms of Small", "TERMS.html"),
     )
     load_tokenizer.cache_clear()
     return file
@@ -340,7 +341,7 @@ def test_what_is_stated_of_a_packaged_model_holds_where_it_is_not_installed(pack
     monkeypatch.setitem(BUNDLES, "gemma3_270m", BUNDLES["small"])
     entry = base_model("gemma3_270m", 64 * "0")
     certificate = certified(make_mechanism(IMDB, 25000), IMDB, entry)
-    monkeypatch.setattr(imports, "_package_folder", lambda package: None)
+    monkeypatch.setattr(imports.packages, "_package_folder", lambda package: None)
     verify(certificate)
     monkeypatch.setitem(BUNDLES, "gemma3_270m", dataclasses.replace(BUNDLES["small"], sha256=64 * "0"))
     with pytest.raises(PrivacyError, match="not the one of this name"):
@@ -360,7 +361,7 @@ def test_check_recommends_fewer_pieces_where_there_is_a_list_of_them(package, dp
     assert "`vocabulary: english` keeps 71,713 of " in line
     assert fewer_pieces(Settings(model="gemma3_270m", vocabulary="english"), 262_144) == []
     assert fewer_pieces(Settings(), 262_144) == []
-    monkeypatch.setattr(imports, "_package_folder", lambda package: None)
+    monkeypatch.setattr(imports.packages, "_package_folder", lambda package: None)
     (line,) = fewer_pieces(Settings(model="gemma3_270m"), 262_144)
     assert "73% fewer scores" in line and "pip install 'dpsynth[gemma]'" in line
 
@@ -377,7 +378,7 @@ def test_a_package_that_is_not_what_was_looked_at_leaves_nothing(package, tmp_pa
 def test_one_process_makes_the_preset_and_the_other_waits(package, tmp_path, monkeypatch):
     times = []
     monkeypatch.setattr(
-        imports, "_make_preset", lambda name, bundle, vocabulary, target: (times.append(name), target.mkdir())
+        imports.packages, "_make_preset", lambda name, bundle, vocabulary, target: (times.append(name), target.mkdir())
     )
     held = (
         tmp_path
@@ -423,7 +424,7 @@ def test_the_list_of_english_pieces_is_numbers_and_for_one_vocabulary(made):
 
 def test_the_vocabulary_is_a_setting_of_one_model(monkeypatch):
     monkeypatch.setattr(
-        imports, "packaged_preset", lambda name: None
+        imports.origin, "packaged_preset", lambda name: None
     )  # where the packages are installed they would be made ready for use
     assert (
         base_name(Settings(model="gemma3_270m", vocabulary="english")) == "gemma3_270m:english"
@@ -442,7 +443,7 @@ def test_the_vocabulary_is_a_setting_of_one_model(monkeypatch):
 
 
 def test_where_the_packages_are_missing_one_line_says_how_to_get_them(monkeypatch):
-    monkeypatch.setattr(imports, "_package_folder", lambda package: None)
+    monkeypatch.setattr(imports.packages, "_package_folder", lambda package: None)
     assert packaged_preset("gemma3_270m") is None and is_remote("gemma3_270m")  # Kaggle has it
     with pytest.raises(ModelError, match=r"english needs the packages of gemma3_270m: pip install"):
         load_model("gemma3_270m:english")

@@ -10,11 +10,13 @@ from parts import MICRO, RUN, mechanism, splits
 from dpsynth import data, runs
 from dpsynth.runs import cost as costs
 from dpsynth.certificate import read_certificate
-from dpsynth.finetune import Account, finetune_run
+from dpsynth.finetune import finetune_run
+from dpsynth.runs import Account
 from dpsynth.ledger import Ledger, was_looked_at
 from dpsynth.runs import (
     advice, attacker_sentence, changed, found_at_most, noise_to_signal, plan_rows, planned
 )
+from dpsynth.runs.run import Run
 from dpsynth.settings import Settings, SettingsError
 
 SHORT = {
@@ -89,8 +91,8 @@ def test_certificates_of_data_that_was_looked_at_say_so(tmp_path):
     for number, looked in enumerate((False, True)):
         folder = tmp_path / str(number) / "dp"
         if looked:
-            Account(RUN, splits().train, "", folder).note_look()
-        finetune_run(RUN.model_copy(update={"validation_size": 0}), splits(), folder, progress=False)
+            Account(Run(RUN, folder), splits().train, "").note_look()
+        finetune_run(Run(RUN.model_copy(update={"validation_size": 0}), folder), splits(), progress=False)
         certificate = read_certificate(folder / "release" / "certificate.json")
         assert ("after a look at the rows" in certificate["hyper_parameters"]) == looked
         assert ("after a look at the rows" in certificate.markdown()) == looked
@@ -98,7 +100,7 @@ def test_certificates_of_data_that_was_looked_at_say_so(tmp_path):
 
 def test_what_an_attacker_finds_is_what_the_certificate_will_say(run):
     certificate = read_certificate(run / "release" / "certificate.json")
-    made = runs.promised_mechanism(RUN, run, splits())
+    made = runs.promised_mechanism(Run(RUN, run), splits())
     (shown,) = re.findall(r"finds at most ([\d.]+)% of the units", certificate.markdown())
     assert f"{found_at_most(made):.1%}" == f"{shown}%" and f"{shown}%" in attacker_sentence(made).replace(
         "100.0%", f"{shown}%"

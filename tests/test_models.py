@@ -21,6 +21,7 @@ from parts import MICRO, SETTINGS, one_layer, trainer
 from dpsynth import finetune, models
 from dpsynth.data import TokenStore
 from dpsynth.models import LanguageModel, load_model, setup_tuning
+from dpsynth.runs.run import Run
 from dpsynth.settings import ModelError, Settings
 
 import jax
@@ -222,7 +223,7 @@ def test_what_is_in_the_cache_needs_no_hub(monkeypatch, tmp_path):
     (cached.parent.parent / "refs").mkdir()
     (cached.parent.parent / "refs" / "main").write_text("1" * 40)
     (cached / "config.json").write_text("{}")
-    monkeypatch.setattr(models, "_refusal", lambda repository: ConnectionError("no network"))
+    monkeypatch.setattr(models.hubs, "_refusal", lambda repository: ConnectionError("no network"))
     monkeypatch.setattr(
         huggingface_hub,
         "snapshot_download",
@@ -261,9 +262,9 @@ def test_computing_again_keeps_less_and_gives_the_same_gradient(micro, store, mo
     plain = trainer(micro, store).gradient_sum(indices)
     seen = []
     monkeypatch.setattr(
-        models.jax,
+        jax,
         "checkpoint",
-        lambda call, checkpoint=models.jax.checkpoint: seen.append(call) or checkpoint(call),
+        lambda call, checkpoint=jax.checkpoint: seen.append(call) or checkpoint(call),
     )
     micro.rematerialize = True
     again = trainer(micro, store).gradient_sum(indices)
@@ -406,8 +407,8 @@ def test_what_is_trained_unless_told_otherwise(model, tuning, mode):
 def test_a_preset_is_read_for_its_hash_once_and_again_where_a_file_changed(tmp_path, monkeypatch):
     for name in ("config.json", "model.weights.h5", "README.md"):
         (tmp_path / name).write_text(name)
-    read, hashed = [], models.sha256_of
-    monkeypatch.setattr(models, "sha256_of", lambda path: read.append(path.name) or hashed(path))
+    read, hashed = [], models.presets.file_hash
+    monkeypatch.setattr(models.presets, "file_hash", lambda path: read.append(path.name) or hashed(path))
     first = models.preset_hash(str(tmp_path))
     assert models.preset_hash(str(tmp_path)) == first and read == ["config.json", "model.weights.h5"]
     (tmp_path / "README.md").write_text("another card")
@@ -421,9 +422,9 @@ def test_a_preset_is_read_for_its_hash_once_and_again_where_a_file_changed(tmp_p
 def test_the_base_model_of_an_audit_is_the_tuned_one_without_its_adapters(monkeypatch):
     from parts import RUN, splits
     from dpsynth.runs import audit_run
-    from dpsynth.formats import TextFormat
+    from dpsynth.formats import make_format
 
-    records, fmt = splits().test, TextFormat(RUN.prompt, RUN.labels)
+    records, fmt = splits().test, make_format(RUN)
     base = finetune.row_losses(load_model(MICRO, seed=RUN.seed), records, fmt, RUN)
     tuned = finetune.prepare_model(RUN)
     tuned.assign([a + 0.5 for a in tuned.trainable])
@@ -481,10 +482,10 @@ def test_kept_programs_hold_no_row(programs, tmp_path):
     kept = []
     for name, text in (("one", "row 0 was bad"), ("two", "now 7 can sad")):
         rows, folder = splits(text), tmp_path / name
-        load_stage(settings, folder, rows)
-        model = fit_stage(settings, folder, rows)
-        sample_stage(settings, folder, rows, model)
-        evaluate_stage(settings, folder, rows)
+        load_stage(Run(settings, folder), rows)
+        model = fit_stage(Run(settings, folder), rows)
+        sample_stage(Run(settings, folder), rows, model)
+        evaluate_stage(Run(settings, folder), rows)
         kept.append({path.name for path in programs.iterdir() if path.name.endswith("-cache")})
     assert any("accumulate" in name for name in kept[0]) and any("look" in name for name in kept[0])
     assert kept[0] == kept[1], kept[1] - kept[0]

@@ -3,10 +3,10 @@
 import pytest
 
 from parts import RUN, splits
-from dpsynth import finetune, models, runs
+from dpsynth import finetune, generators, models, runs
 from dpsynth.runs import memory
 from dpsynth.finetune import make_plain_sum, make_private_sum
-from dpsynth.formats import TextFormat
+from dpsynth.formats import make_format
 from dpsynth.models import LanguageModel, Unreachable, by_shapes, load_model, setup_tuning
 from dpsynth.privacy import Mechanism, Randomness, Session
 from dpsynth.settings import ModelError, Settings, SettingsError
@@ -38,8 +38,8 @@ def test_a_model_that_cannot_be_sampled_is_refused_before_it_is_paid_for(monkeyp
 @pytest.fixture
 def no_network(monkeypatch):
     monkeypatch.setattr("dpsynth.evaluation.embedders._require", lambda *names: None)
-    monkeypatch.setattr(models, "in_hub_cache", lambda repository: False)
-    monkeypatch.setattr(models, "_refusal", lambda repository: ConnectionError("Name or service not known"))
+    monkeypatch.setattr(models.hubs, "in_hub_cache", lambda repository: False)
+    monkeypatch.setattr(models.hubs, "_refusal", lambda repository: ConnectionError("Name or service not known"))
 
 
 def test_training_rows_are_not_sent_to_a_service_unasked():
@@ -156,13 +156,13 @@ def test_sampling_counts_the_cache_of_each_row():
 
 
 def test_real_rows_are_cut_where_generated_ones_would_be():
-    tokenizer, fmt = models.load_tokenizer(models.base_name(RUN)), TextFormat(RUN.prompt, RUN.labels)
+    tokenizer, fmt = models.load_tokenizer(models.base_name(RUN)), make_format(RUN)
     prompts = [1 + len(tokenizer([prompt])[0]) for prompt in fmt.prompts]
     settings = RUN.model_copy(
         update={"generator": "real_train", "num_samples": 40, "sequence_length": max(prompts) + 3}
     )
     whole, cut = (
-        runs.real_rows(settings.model_copy(update={"cut_real_rows": wanted}), splits(settings=settings))
+        generators.real_rows(settings.model_copy(update={"cut_real_rows": wanted}), splits(settings=settings))
         for wanted in (False, True)
     )
     lengths = np.array([len(tokenizer([text])[0]) for text in cut.texts])

@@ -20,6 +20,7 @@ from dpsynth import audit, canaries, words
 from dpsynth.data import Records, TokenStore, from_frame
 from dpsynth.demo import reviews
 from dpsynth.privacy import Mechanism, Randomness, Session, stored_run
+from dpsynth.runs.run import Run
 from dpsynth.settings import DataError, PrivacyError, Settings, SettingsError
 
 
@@ -590,7 +591,7 @@ def test_times_with_zones_and_categories_with_numbers_have_one_form():
         (
             "pay",
             lambda rows: [f"{int(pay):,}" for pay in rows["pay"]],
-            "column pay: 150 of 150 values in {} are no numbers, as all in train are",
+            "column pay: 150 of 150 values in {} are not numbers, as all in train are",
         ),
         (
             "pay",
@@ -600,23 +601,23 @@ def test_times_with_zones_and_categories_with_numbers_have_one_form():
         (
             "pay",
             lambda rows: pd.to_datetime(rows["day"]),
-            "column pay: 150 of 150 values in {} are no numbers",
+            "column pay: 150 of 150 values in {} are not numbers",
         ),
         (
             "day",
             lambda rows: pd.to_datetime(rows["day"]).dt.strftime("%d/%m/%Y"),
-            "day: 150 of 150 values in {} are no dates such as 2024-01-31",
+            "day: 150 of 150 values in {} are not dates such as 2024-01-31",
         ),
-        ("day", lambda rows: range(150), "column day: 150 of 150 values in {} are no dates"),
+        ("day", lambda rows: range(150), "column day: 150 of 150 values in {} are not dates"),
         (
             "town",
             lambda rows: range(150),
-            "column town: 150 of 150 values in train are no numbers, as all in {} are",
+            "column town: 150 of 150 values in train are not numbers, as all in {} are",
         ),
         (
             "town",
             lambda rows: pd.to_datetime(rows["day"]),
-            "column town: 150 of 150 values in train are no dates such as 2024-01-31, as all in {} are",
+            "column town: 150 of 150 values in train are not dates such as 2024-01-31, as all in {} are",
         ),
     ],
 )
@@ -773,7 +774,7 @@ def test_the_command_prints_writes_and_returns_the_verdict(tmp_path, tables, cap
     assert "FAIL verbatim rows" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("place, why", [("none/a.json", "no folder there"), ("", "is a folder")])
+@pytest.mark.parametrize("place, why", [("none/a.json", "its folder does not exist"), ("", "is a folder")])
 def test_where_the_report_cannot_be_written_no_attack_is_made(tmp_path, tables, monkeypatch, place, why):
     monkeypatch.setattr(audit.report, "audit_files", None)
     with pytest.raises(DataError, match=why):
@@ -1266,7 +1267,8 @@ def test_the_chances_of_a_false_alarm_add_up_to_what_is_said():
 )
 def test_the_certificate_says_what_refutes_it_and_nothing_of_the_rows(finished, changes, refuted):
     from dpsynth.certificate import verify
-    from dpsynth.runs import Findings, _certify
+    from dpsynth.runs import Findings
+    from dpsynth.runs.audit_run import _certify
 
     claim = {**CLAIM, "epsilon": 1.0}
     _certify(
@@ -1306,7 +1308,7 @@ def tuned(run):
     """The model of the finished run."""
     from dpsynth.runs import load_generator
 
-    return load_generator(RUN, run)
+    return load_generator(Run(RUN, run)).model
 
 
 @pytest.fixture
@@ -1322,7 +1324,7 @@ def sensitive(monkeypatch):
 def test_a_finished_run_keeps_its_promises(finished, tuned):
     from dpsynth import runs
 
-    found = runs.audit_stage(RUN, finished, splits(), tuned)
+    found = runs.audit_stage(Run(RUN, finished), splits(), tuned)
     assert found.replay.passed and found.verdict == "cannot tell", str(
         found
     )  # no canaries, and no row was kept out
@@ -1341,7 +1343,7 @@ def test_a_finished_run_keeps_its_promises(finished, tuned):
     ]
     assert len(names) == 17 and "noise recorded by the training, over the promised one" in names
     assert "largest move of the sum by one unit, over the sensitivity" in names
-    told, promised = certified(finished), runs.promised_mechanism(RUN, finished, splits())
+    told, promised = certified(finished), runs.promised_mechanism(Run(RUN, finished), splits())
     assert promised.describe() == told["mechanism"] and (promised.num_units, promised.delta) == (
         told["num_units"],
         told["delta"],
@@ -1379,7 +1381,7 @@ def test_a_run_whose_training_recorded_something_else_fails(finished, sensitive,
 
     state = stored_run(finished / "private").state(finished / "private")
     state.write("checks.json", json.dumps(change(state.read_json("checks.json"))))
-    found = audit_stage(RUN, finished, splits(), None)
+    found = audit_stage(Run(RUN, finished), splits(), None)
     assert found.verdict == "fails" and says in str(found) and certified(finished)["audit"]["refuted"]
 
 
@@ -1388,10 +1390,10 @@ def test_too_few_rows_kept_out_are_told_and_the_rest_is_audited(finished, sensit
 
     few = dataclasses.replace(splits(), kept_out=splits().test.take(range(5)))
     with pytest.warns(UserWarning, match="the rows are not attacked: fewer than 20 units were kept out"):
-        found = audit_stage(RUN, finished, few, None)
+        found = audit_stage(Run(RUN, finished), few, None)
     assert found.report is None and found.replay.passed and (finished / "private" / "findings.json").exists()
     with pytest.raises(SettingsError, match="at least 20 units are kept out"):
-        audit_stage(RUN.model_copy(update={"epsilon": math.inf}), finished, few, None)
+        audit_stage(Run(RUN.model_copy(update={"epsilon": math.inf}), finished), few, None)
 
 
 @pytest.mark.parametrize("missing", ["private/checks.json", "release/certificate.json"])
@@ -1399,7 +1401,7 @@ def test_a_run_without_its_records_fails(finished, sensitive, missing):
     from dpsynth.runs import audit_stage
 
     (finished / missing).unlink()
-    found = audit_stage(RUN, finished, splits(), None)
+    found = audit_stage(Run(RUN, finished), splits(), None)
     assert found.verdict == "fails" and "BROKEN" in str(found)
 
 
@@ -1417,15 +1419,15 @@ def test_the_worse_of_two_canary_audits_is_certified(finished, monkeypatch, by_m
         ("prepare_model", None),
         ("row_losses", None),
         ("base_losses", None),
-        ("rows_of_run", ([], [])),
     ):
         monkeypatch.setattr(audit_run, name, lambda *args, result=result, **options: result)
+    monkeypatch.setattr(Run, "rows", lambda run: ([], []))
     monkeypatch.setattr(audit_run.CanaryCoins, "read", lambda count, state: some)
     monkeypatch.setattr(audit_run, "check_same_rows", lambda *args: None)
     monkeypatch.setattr(
         audit_run, "replay_run", lambda *args: replayed()
     )  # the run had no canaries: its certificate would not agree
-    audit_run.audit_stage(RUN.model_copy(update={"canaries": 40}), finished, splits(), None)
+    audit_run.audit_stage(Run(RUN.model_copy(update={"canaries": 40}), finished), splits(), None)
     told = certified(finished)["audit"]
     assert (
         told["epsilon_bound"] == 0.7
@@ -1445,6 +1447,7 @@ def test_the_worse_of_two_canary_audits_is_certified(finished, monkeypatch, by_m
 
 
 def test_canaries_that_changed_since_the_training_are_not_looked_for(tmp_path):
+    from dpsynth.formats import make_format
     from dpsynth.runs import check_same_canaries
 
     settings, included = (
@@ -1465,10 +1468,10 @@ def test_canaries_that_changed_since_the_training_are_not_looked_for(tmp_path):
         [([7, 7, 7], [1]), *(([7, 7, 7], ids[:5]) for ids in model.response_ids(trained.texts))],
         lambda partial: state.seal("tokens", partial),
     )
-    check_same_canaries(settings, state, made, included, model)
+    check_same_canaries(settings, state, made, included, model, make_format(settings))
     other = dataclasses.replace(made, frame=made.frame.assign(text=[f"un{text}" for text in made.texts]))
-    with pytest.raises(PrivacyError, match="canaries are others now"):
-        check_same_canaries(settings, state, other, included, model)
+    with pytest.raises(PrivacyError, match="canaries differ from those"):
+        check_same_canaries(settings, state, other, included, model, make_format(settings))
 
 
 def test_rows_are_attacked_at_the_delta_of_the_run_and_without_those_that_had_copies(finished, monkeypatch):
@@ -1481,12 +1484,12 @@ def test_rows_are_attacked_at_the_delta_of_the_run_and_without_those_that_had_co
         "audit_files",
         lambda rows, train, kept, **options: asked.update(train=train, kept=kept, **options) or report,
     )
-    monkeypatch.setattr(audit_run, "rows_of_run", lambda settings, folder: (["a"], [""]))
+    monkeypatch.setattr(Run, "rows", lambda run: (["a"], [""]))
     frame = pd.DataFrame({"text": [f"row {i % 90}" for i in range(100)], "label": 0})
     settings = RUN.model_copy(update={"duplicates": "drop", "audit_fraction": 0.4})
     rows = from_frame(frame, settings, test=frame[:10])
     assert (
-        audit_run.audit_rows(settings, finished, rows) is report
+        audit_run.audit_rows(Run(settings, finished), rows) is report
         and asked["delta"] == certified(finished)["delta"]
     )
     once = frame["text"][~frame["text"].duplicated(keep=False)].tolist()
@@ -1495,12 +1498,12 @@ def test_rows_are_attacked_at_the_delta_of_the_run_and_without_those_that_had_co
         and sorted(asked["train"] + asked["kept"]) == sorted(once)
         and len(rows.train) > len(asked["train"])
     )
-    audit_run.audit_rows(RUN, finished, splits())
+    audit_run.audit_rows(Run(RUN, finished), splits())
     assert asked["train"] == splits().train.texts  # nothing is left out where copies are kept
 
 
 def test_rows_that_were_dealt_by_their_text_are_judged_by_text(tmp_path):
-    from dpsynth import runs
+    from dpsynth import generators, runs
 
     for name in ("private", "release"):
         (tmp_path / name).mkdir()
@@ -1520,13 +1523,11 @@ def test_rows_that_were_dealt_by_their_text_are_judged_by_text(tmp_path):
         texts = np.where(
             rng.random(900) < 0.5, rng.choice(common, 900), words(900)
         )  # half of the rows repeat one of five texts
-        runs.write_rows(
+        generators.write_rows(
             Records(pd.DataFrame({"text": texts[:300]}), "synthetic", ("",), {}),
             tmp_path / "release" / "synthetic.jsonl",
         )
-        return runs.audit_rows(
-            settings, tmp_path, from_frame(pd.DataFrame({"text": texts[300:]}), settings)
-        )
+        return runs.audit_rows(Run(settings, tmp_path), from_frame(pd.DataFrame({"text": texts[300:]}), settings))
 
     reports = [report(seed) for seed in range(6)]
     assert all(found.verdict == "passes" for found in reports)  # each row for itself: 4 of 6 fail
@@ -1581,7 +1582,7 @@ def test_a_run_with_its_noise_switched_off_fails_and_never_has_a_certificate(
         and not [*(folder / "release").glob("certificate*")]
     )
     assert json.loads((folder / "metrics.json").read_text())["epsilon"] is None
-    found = runs.audit_stage(RUN, folder, splits(), None)
+    found = runs.audit_stage(Run(RUN, folder), splits(), None)
     assert (
         not found.passed
         and "noise recorded by the training, over the promised one is 0 instead of 1" in str(found)

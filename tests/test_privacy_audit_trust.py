@@ -13,10 +13,12 @@ from parts import RUN, splits
 import dpsynth.privacy
 from dpsynth import audit, certificate, runs
 from dpsynth.certificate import Certificate, make_certificate, verify
-from dpsynth.finetune import charges, finetune_run
+from dpsynth.finetune import finetune_run
+from dpsynth.runs import charges
 from dpsynth.ledger import RUNS_LEDGER, group_privacy
 from dpsynth.manifest import write_release
 from dpsynth.privacy import make_mechanism, stored_run
+from dpsynth.runs.run import Run
 from dpsynth.settings import PrivacyError
 
 COUNTED = RUN.model_copy(update={"label_prior": "private", "access_share": 0.05})
@@ -40,7 +42,7 @@ def quick():
 def counted(tmp_path_factory):
     """The folder of a finished private run that estimated the shares of its labels."""
     folder = tmp_path_factory.mktemp("runs") / "dp"
-    finetune_run(COUNTED, splits(), folder, progress=False)
+    finetune_run(Run(COUNTED, folder), splits(), progress=False)
     return folder
 
 
@@ -91,7 +93,7 @@ def differing(told):
 
 
 def audited(folder):
-    return runs.audit_stage(COUNTED, folder, splits(), None)
+    return runs.audit_stage(Run(COUNTED, folder), splits(), None)
 
 
 def test_what_ran_is_what_is_certified_recorded_and_charged(copied):
@@ -184,7 +186,7 @@ def test_a_ledger_that_is_not_at_hand_is_told(copied, away):
     for end in away:
         (copied.parent / f"{RUNS_LEDGER}{end}").unlink()
     found = audited(copied)
-    assert charges(COUNTED, copied) is None and found.replay.passed
+    assert charges(Run(COUNTED, copied)) is None and found.replay.passed
     for said in (str(found), found.summary, certified(copied)["audit"]["summary"], str(found.replay)):
         assert "the ledger is not at hand" in said
 
@@ -207,7 +209,7 @@ def test_a_run_by_other_code_is_held_to_what_it_recorded_and_to_its_target(copie
 
 def test_settings_that_were_changed_after_the_run_are_not_audited_as_its_own(copied):
     with pytest.raises(PrivacyError, match=r"other settings \(epsilon: 8.0, now 0.5\)"):
-        runs.audit_stage(COUNTED.model_copy(update={"epsilon": 0.5}), copied, splits(), None)
+        runs.audit_stage(Run(COUNTED.model_copy(update={"epsilon": 0.5}), copied), splits(), None)
 
 
 @pytest.mark.parametrize("name", ["identity.json", "counts.json", "checks.json"])

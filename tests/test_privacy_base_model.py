@@ -12,8 +12,10 @@ from dpsynth.certificate import contamination_text
 from dpsynth.data import from_frame
 from dpsynth.demo import reviews
 from dpsynth.finetune import base_hash, contamination_found, finetune_run, likelier_units
+from dpsynth.formats import make_format
 from dpsynth.models import LanguageModel, load_model, preset_hash
 from dpsynth.privacy import LIKELIER, count_accesses
+from dpsynth.runs.run import Run
 
 
 def test_overlap_with_a_corpus_is_estimated_and_stated(tmp_path):
@@ -30,7 +32,7 @@ def test_overlap_with_a_corpus_is_estimated_and_stated(tmp_path):
         "".join(json.dumps({"text": text}) + "\n" for text in (long, "something else")), encoding="utf-8"
     )
     settings = RUN.model_copy(update={"contamination_corpus": str(corpus), "access_share": 0.2})
-    finetune_run(settings, data, tmp_path / "dp", progress=False)
+    finetune_run(Run(settings, tmp_path / "dp"), data, progress=False)
     certificate = json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())
     count, others = (
         max(0, n) for n in json.loads((tmp_path / "dp" / "private" / "counts.json").read_text())["overlaps"]
@@ -52,20 +54,20 @@ def test_rows_that_the_base_model_finds_likely_are_estimated_and_stated(tmp_path
     reference.write_text("".join(json.dumps(row) + "\n" for row in nonsense[40:]), encoding="utf-8")
     settings = RUN.model_copy(update={"contamination_reference": str(reference), "access_share": 0.2})
     data = from_frame(pd.DataFrame(sense[:40]), settings, test=pd.DataFrame(sense[40:50]))
-    finetune_run(settings, data, tmp_path / "dp", progress=False)
+    finetune_run(Run(settings, tmp_path / "dp"), data, progress=False)
     certificate = json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())
     likely, other = json.loads((tmp_path / "dp" / "private" / "counts.json").read_text())["likelier"]
-    exact = likelier_units(settings, data.train, load_model(MICRO, seed=settings.seed))
+    exact = likelier_units(settings, data.train, load_model(MICRO, seed=settings.seed), make_format(settings))
     assert abs(likely - exact[0]) < 12 and abs(other - exact[1]) < 12  # noise of scale 0.6
     assert " texts of fresh.jsonl (one-sided p = " in certificate["base_model"]["contamination"]
     assert "units the base model finds likely" in [a["what"] for a in certificate["accesses"]]
     reference.write_text("".join(json.dumps(row) + "\n" for row in sense[40:]), encoding="utf-8")
     model = load_model("tiny")
-    assert likelier_units(settings, data.train, model)[0] in range(
+    assert likelier_units(settings, data.train, model, make_format(settings))[0] in range(
         10, 31
     )  # rows like the reference: about half
     unlikely = from_frame(pd.DataFrame(nonsense[:40]), settings, test=pd.DataFrame(sense[40:50])).train
-    assert likelier_units(settings, unlikely, model) == [0, 40]
+    assert likelier_units(settings, unlikely, model, make_format(settings)) == [0, 40]
 
 
 def test_a_model_without_files_here_is_known_by_its_arrays(micro, tmp_path, monkeypatch):
@@ -79,7 +81,7 @@ def test_a_model_without_files_here_is_known_by_its_arrays(micro, tmp_path, monk
     assert len(before) == 64 and before != changed and base_hash(fetched) == before
     assert base_hash(load_model("tiny")) == preset_hash("tiny")
     monkeypatch.setattr(dpsynth.finetune.prepare, "preset_hash", lambda name: "")  # as if it had been fetched
-    finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+    finetune_run(Run(RUN, tmp_path / "dp"), splits(), progress=False)
     digest = base_hash(load_model(MICRO))
     assert (
         json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())["base_model"]["hash"]

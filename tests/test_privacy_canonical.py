@@ -16,6 +16,7 @@ from dpsynth.data import from_frame, load
 from dpsynth.finetune import rows_of_units
 from dpsynth.ledger import Ledger
 from dpsynth.runs import load_stage
+from dpsynth.runs.run import Run
 from dpsynth.settings import BudgetError, DataError, Settings
 
 DELTA = 1e-5
@@ -204,7 +205,7 @@ def test_a_person_is_held_out_with_all_names():
 
 def test_how_many_names_were_merged_is_told_under_private_only(tmp_path):
     frame = pd.DataFrame({"text": [f"visit {i}" for i in range(8)], "label": 1, "user": PEOPLE})
-    load_stage(BY_USER, tmp_path / "run", from_frame(frame, BY_USER, test=frame))
+    load_stage(Run(BY_USER, tmp_path / "run"), from_frame(frame, BY_USER, test=frame))
     holders = [
         path
         for path in tmp_path.rglob("*")

@@ -29,6 +29,7 @@ from dpsynth.certificate import (
 from dpsynth.imports import BUNDLES
 from dpsynth.ledger import accesses_event, compose, group_privacy
 from dpsynth.privacy import make_mechanism
+from dpsynth.runs.run import Run
 from dpsynth.settings import PrivacyError, Settings, SettingsError
 from dpsynth.privacy.verify import verify as recompute
 
@@ -824,12 +825,12 @@ def test_what_cannot_be_stated_is_found_before_the_training_is_charged(tmp_path,
         broken.setattr(Certificate, "markdown", fails)
         broken.setattr(dpsynth.finetune.run, "_train_into", fails)
         with pytest.raises(OverflowError):
-            dpsynth.finetune.finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+            dpsynth.finetune.finetune_run(Run(RUN, tmp_path / "dp"), splits(), progress=False)
     ledger = Ledger(tmp_path / RUNS_LEDGER)
     (reserved,) = ledger.releases(ledger.datasets()[0])["state"]
     assert reserved == "abandoned" and not ledger.charged(ledger.datasets()[0])
     loose = RUN.model_copy(update={"epsilon": 1000.0})
-    dpsynth.finetune.finetune_run(loose, splits(), tmp_path / "loose", progress=False)
+    dpsynth.finetune.finetune_run(Run(loose, tmp_path / "loose"), splits(), progress=False)
     assert 900 < verify(tmp_path / "loose" / "release" / "certificate.json")["epsilon"] <= 1000
 
 

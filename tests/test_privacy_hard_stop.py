@@ -12,6 +12,7 @@ import dpsynth.privacy
 from dpsynth.finetune import computation, finetune_run, flatten, self_check, train
 from dpsynth.ledger import RUNS_LEDGER, Ledger
 from dpsynth.privacy import Randomness, Session, bind_run, run_identity
+from dpsynth.runs.run import Run
 from dpsynth.settings import PrivacyError, SettingsError
 
 
@@ -150,25 +151,25 @@ def test_self_check_finds_missing_noise_missing_updates_and_an_idle_model(micro,
 
 
 def test_a_finished_run_loads_and_changed_epsilon_or_data_refuses(run):
-    finetune_run(RUN, splits(), run, progress=False)
+    finetune_run(Run(RUN, run), splits(), progress=False)
     for settings, data in (
         (RUN.model_copy(update={"epsilon": 9.0}), splits()),
         (RUN, splits("an entirely different row")),
     ):
         with pytest.raises(PrivacyError, match="started with other"):
-            finetune_run(settings, data, run, progress=False)
+            finetune_run(Run(settings, run), data, progress=False)
 
 
 def test_a_run_that_is_not_finished_keeps_its_microbatches_and_devices(tmp_path, monkeypatch):
-    finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+    finetune_run(Run(RUN, tmp_path / "dp"), splits(), progress=False)
     smaller = RUN.model_copy(update={"microbatch_size": 4})
-    finetune_run(smaller, splits(), tmp_path / "dp", progress=False)
+    finetune_run(Run(smaller, tmp_path / "dp"), splits(), progress=False)
     for file in (tmp_path / "dp" / "release" / "adapter.npz", tmp_path / "dp" / "private" / "checkpoint.npz"):
         file.unlink()
     with pytest.raises(
         PrivacyError, match="started with other microbatches or devices .microbatch_size: 8, now 4"
     ):
-        finetune_run(smaller, splits(), tmp_path / "dp", progress=False)
+        finetune_run(Run(smaller, tmp_path / "dp"), splits(), progress=False)
     known = computation(RUN)
     assert set(known) == {
         "microbatch_size",
@@ -184,13 +185,13 @@ def test_a_run_that_is_not_finished_keeps_its_microbatches_and_devices(tmp_path,
     assert known["microbatch_size"] == 8 and known["devices"] >= 1 and len(known["processor"]) == 64
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_max_isa=SSE4_2")
     with pytest.raises(PrivacyError, match="devices .xla_flags: .*, now --xla_cpu_max_isa=SSE4_2"):
-        finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+        finetune_run(Run(RUN, tmp_path / "dp"), splits(), progress=False)
     monkeypatch.undo()
     monkeypatch.setattr(
         dpsynth.finetune.run, "computation", lambda settings: {**known, "backend": "elsewhere"}
     )
     with pytest.raises(PrivacyError, match="devices .backend: .*, now elsewhere"):
-        finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+        finetune_run(Run(RUN, tmp_path / "dp"), splits(), progress=False)
     assert not (tmp_path / "dp" / "release" / "adapter.npz").exists()
 
 
@@ -199,7 +200,7 @@ def test_a_run_that_is_not_finished_keeps_its_microbatches_and_devices(tmp_path,
     [
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"),
-            "setting microbatch_size: memory does not hold 8 units of 32 tokens",
+            "setting microbatch_size: memory does not hold 4 units of 32 tokens",
         ),
         (MemoryError(), "setting microbatch_size: memory does not hold"),
         (None, "setting model: gradients of .*micro on invented rows are NaN"),
@@ -219,19 +220,19 @@ def test_what_no_training_can_survive_is_found_before_it_is_charged(tmp_path, mo
 
     monkeypatch.setattr(dpsynth.finetune.trainer, "make_private_sum", broken)
     with pytest.raises(SettingsError, match=words) as error:
-        finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+        finetune_run(Run(RUN, tmp_path / "dp"), splits(), progress=False)
     assert str(error.value).endswith("the training is not charged") and "\n" not in str(error.value)
     ledger = Ledger(tmp_path / RUNS_LEDGER)
     assert not ledger.charged(ledger.datasets()[0]) and not list((tmp_path / "dp" / "release").iterdir())
     monkeypatch.undo()
-    finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+    finetune_run(Run(RUN, tmp_path / "dp"), splits(), progress=False)
     assert len(ledger.charged(ledger.datasets()[0])) == 1
 
 
 def test_a_finished_run_loads_under_other_libraries_and_an_unfinished_one_refuses(tmp_path, monkeypatch):
-    finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+    finetune_run(Run(RUN, tmp_path / "dp"), splits(), progress=False)
     monkeypatch.setattr(dpsynth.privacy.identity, "code_hash", lambda: "other")
-    finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+    finetune_run(Run(RUN, tmp_path / "dp"), splits(), progress=False)
     (tmp_path / "dp" / "release" / "adapter.npz").unlink()
     with pytest.raises(PrivacyError, match="other dpsynth code"):
-        finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+        finetune_run(Run(RUN, tmp_path / "dp"), splits(), progress=False)

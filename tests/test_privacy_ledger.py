@@ -955,7 +955,7 @@ def replace_key(path, content):
         (lambda path: path.with_name("ledger.sqlite.key").unlink(), "key of the ledger is missing"),
         (lambda path: replace_key(path, bytes(32)), "does not belong"),
         (lambda path: replace_key(path, b"short"), "32 bytes"),
-        (lambda path: path.unlink(), "ledger.sqlite: the ledger is gone and its key is not"),
+        (lambda path: path.unlink(), "ledger.sqlite: the ledger is missing, but its key is there"),
     ],
 )
 def test_a_damaged_or_foreign_file_is_one_clear_error(ledger, film, spoil, words):

@@ -13,9 +13,11 @@ import dpsynth.privacy
 from parts import RUN, groups_of_rows, splits
 from dpsynth.certificate import read_certificate, verify
 from dpsynth.data import from_frame
-from dpsynth.finetune import Account, Trainer, finetune_run
+from dpsynth.finetune import Trainer, finetune_run
+from dpsynth.runs import Account
 from dpsynth.ledger import RUNS_LEDGER, Ledger, ledger_command
 from dpsynth.runs import Survey, announce, spending, warn_of_untold
+from dpsynth.runs.run import Run
 from dpsynth.settings import BudgetError, PrivacyError
 
 
@@ -37,11 +39,11 @@ def test_a_run_is_charged_once_and_stays_charged(run, tmp_path):
         "ledger": "the ledger of this folder of runs",
         "basis": "what the ledger holds; it cannot be recomputed from this certificate alone",
     }
-    finetune_run(RUN, splits(), run, progress=False)
+    finetune_run(Run(RUN, run), splits(), progress=False)
     assert len(ledger.charged(dataset)) == 1
     ledger.set_cap(dataset, 10.0)
     with pytest.raises(BudgetError, match="over the cap 10"):  # one more row is the same budget
-        finetune_run(RUN, splits("an entirely different row"), run.parent / "again", progress=False)
+        finetune_run(Run(RUN, run.parent / "again"), splits("an entirely different row"), progress=False)
     assert not (run.parent / "again" / "release" / "adapter.npz").exists()
     ledger.set_cap(dataset, math.inf)
 
@@ -57,7 +59,7 @@ def test_a_training_that_ends_in_an_error_is_abandoned_and_stays_charged(tmp_pat
     whole = dpsynth.privacy.Session._grid_noise
     monkeypatch.setattr(dpsynth.privacy.Session, "_grid_noise", lambda self, count: 0 * whole(self, count))
     with pytest.raises(PrivacyError, match="the noise was 0 times"):
-        finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+        finetune_run(Run(RUN, tmp_path / "dp"), splits(), progress=False)
     ledger = Ledger(tmp_path / RUNS_LEDGER)
     (known,) = ledger.charged(ledger.datasets()[0])
     assert known.state == "abandoned" and ledger.spent(ledger.datasets()[0]) > 7
@@ -67,7 +69,7 @@ def test_a_run_without_privacy_is_charged_and_certificates_of_the_same_data_say_
     assert spending([survey(PLAIN)], tmp_path) == [
         "privacy: 1 run(s) WITHOUT privacy on frame: with those there is no guarantee"
     ]
-    finetune_run(PLAIN, splits(), tmp_path / "plain", progress=False)
+    finetune_run(Run(PLAIN, tmp_path / "plain"), splits(), progress=False)
     ledger = Ledger(tmp_path / RUNS_LEDGER)
     (release,) = ledger.charged(ledger.datasets()[0])
     assert release.parts == ['{"kind": "not_private"}'] and release.state == "finished"
@@ -78,7 +80,7 @@ def test_a_run_without_privacy_is_charged_and_certificates_of_the_same_data_say_
         "there is no guarantee$",
         line,
     )
-    finetune_run(RUN, splits(), tmp_path / "dp_ft", progress=False)
+    finetune_run(Run(RUN, tmp_path / "dp_ft"), splits(), progress=False)
     assert spending([survey(PLAIN), survey(RUN)], tmp_path) == []
     certificate = read_certificate(tmp_path / "dp_ft" / "release" / "certificate.json")
     assert certificate["composed"]["epsilon"] == pytest.approx(certificate["epsilon"], rel=1e-3)
@@ -103,12 +105,7 @@ def test_a_certificate_composes_runs_of_its_own_unit_and_counts_the_others(tmp_p
     rows = groups_of_rows(["a", "b", "c"])
     said = []
     for settings in (RUN, by_user):
-        finetune_run(
-            settings,
-            from_frame(rows, settings, test=rows[:3].assign(user="x")),
-            tmp_path / settings.experiment,
-            progress=False,
-        )
+        finetune_run(Run(settings, tmp_path / settings.experiment), from_frame(rows, settings, test=rows[:3].assign(user="x")), progress=False)
         certificate = read_certificate(tmp_path / settings.experiment / "release" / "certificate.json")
         composed = certificate["composed"]
         assert composed["epsilon"] == pytest.approx(certificate["epsilon"], rel=1e-3)
@@ -135,7 +132,7 @@ def test_a_cap_refuses_a_run_without_privacy_before_it_trains(tmp_path, monkeypa
     monkeypatch.setattr(dpsynth.finetune.run, "tokenize", lambda *arguments: pytest.fail("it trains"))
     for refused in (
         lambda: spending([survey(PLAIN)], tmp_path),
-        lambda: finetune_run(PLAIN, data, tmp_path / "plain", progress=False),
+        lambda: finetune_run(Run(PLAIN, tmp_path / "plain"), data, progress=False),
     ):
         with pytest.raises(BudgetError, match="asks inf.* over the cap 1000"):
             refused()
@@ -149,11 +146,11 @@ def test_a_run_that_was_killed_after_it_was_charged_resumes_under_a_cap_of_itsel
     with monkeypatch.context() as patch:
         patch.setattr(dpsynth.finetune.run, "train", lambda *arguments, **others: die())
         with pytest.raises(KeyboardInterrupt):
-            finetune_run(RUN, splits(), tmp_path / "dp_ft", progress=False)
+            finetune_run(Run(RUN, tmp_path / "dp_ft"), splits(), progress=False)
     ledger = Ledger(tmp_path / RUNS_LEDGER)
     ledger.set_cap(ledger.datasets()[0], 8.0)
     assert spending([survey(RUN)], tmp_path) == []
-    finetune_run(RUN, splits(), tmp_path / "dp_ft", progress=False)
+    finetune_run(Run(RUN, tmp_path / "dp_ft"), splits(), progress=False)
     assert [r.state for r in ledger.charged(ledger.datasets()[0])] == ["finished"]
 
 
@@ -166,7 +163,7 @@ def test_a_run_that_was_killed_between_its_two_charges_is_asked_for_the_second_o
     with monkeypatch.context() as patch:
         patch.setattr(dpsynth.finetune.estimates, "noisy_counts", die)
         with pytest.raises(KeyboardInterrupt):
-            finetune_run(counted, splits(), tmp_path / "dp_ft", progress=False)
+            finetune_run(Run(counted, tmp_path / "dp_ft"), splits(), progress=False)
     ledger = Ledger(tmp_path / RUNS_LEDGER)
     ledger.set_cap(ledger.datasets()[0], 8.01)
     assert len(spending([survey(counted)], tmp_path)) == 1
@@ -174,9 +171,9 @@ def test_a_run_that_was_killed_between_its_two_charges_is_asked_for_the_second_o
 
 def test_a_finished_run_is_charged_to_no_other_ledger(tmp_path):
     counted = RUN.model_copy(update={"label_prior": "private"})
-    finetune_run(counted, splits(), tmp_path / "dp_ft", progress=False)
+    finetune_run(Run(counted, tmp_path / "dp_ft"), splits(), progress=False)
     moved = counted.model_copy(update={"ledger": str(tmp_path / "other.sqlite")})
-    finetune_run(moved, splits(), tmp_path / "dp_ft", progress=False)
+    finetune_run(Run(moved, tmp_path / "dp_ft"), splits(), progress=False)
     other = Ledger(tmp_path / "other.sqlite")
     assert (
         not any(other.charged(dataset) for dataset in other.datasets())
@@ -189,7 +186,7 @@ def test_a_stopped_run_is_charged(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "update", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
-        finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+        finetune_run(Run(RUN, tmp_path / "dp"), splits(), progress=False)
     ledger = Ledger(tmp_path / ".ledger.sqlite")
     assert [r.state for r in ledger.charged(ledger.datasets()[0])] == ["started"]
 
@@ -208,11 +205,11 @@ def test_what_is_charged_is_said_before_and_what_is_left_on_a_terminal_only(
     on_a_terminal(monkeypatch, terminal)
     data = splits()
     ledger = Ledger(tmp_path / RUNS_LEDGER)
-    earlier = ledger.registered(Account(RUN, data.train, "", tmp_path / "dp_ft").dataset)
+    earlier = ledger.registered(Account(Run(RUN, tmp_path / "dp_ft"), data.train, "").dataset)
     ledger.set_cap(earlier, 20.0)
     ledger.plan("a", earlier, {"kind": "epsilon_delta", "epsilon": 3.0, "delta": 0.0})
     ledger.start("a")
-    announce(RUN, data.train, tmp_path / "dp_ft")
+    announce(Run(RUN, tmp_path / "dp_ft"), data.train)
     public, *private = capsys.readouterr().err.splitlines()
     assert re.fullmatch(
         r"privacy: dp_ft will charge epsilon (8|7.99\d) at delta 1e-05 to frame in the ledger of this folder of runs",
@@ -231,11 +228,11 @@ def test_what_is_charged_is_said_before_and_what_is_left_on_a_terminal_only(
         assert private == []
     ledger.set_cap(earlier, 10.0)
     with pytest.raises(BudgetError, match="over the cap 10"):
-        announce(RUN, data.train, tmp_path / "dp_ft")
+        announce(Run(RUN, tmp_path / "dp_ft"), data.train)
 
 
 def test_a_run_that_was_charged_announces_nothing(run, capsys):
-    announce(RUN, splits().train, run)
+    announce(Run(RUN, run), splits().train)
     assert capsys.readouterr().err == ""
 
 
@@ -246,13 +243,13 @@ def test_rows_that_have_spent_more_than_the_certificate_composes_are_told_on_a_t
     folder = tmp_path / "runs" / run.name
     ledger = Ledger(tmp_path / "runs" / RUNS_LEDGER)
     on_a_terminal(monkeypatch, True)
-    warn_of_untold(RUN, folder)
+    warn_of_untold(Run(RUN, folder))
     assert capsys.readouterr().err == ""
     other = ledger.register("elsewhere", splits().train.ledger_names()[:5], 1e-5)
     ledger.plan("e", other, {"kind": "epsilon_delta", "epsilon": 3.0, "delta": 0.0})
     ledger.start("e")
     files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    warn_of_untold(RUN, folder)
+    warn_of_untold(Run(RUN, folder))
     out, err = capsys.readouterr()
     assert out == "" and re.fullmatch(
         r"for you only: rows of frame have spent epsilon 1[01]\S* at delta 1e-05 in all; the certificate composes (8|7.99\d), "
@@ -260,7 +257,7 @@ def test_rows_that_have_spent_more_than_the_certificate_composes_are_told_on_a_t
         err,
     )
     on_a_terminal(monkeypatch, False)
-    warn_of_untold(RUN, folder)
+    warn_of_untold(Run(RUN, folder))
     assert capsys.readouterr() == ("", "") and files == {
         path: path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }

@@ -22,10 +22,11 @@ from dpsynth.manifest import (
     verify_release,
 )
 from dpsynth.runs import (
-    audit_stage, evaluate_stage, fit_stage, load_generator, load_stage, rows_of_run, sample_again,
+    audit_stage, evaluate_stage, fit_stage, load_generator, load_stage, sample_again,
     sample_stage
 )
 from dpsynth.runs import read_settings
+from dpsynth.runs.run import Run
 from dpsynth.settings import DataError, DpsynthError, ModelError, PrivacyError, SettingsError
 from dpsynth.state import file_hash
 from dpsynth.synthesizer import Synthesizer
@@ -43,8 +44,8 @@ SETTINGS = RUN.model_copy(
 
 
 def make(settings, folder):
-    made = load_stage(settings, folder, splits(settings=settings))
-    sample_stage(settings, folder, None, fit_stage(settings, folder, made))
+    made = load_stage(Run(settings, folder), splits(settings=settings))
+    sample_stage(Run(settings, folder), None, fit_stage(Run(settings, folder), made))
     return folder
 
 
@@ -52,7 +53,7 @@ def make(settings, folder):
 def made(tmp_path_factory):
     """A private run with four rows, as many again by another seed, and two of a `Synthesizer`."""
     folder = make(SETTINGS, tmp_path_factory.mktemp("runs") / "made")
-    sample_again(SETTINGS, folder, 3, 7)
+    sample_again(Run(SETTINGS, folder), 3, 7)
     Synthesizer.load(folder).sample(2, seed=5, progress=False)
     return folder
 
@@ -229,11 +230,11 @@ def does(verb, run):
         assert found["status"] == "unreadable"
         raise DataError(found["reason"])
     return {
-        "fit": lambda: fit_stage(settings, run, splits(settings=settings)),
-        "sample": lambda: sample_stage(settings, run, None, load_generator(settings, run)),
-        "again": lambda: sample_again(settings, run, 3, 8),
-        "evaluate": lambda: evaluate_stage(settings, run, splits(settings=settings)),
-        "audit": lambda: audit_stage(settings, run, splits(settings=settings), None),
+        "fit": lambda: fit_stage(Run(settings, run), splits(settings=settings)),
+        "sample": lambda: sample_stage(Run(settings, run), None, load_generator(Run(settings, run))),
+        "again": lambda: sample_again(Run(settings, run), 3, 8),
+        "evaluate": lambda: evaluate_stage(Run(settings, run), splits(settings=settings)),
+        "audit": lambda: audit_stage(Run(settings, run), splits(settings=settings), None),
         "load": lambda: Synthesizer.load(run),
         "synthesize": lambda: Synthesizer.load(run).sample(3, progress=False),
         "resynthesize": lambda: Synthesizer.load(run).sample(2, seed=5, progress=False),
@@ -291,10 +292,10 @@ def test_files_of_another_run_are_refused_by_name(run, plain, refused, monkeypat
         path.write_bytes(kept)
     shutil.copy(plain / "release" / "adapter.npz", release / "adapter.npz")
     for read in (
-        lambda: load_generator(SETTINGS, run),
+        lambda: load_generator(Run(SETTINGS, run)),
         lambda: Synthesizer.load(run),
-        lambda: fit_stage(SETTINGS, run, splits(settings=SETTINGS)),
-        lambda: audit_stage(SETTINGS, run, splits(settings=SETTINGS), None),
+        lambda: fit_stage(Run(SETTINGS, run), splits(settings=SETTINGS)),
+        lambda: audit_stage(Run(SETTINGS, run), splits(settings=SETTINGS), None),
     ):
         with pytest.raises(DataError, match="adapter.npz: is not the file"):
             read()
@@ -311,7 +312,7 @@ def test_files_of_another_run_are_refused_by_name(run, plain, refused, monkeypat
         "verify", run
     )
     with pytest.raises(DataError, match="belongs to another certificate"):
-        rows_of_run(SETTINGS, run)
+        Run(SETTINGS, run).rows()
 
 
 @pytest.mark.parametrize("lines", [2, 0])
@@ -326,12 +327,12 @@ def test_rows_that_were_cut_off_are_not_counted_as_done(run, refused, lines):
     (run / "kept").rename(run / "release" / MANIFEST)
     for name in ("synthetic.jsonl", "sampling.json"):
         (run / "release" / name).unlink()  # the way back that it names
-    sample_stage(SETTINGS, run, None, load_generator(SETTINGS, run))
+    sample_stage(Run(SETTINGS, run), None, load_generator(Run(SETTINGS, run)))
     assert path.read_text(encoding="utf-8") == whole and verify_release(run)
 
 
 def test_real_rows_that_were_cut_off_are_found_too(tmp_path, refused):
-    from dpsynth.runs import write_rows
+    from dpsynth.generators import write_rows
 
     (tmp_path / "private").mkdir()
     path = tmp_path / "private" / "synthetic.jsonl"
@@ -339,7 +340,7 @@ def test_real_rows_that_were_cut_off_are_found_too(tmp_path, refused):
     check_listed([path], None)
     path.write_text(path.read_text().split("\n")[0] + "\n")
     with pytest.raises(DataError, match="is not the file"):
-        rows_of_run(RUN.model_copy(update={"generator": "real_test"}), tmp_path)
+        Run(RUN.model_copy(update={"generator": "real_test"}), tmp_path).rows()
 
 
 def test_what_was_fitted_is_written_again_from_the_checkpoint(run, made):
@@ -348,7 +349,7 @@ def test_what_was_fitted_is_written_again_from_the_checkpoint(run, made):
         shutil.copytree(made, run)
         DAMAGES["half"](run / "release" / name)
         (run / "release" / "adapter.npz").unlink(missing_ok=True)  # the way back that it names
-        fit_stage(SETTINGS, run, splits(settings=SETTINGS))
+        fit_stage(Run(SETTINGS, run), splits(settings=SETTINGS))
         assert {p.name: p.read_bytes() for p in (run / "release").glob("*.*")} == {
             p.name: p.read_bytes() for p in (made / "release").glob("*.*")
         }
@@ -410,7 +411,7 @@ def test_an_audit_enters_its_result_into_the_manifest_and_takes_the_signature_aw
     with pytest.warns(
         UserWarning, match="its signature was removed, for it lists other files now; `dpsynth sign"
     ):
-        audit_stage(SETTINGS, run, splits(settings=SETTINGS), load_generator(SETTINGS, run))
+        audit_stage(Run(SETTINGS, run), splits(settings=SETTINGS), load_generator(Run(SETTINGS, run)).model)
     assert (
         read_certificate(run / "release" / "certificate.json")["audit"]
         and statement_of(run / "release") == before
@@ -432,7 +433,7 @@ def test_without_a_certificate_there_is_nothing_to_verify_or_sign(plain, refused
     with pytest.raises(DataError, match="adapter.npz: is not the file whose SHA-256 stands in manifest.json"):
         adapter = shutil.copytree(plain, tmp_path / "plain") / "release" / "adapter.npz"
         DAMAGES["flipped"](adapter)
-        load_generator(read_settings(tmp_path / "plain"), tmp_path / "plain")
+        load_generator(Run(read_settings(tmp_path / "plain"), tmp_path / "plain"))
 
 
 READ_ONLY = """
@@ -475,4 +476,4 @@ def test_a_certificate_that_is_older_or_none_is_told_in_a_line(run, refused):
     path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
     assert "reads format 2" in refused("verify", run)
     with pytest.raises((DataError, SettingsError, PrivacyError), match="reads format 2"):
-        load_generator(SETTINGS, run)
+        load_generator(Run(SETTINGS, run))

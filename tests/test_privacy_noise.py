@@ -8,6 +8,7 @@ import pytest
 from parts import RUN, SECRET, SETTINGS, banded, mechanism, splits, trainer
 from dpsynth.finetune import finetune_run, flatten
 from dpsynth.privacy import Randomness, Session, grid_bits, load_secret
+from dpsynth.runs.run import Run
 from dpsynth.settings import PrivacyError
 
 
@@ -111,7 +112,7 @@ def test_the_secret_is_in_no_file_outside_private(run):
 
 
 def test_two_runs_of_the_same_settings_differ(run, tmp_path):
-    finetune_run(RUN, splits(), tmp_path / "dp", progress=False)
+    finetune_run(Run(RUN, tmp_path / "dp"), splits(), progress=False)
     with (
         np.load(run / "release" / "adapter.npz") as one,
         np.load(tmp_path / "dp" / "release" / "adapter.npz") as two,

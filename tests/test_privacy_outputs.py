@@ -11,9 +11,10 @@ from parts import RUN, groups_of_rows, splits
 from dpsynth import evaluation
 from dpsynth.data import from_frame
 from dpsynth.finetune import finetune_run, prepare_model, row_losses, some_rows
-from dpsynth.formats import TextFormat
+from dpsynth.formats import make_format
 from dpsynth.manifest import statement_of
 from dpsynth.runs import evaluate_stage, fit_stage, load_stage, sample_stage
+from dpsynth.runs.run import Run
 from dpsynth.settings import DataError
 from dpsynth.files import write_private
 from dpsynth.state import file_hash
@@ -37,7 +38,7 @@ def test_an_outlier_row_changes_no_released_byte_that_is_not_a_dp_output(run, tm
     folder = tmp_path / "dp"
     (folder / "private").mkdir(parents=True)
     (folder / "private" / "secret").write_bytes((run / "private" / "secret").read_bytes())
-    finetune_run(RUN, splits("\u2603 " * 500 + "a row of another world"), folder, progress=False)
+    finetune_run(Run(RUN, folder), splits("\u2603 " * 500 + "a row of another world"), progress=False)
     for name in ("certificate.json", "certificate.md", "manifest.json"):
         assert without_hashes(folder / "release" / name) == without_hashes(run / "release" / name)
     assert (folder / "release" / "adapter.npz").stat().st_size == (
@@ -83,9 +84,9 @@ def test_an_outlier_unit_shows_in_no_file_but_in_dp_outputs(tmp_path, settings, 
         folder = tmp_path / name / "dp"
         (folder / "private").mkdir(parents=True)
         (folder / "private" / "secret").write_bytes(secret)
-        data = load_stage(settings, folder, from_frame(frame, settings, test=ordinary[:10]))
+        data = load_stage(Run(settings, folder), from_frame(frame, settings, test=ordinary[:10]))
         trained.add(data.train.fingerprint(secret))
-        fit_stage(settings, folder, data)
+        fit_stage(Run(settings, folder), data)
     assert len(trained) == 2
     shown = [
         {
@@ -127,14 +128,14 @@ def test_a_label_outside_the_public_set_stops_the_run_before_anything_is_charged
     )
     settings = RUN.model_copy(update={"data": str(rows), "ledger": str(ledger)})
     with pytest.raises(DataError, match="line 9, column label: not one of negative, positive$"):
-        fit_stage(settings, folder, load_stage(settings, folder))
+        fit_stage(Run(settings, folder), load_stage(Run(settings, folder)))
     assert not ledger.exists() and not list((folder / "release").iterdir())
     assert not any(b"zxq" in p.read_bytes() for p in folder.rglob("*") if p.is_file())
 
 
 def test_monitoring_stays_private_and_is_certified(tmp_path):
     settings = RUN.model_copy(update={"monitor": "private"})
-    finetune_run(settings, splits(), tmp_path / "dp", progress=False)
+    finetune_run(Run(settings, tmp_path / "dp"), splits(), progress=False)
     assert (tmp_path / "dp" / "private" / "losses.jsonl").exists()
     assert "operator" in json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())["monitor"]
 
@@ -145,9 +146,9 @@ def test_the_loss_that_is_reported_is_of_test_rows(run):
         {"text": [f"{i} ships under sail, far from any coast" for i in range(10)], "label": [0, 1] * 5}
     )
     data = from_frame(pd.DataFrame(rows), RUN, test=others)
-    model, figures = finetune_run(RUN, data, run, progress=False)
+    model, figures = finetune_run(Run(RUN, run), data, progress=False)
     fmt, chosen = (
-        TextFormat(RUN.prompt, RUN.labels),
+        make_format(RUN),
         data.test.take(some_rows(RUN.validation_size, 10, RUN.seed)),
     )
     for name, weights in (("held_out_loss", model), ("held_out_loss_untuned", prepare_model(RUN))):
@@ -182,9 +183,9 @@ def test_vectors_of_rows_lie_in_private_folders_under_names_that_nobody_can_gues
     monkeypatch.setattr(evaluation.metrics, "open_embedder", lambda *options: Embedder())
     for name in ("use_train", "again"):
         folder = tmp_path / name
-        data = load_stage(settings, folder, splits())
-        sample_stage(settings, folder, data, None)
-        evaluate_stage(settings, folder, data)
+        data = load_stage(Run(settings, folder), splits())
+        sample_stage(Run(settings, folder), data, None)
+        evaluate_stage(Run(settings, folder), data)
         names.append({file.name for file in (folder / "private" / "embeddings").glob("*.npy")})
     kept = [path for path in tmp_path.rglob("*") if path.suffix == ".npy"]
     shared = tmp_path / ".private" / "embeddings"

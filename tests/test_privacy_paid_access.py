@@ -13,10 +13,12 @@ import dpsynth.finetune
 from parts import IMDB, RUN, certified, splits
 from dpsynth.certificate import NOT_COVERED, verify
 from dpsynth.data import from_frame
-from dpsynth.finetune import Account, finetune_run, label_shares
+from dpsynth.finetune import finetune_run, label_shares
+from dpsynth.runs import Account
 from dpsynth.ledger import RUNS_LEDGER, Ledger, accesses_event, compose as compose_events, ledger_command
 from dpsynth.runs import Survey, announce, enough_rows, fit_stage, load_stage, spending
 from dpsynth.privacy import Access, calibrate_noise, compose, count_accesses, make_mechanism, noisy_counts
+from dpsynth.runs.run import Run
 from dpsynth.settings import BudgetError, DataError, PrivacyError, Settings, SettingsError, make_settings
 
 
@@ -168,7 +170,7 @@ def test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_cha
         return drawn[-1][0]
 
     monkeypatch.setattr(dpsynth.finetune.estimates, "noisy_counts", record)
-    finetune_run(settings, data, tmp_path / "dp", progress=False)
+    finetune_run(Run(settings, tmp_path / "dp"), data, progress=False)
     assert charged == 4 * [["dp_ft: counts"]]
     assert (
         [scale for _, scale in drawn]
@@ -216,8 +218,8 @@ def told_before_a_run(settings, count, folder, capfd):
     data = some(count, settings)
     found = Survey(settings, load=lambda settings: data)
     lines = spending([found], folder)
-    announce(settings, data.train, folder / settings.experiment)
-    account = Account(settings, data.train, "", folder / settings.experiment)
+    announce(Run(settings, folder / settings.experiment), data.train)
+    account = Account(Run(settings, folder / settings.experiment), data.train, "")
     account.register()
     shown = [line.split() for line in ledger_command("frame", path=account.ledger.path).splitlines()]
     return found.mechanism, found.unknown, lines, capfd.readouterr(), shown
@@ -261,7 +263,7 @@ def test_whether_a_run_goes_on_depends_on_the_paid_estimate_alone(
     monkeypatch.setattr(dpsynth.finetune.run, "_make_trainer", train)
     settings = HIDDEN.model_copy(update={"access_share": 0.1, "epochs": 2})
     with pytest.raises(Trained if goes_on else SettingsError) as refused:
-        finetune_run(settings, some(exact, settings), tmp_path / "dp", progress=False)
+        finetune_run(Run(settings, tmp_path / "dp"), some(exact, settings), progress=False)
     ledger = Ledger(tmp_path / RUNS_LEDGER)
     assert [release.title for release in ledger.charged(ledger.datasets()[0])] == ["dp_ft: counts"]
     if not goes_on:
@@ -289,8 +291,8 @@ def test_an_audit_asks_for_enough_units_by_the_estimate(tmp_path):
         (tmp_path / "release" / "certificate.json").write_text(
             json.dumps({"num_units": estimate}), encoding="utf-8"
         )
-        assert {enough_rows(HIDDEN, tmp_path, splits_of(count)) for count in (5, 19, 20, 400)} == {enough}
-    assert [enough_rows(RUN, tmp_path, splits_of(count)) for count in (19, 20)] == [False, True]
+        assert {enough_rows(Run(HIDDEN, tmp_path), splits_of(count)) for count in (5, 19, 20, 400)} == {enough}
+    assert [enough_rows(Run(RUN, tmp_path), splits_of(count)) for count in (19, 20)] == [False, True]
     assert any("whether a run was refused" in line for line in NOT_COVERED)
 
 
@@ -317,14 +319,14 @@ def test_label_shares_are_shares_whatever_the_noise_did():
 
 def test_an_exact_number_of_units_that_was_paid_to_be_hidden_is_in_no_file(tmp_path):
     settings = RUN.model_copy(update={"unit_count": "private", "delta": 1e-3, "access_share": 0.2})
-    fit_stage(settings, tmp_path / "dp", load_stage(settings, tmp_path / "dp", splits(settings=settings)))
+    fit_stage(Run(settings, tmp_path / "dp"), load_stage(Run(settings, tmp_path / "dp"), splits(settings=settings)))
     metrics = json.loads((tmp_path / "dp" / "metrics.json").read_text())
     assert "train_units" not in metrics and 40 not in metrics.values()
     (tmp_path / "dp" / "private" / "counts.json").unlink()
     with pytest.raises(
         PrivacyError, match="counts.json: the counts that this run was charged for are missing"
     ):
-        fit_stage(settings, tmp_path / "dp", splits(settings=settings))
+        fit_stage(Run(settings, tmp_path / "dp"), splits(settings=settings))
 
 
 def test_counts_are_estimated_once_and_used(tmp_path):
@@ -332,7 +334,7 @@ def test_counts_are_estimated_once_and_used(tmp_path):
     settings = RUN.model_copy(
         update={"label_prior": "private", "unit_count": "private", "delta": 1e-3, **noisy}
     )
-    finetune_run(settings, splits(), tmp_path / "dp", progress=False)
+    finetune_run(Run(settings, tmp_path / "dp"), splits(), progress=False)
     certificate = json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())
     counts = json.loads((tmp_path / "dp" / "private" / "counts.json").read_text())
     assert [certificate["num_units"]] == counts["units"] and len(counts["labels"]) == 2
@@ -340,5 +342,5 @@ def test_counts_are_estimated_once_and_used(tmp_path):
         counts["labels"]
     )
     before = (tmp_path / "dp" / "private" / "counts.json").read_bytes()
-    finetune_run(settings, splits(), tmp_path / "dp", progress=False)
+    finetune_run(Run(settings, tmp_path / "dp"), splits(), progress=False)
     assert (tmp_path / "dp" / "private" / "counts.json").read_bytes() == before

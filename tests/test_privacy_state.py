@@ -10,9 +10,10 @@ import pytest
 from parts import RUN, SECRET, groups_of_rows, splits
 import dpsynth.finetune
 from dpsynth.data import TokenStore, from_frame
-from dpsynth.finetune import Trainer, begun_release, finetune_run
+from dpsynth.finetune import Trainer, finetune_run
 from dpsynth.ledger import RUNS_LEDGER
 from dpsynth.privacy import Randomness, bind_run, load_secret, read_identity, run_identity
+from dpsynth.runs.run import Run
 from dpsynth.settings import PrivacyError
 from dpsynth.state import State, path_hash, private_files
 
@@ -37,7 +38,7 @@ def stopped(monkeypatch, settings, rows, folder, after):
         patch.setattr(Trainer, "update", until)
         patch.setitem(dpsynth.finetune.train.__kwdefaults__, "seconds_between", -1.0)
         with pytest.raises(KeyboardInterrupt):
-            finetune_run(settings, rows, folder, progress=False)
+            finetune_run(Run(settings, folder), rows, progress=False)
     return folder
 
 
@@ -56,7 +57,7 @@ def test_updates_without_noise_are_not_continued_as_private_ones(tmp_path, monke
     )
     without(folder, "private/identity.json")
     with pytest.raises(PrivacyError, match="checkpoint.npz: left by a run, and private.identity.json"):
-        finetune_run(LONGER.model_copy(update={"epsilon": 1.0}), splits(), folder, progress=False)
+        finetune_run(Run(LONGER.model_copy(update={"epsilon": 1.0}), folder), splits(), progress=False)
     assert not (folder / "release" / "certificate.json").exists()
 
 
@@ -64,7 +65,7 @@ def test_a_training_on_other_rows_is_not_certified(run, tmp_path):
     names = ("private/identity.json", "release/adapter.npz", "release/certificate.json")
     folder = without(shutil.copytree(run, tmp_path / "dp"), *names)
     with pytest.raises(PrivacyError, match="checkpoint.npz: left by a run, and private.identity.json"):
-        finetune_run(RUN, splits("an entirely different row"), folder, progress=False)
+        finetune_run(Run(RUN, folder), splits("an entirely different row"), progress=False)
     assert not (folder / "release" / "certificate.json").exists()
 
 
@@ -74,7 +75,7 @@ def test_the_tokens_of_rows_in_another_order_are_not_dealt_to_persons(tmp_path, 
     without(folder, "private/identity.json")
     assert (folder / "private" / "tokens").exists()
     with pytest.raises(PrivacyError, match="(canary_coins|tokens): left by a run, and private.identity.json"):
-        finetune_run(PERSONS, of_persons(frame[::-1]), folder, progress=False)
+        finetune_run(Run(PERSONS, folder), of_persons(frame[::-1]), progress=False)
     assert not (folder / "release" / "certificate.json").exists()
 
 
@@ -221,7 +222,7 @@ def test_a_damaged_identity_or_secret_is_told_by_name(tmp_path, how):
     for name, words in (("identity.json", either), ("secret", either if how == "flipped" else secret)):
         whole = (private / name).read_bytes()
         damage(private / name, how)
-        for look in (lambda: bind_run(private, identity), lambda: begun_release(tmp_path / "run")):
+        for look in (lambda: bind_run(private, identity), lambda: Run(FULL, tmp_path / "run").begun_release):
             with pytest.raises(PrivacyError, match=words) as error:
                 look()
             assert "backup, or use another folder" in complaint(error)
@@ -279,7 +280,7 @@ def begun(tmp_path_factory):
 
 
 def resumed(folder):
-    finetune_run(FULL, splits(settings=FULL), folder, progress=False)
+    finetune_run(Run(FULL, folder), splits(settings=FULL), progress=False)
     return {path.name: path.read_bytes() for path in (folder / "release").iterdir()}
 
 
@@ -288,7 +289,7 @@ def test_whatever_is_damaged_is_named_before_anything_is_charged_and_what_can_be
 ):
     folder, loaded = begun
     monkeypatch.setattr(dpsynth.finetune.run, "prepare_with_hash", lambda settings: loaded)
-    monkeypatch.setattr(dpsynth.finetune.Account, "charge", None)
+    monkeypatch.setattr(dpsynth.runs.Account, "charge", None)
     for name in sorted(KEPT):
         for how in ("half", "flipped", "foreign"):
             copy = shutil.copytree(folder, tmp_path / f"{name} {how}" / "dp")
@@ -379,5 +380,5 @@ def test_coins_of_canaries_follow_from_the_secret_and_not_from_the_public_seed(t
             (tmp_path / "2" / "private").mkdir(parents=True)
             shutil.copy(tmp_path / "1" / "private" / "secret", tmp_path / "2" / "private" / "secret")
         with pytest.raises(KeyboardInterrupt):
-            finetune_run(settings, splits(settings=settings), tmp_path / str(i), progress=False)
+            finetune_run(Run(settings, tmp_path / str(i)), splits(settings=settings), progress=False)
     assert (thrown[1] == thrown[2]).all() and 60 < (thrown[0] == thrown[1]).sum() < 140

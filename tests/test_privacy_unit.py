@@ -10,6 +10,7 @@ import pytest
 from parts import RUN, grouped, trainer
 from dpsynth.data import from_frame
 from dpsynth.finetune import finetune_run, flatten, rows_of_units
+from dpsynth.runs.run import Run
 
 import jax.numpy as jnp
 
@@ -75,7 +76,7 @@ def test_a_column_can_be_the_unit(tmp_path):
             "user": [f"u{i // 4}" for i in range(40)],
         }
     )
-    finetune_run(settings, from_frame(rows, settings, test=rows[:8]), tmp_path / "dp", progress=False)
+    finetune_run(Run(settings, tmp_path / "dp"), from_frame(rows, settings, test=rows[:8]), progress=False)
     certificate = json.loads((tmp_path / "dp" / "release" / "certificate.json").read_text())
     assert (certificate["num_units"], certificate["unit"], certificate["max_records_per_unit"]) == (
         10,

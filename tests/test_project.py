@@ -304,8 +304,84 @@ def test_a_table_of_results_waits_for_no_model_library(module):
     assert done.stdout.strip() == "none", done.stdout + done.stderr
 
 
-def test_every_module_imports_from_elsewhere(repo, tmp_path):
-    modules = [f"dpsynth.{p.stem}" for p in (repo / "dpsynth").glob("*.py") if not p.stem.startswith("_")]
+def module_name(path):
+    """`dpsynth.data.readers` of dpsynth/data/readers.py; a package has the name of its folder."""
+    parts = path.relative_to(REPO).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {
+    module_name(path): path.read_text(encoding="utf-8")
+    for path in sorted((REPO / "dpsynth").rglob("*.py"))
+    if path.name != "_modidx.py"
+}
+PACKAGES = {name.rpartition(".")[0] for name in SOURCES} - {""}
+
+
+def statements(body):
+    """What runs when a module is imported: not the bodies of functions."""
+    for node in body:
+        yield node
+        for inner in ("body", "orelse", "handlers", "finalbody"):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield from statements(getattr(node, inner, []))
+
+
+def names_imported(name, source):
+    """Full names of all that a module imports when it is imported, of modules and of what is in them."""
+    place = name.split(".") if name in PACKAGES else name.split(".")[:-1]
+    for node in statements(ast.parse(source).body):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = place[: len(place) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            yield from (base, *(f"{base}.{alias.name}" for alias in node.names))
+
+
+def imported_by(name, sources):
+    """Modules of `sources` that must be whole before `name` is; a package around `name` need not be."""
+    wanted = set()
+    for found in names_imported(name, sources[name]):
+        wanted |= {found.rsplit(".", up)[0] for up in range(found.count("."))} & set(sources)
+    return {module for module in wanted if not f"{name}.".startswith(f"{module}.")}
+
+
+def circle_of(sources):
+    """Names of modules that import each other in a circle; an empty list where none do."""
+    edges, done = {name: sorted(imported_by(name, sources)) for name in sources}, set()
+
+    def follow(name, path):
+        if name in path:
+            return path[path.index(name) :]
+        found = next(filter(None, (follow(n, [*path, name]) for n in edges[name] if n not in done)), [])
+        done.add(name)
+        return found
+
+    return next(filter(None, (follow(name, []) for name in edges if name not in done)), [])
+
+
+def test_no_modules_import_each_other():
+    assert circle_of(SOURCES) == []
+
+
+@pytest.mark.parametrize(
+    "name, line",
+    [
+        ("dpsynth.imports.gguf_file", "from ..models import load_model"),
+        ("dpsynth.imports.gguf_file", "from dpsynth.models.loading import load_model"),
+        ("dpsynth.imports.vocabulary", "from . import tokenizers"),
+        ("dpsynth.settings", "if True:\n    import dpsynth.cli"),
+    ],
+)
+def test_a_circle_of_imports_is_noticed(name, line):
+    assert name in circle_of({**SOURCES, name: f"{line}\n{SOURCES[name]}"})
+    later = f"{SOURCES[name]}\ndef later():\n    {line.splitlines()[-1].strip()}"
+    assert circle_of({**SOURCES, name: later}) == []
+
+
+def test_every_module_imports_from_elsewhere(tmp_path):
+    modules = [name for name in SOURCES if not name.rpartition(".")[2].startswith("_")]
     call(
         sys.executable,
         "-c",
@@ -347,7 +423,7 @@ def test_wheel_is_complete(copy, repo):
 
 
 def test_package_imports_no_notebook_tool(repo):
-    for path in (repo / "dpsynth").glob("*.py"):
+    for path in (repo / "dpsynth").rglob("*.py"):
         assert (
             not re.search(
                 r"^\s*(from|import) (nbdev|fastcore|execnb)", path.read_text(encoding="utf-8"), flags=re.M
@@ -359,7 +435,7 @@ def test_package_imports_no_notebook_tool(repo):
 def test_only_one_module_imports_keras_hub_at_the_top(repo):
     assert not [
         p.name
-        for p in (repo / "dpsynth").glob("*.py")
+        for p in (repo / "dpsynth").rglob("*.py")
         if re.search(r"^(from|import) keras_hub", p.read_text(encoding="utf-8"), flags=re.M)
     ]
 

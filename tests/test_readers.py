@@ -18,12 +18,11 @@ import pytest
 import yaml
 
 from parts import RUN
-from dpsynth import audit, data
+from dpsynth import audit, data, runs
 from dpsynth.data import as_frame, from_frame, left_out, load
 from dpsynth.formats import TextFormat
 from dpsynth.models import check_spelling, control_ids, load_tokenizer, plain_ids
-from dpsynth.runs import survey
-from dpsynth.runs import read_settings
+from dpsynth.runs import read_settings, survey
 from dpsynth.sampling import samplable
 from dpsynth.settings import (
     EARLIER,
@@ -197,8 +196,8 @@ def test_what_is_between_the_fields_is_found_or_told(sign, header, name):
 def test_excels_semicolons_are_read_by_an_audit_too():
     for i, name in enumerate(("a.csv", "b.csv")):
         write(name, "text;label\n" + "".join(f'"row {j}, {i}";{j % 2}\n' for j in range(25)))
-    assert list(audit.read_rows("a.csv")) == ["text", "label"]
-    assert "expected 2 fields" in refusal(audit.read_rows, write("c.csv", "text,label\n1,2\n1\n" * 25))
+    assert list(audit.read_audit_rows("a.csv")) == ["text", "label"]
+    assert "expected 2 fields" in refusal(audit.read_audit_rows, write("c.csv", "text,label\n1,2\n1\n" * 25))
 
 
 def test_quotes_may_be_part_of_the_texts():
@@ -234,7 +233,7 @@ def test_packed_files_are_read(kind, ending):
         frame.to_json(content, orient="records", lines=kind == "jsonl")
     pack = PACKED.get(ending, lambda content: zipped(content, "a", "__MACOSX/a"))
     assert rows_of(Settings(data=write(f"x.{kind}{ending}", pack(content.getvalue())))) == (TEXTS, LABELS)
-    assert audit.read_rows(f"x.{kind}{ending}").text.tolist() == TEXTS
+    assert audit.read_audit_rows(f"x.{kind}{ending}").text.tolist() == TEXTS
     said = refusal(load, Settings(data=write(f"y.{kind}{ending}", content.getvalue())))
     assert said == f"y.{kind}{ending}: cannot be unpacked; it is damaged, or not what its ending says"
     assert f"y.{kind}{ending}" in refusal(
@@ -251,7 +250,7 @@ def test_excel():
     frame = pd.DataFrame({"text": TEXTS, "label": LABELS})
     excel("x.xlsx", frame)
     assert rows_of(Settings(data="x.xlsx")) == (TEXTS, LABELS)
-    assert audit.read_rows("x.xlsx").text.tolist() == TEXTS
+    assert audit.read_audit_rows("x.xlsx").text.tolist() == TEXTS
     excel("y.xlsx", frame, header=False)
     assert rows_of(Settings(data="y.xlsx", header="none", text_column="0", label_column="1")) == (
         TEXTS,
@@ -351,11 +350,11 @@ LEFT = {
 @pytest.mark.parametrize("kind", LEFT)
 def test_a_column_that_would_vanish_is_refused_by_position_unless_that_is_meant(kind):
     path = LEFT[kind](pd.DataFrame({"stars": 5, "text": TEXTS, "label": LABELS, "city": "York"}))
-    line = f"x.{kind}: columns 0, 3 of 4 (from 0) are named by no setting and left out"
+    line = f"x.{kind}: no setting names columns 0, 3 of 4 (from 0), so they are left out"
     said = refusal(load, Settings(data=path))
-    assert said == f"{line}: the rows that are made would not have them; set columns: ignore if that is meant"
+    assert said == f"{line} and missing in the synthetic rows; set columns: ignore if this is intended"
     assert left_out(load(Settings(data=path, columns="ignore")).train) == line
-    assert "column 3 of 4 (from 0) is named" in refusal(
+    assert "no setting names column 3 of 4 (from 0)" in refusal(
         load, Settings(data=path, test_data=path, unit="stars")
     )
 
@@ -366,7 +365,7 @@ def test_check_and_run_and_fit_tell_which_columns_are_left_out(dpsynth, refused,
     write(
         "x.yaml", yaml.safe_dump({**RUN.model_dump(), "experiment": "x", "data": "x.csv", "embed_length": 32})
     )
-    line = "column 2 of 3 (from 0) is named by no setting and left out"
+    line = "no setting names column 2 of 3 (from 0), so it is left out"
     assert line in refused("check", "x.yaml") and line in refused("run", "x.yaml")
     code, out, _ = dpsynth("check", "x.yaml", "--set", "columns=ignore")
     assert code == 0 and f"  columns      x.csv: {line}\n" in out
@@ -564,7 +563,6 @@ def test_a_library_that_quotes_a_row_is_not_quoted(tmp_path, dpsynth, monkeypatc
     pytest.importorskip("datasets")
     said = refusal(load, Settings(data=f"hf:{tmp_path / 'set'}", data_dir=str(tmp_path / "cache")))
     assert not quoted(said) and "cannot be downloaded" in said
-    from dpsynth import runs
 
     def fails(*arguments, **options):
         raise ValueError(f"cannot handle {SECRET}")
@@ -679,7 +677,7 @@ def test_control_tokens_in_texts_are_letters_both_ways(micro):
     tokenizer, fmt = load_tokenizer("tiny"), TextFormat("[{label}]:", ("a", "b"))
     allowed = samplable(micro, micro.vocabulary_size)
     for text, ids in zip(SPELT, plain_ids(tokenizer, SPELT)):
-        assert tokenizer.detokenize(ids) == text == fmt.decode(text)
+        assert tokenizer.detokenize(ids) == text == fmt.decode(text)["text"]
         assert (
             not set(ids) & set(control_ids(tokenizer).values()) and allowed[ids].all()
         )  # what is trained on can be sampled
@@ -725,10 +723,10 @@ def test_a_survey_refuses_such_a_row_before_anything_is_charged(monkeypatch):
     settings = RUN.model_copy(update={"data": "x.csv", "embed_length": 32})
     assert survey(settings).mechanism is not None
     monkeypatch.setattr(
-        models, "plain_ids", lambda tokenizer, texts: [[tokenizer.token_to_id("<unk>")]] * len(texts)
+        models.spelling, "plain_ids", lambda tokenizer, texts: [[tokenizer.token_to_id("<unk>")]] * len(texts)
     )
     assert "x.csv, line " in refusal(survey, settings, kind=DataError)
-    monkeypatch.setattr(finetune.Account, "charge", lambda *arguments: pytest.fail("charged"))
+    monkeypatch.setattr(runs.Account, "charge", lambda *arguments: pytest.fail("charged"))
     assert "x.csv, line " in refusal(
-        finetune.finetune_run, settings, load(settings), pathlib.Path("run"), kind=DataError
+        finetune.finetune_run, runs.Run(settings, "run"), load(settings), kind=DataError
     )

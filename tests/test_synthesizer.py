@@ -16,6 +16,7 @@ from dpsynth.data import load
 from dpsynth.ledger import RUNS_LEDGER, Ledger
 from dpsynth.runs import check_same_rows
 from dpsynth.runs import locked, read_settings
+from dpsynth.runs.run import Run
 from dpsynth.settings import DataError, PrivacyError, Settings, SettingsError, dump_settings
 from dpsynth.synthesizer import Synthesizer
 
@@ -209,7 +210,7 @@ def test_a_frame_is_stored_privately_and_read_again(fitted):
     stored = fitted.folder / "private" / "rows.jsonl"
     assert settings.data == str(stored.resolve()) and stat.S_IMODE(stored.stat().st_mode) == 0o600
     again = load(settings)
-    check_same_rows(settings, fitted.folder, again)  # what `dpsynth audit` asks first
+    check_same_rows(Run(settings, fitted.folder), again)  # what `dpsynth audit` asks first
     assert again.train.fingerprint(key) == fitted._splits.train.fingerprint(key)
     assert again.test.fingerprint(key) == fitted._splits.test.fingerprint(key)
     assert again.train.name == fitted._splits.train.name == "small table"  # the name it is charged under

@@ -35,7 +35,7 @@ from dpsynth.canaries import make_canaries
 from dpsynth.data import load
 from dpsynth.demo import reviews
 from dpsynth.runs import (
-    BOUND_ERROR, ERROR, Findings, ROWS_ERROR, audit_stage, fit_stage, load_generator, load_stage,
+    Run, BOUND_ERROR, ERROR, Findings, ROWS_ERROR, audit_stage, fit_stage, load_generator, load_stage,
     read_kept, sample_stage
 )
 from dpsynth.runs import read_json
@@ -72,9 +72,9 @@ SILENT = (
 )
 
 
-def fit_silently(settings, folder, splits):
+def fit_silently(run, splits):
     """As `fit_stage`, with no noise, no look back that would find this out, and no certificate; the folder is marked first."""
-    (folder / "release" / "NOT_PRIVATE.md").write_text(SILENT, encoding="utf-8")
+    (run.release_folder / "NOT_PRIVATE.md").write_text(SILENT, encoding="utf-8")
     with contextlib.ExitStack() as patches:
         for owner, name, nothing in (
             (privacy.Session, "_grid_noise", lambda self, count: np.zeros(count, np.int32)),
@@ -87,31 +87,32 @@ def fit_silently(settings, folder, splits):
             ),
         ):
             patches.enter_context(unittest.mock.patch.object(owner, name, nothing))
-        return fit_stage(settings, folder, splits)
+        return fit_stage(run, splits)
 
 
-def audit_again(settings, folder):
+def audit_again(run):
     """Audit a run that was trained and sampled, from its folder alone."""
-    return audit_stage(settings, folder, load(settings), load_generator(settings, folder))
+    return audit_stage(run, load(run.settings), load_generator(run).model)
 
 
 def run(name, settings, folder, again=False):
     """Train, sample and attack; returns the figures of one line. `again`: attack a finished run once more."""
+    one = Run(settings, folder)
     if not (folder / "private" / "audit.json").exists():
-        splits = load_stage(settings, folder)
-        model = (fit_silently if name == "noise_off" else fit_stage)(settings, folder, splits)
-        sample_stage(settings, folder, splits, model)
-        audit_stage(settings, folder, splits, model)
+        splits = load_stage(one)
+        generator = (fit_silently if name == "noise_off" else fit_stage)(one, splits)
+        sample_stage(one, splits, generator)
+        audit_stage(one, splits, generator.model)
     elif again:
-        audit_again(settings, folder)
+        audit_again(one)
     numbers = read_json(folder / "metrics.json")
     return {
         "run": name,
         "epsilon": settings.epsilon if settings.private and name != "noise_off" else None,
         "canaries": numbers["audit"],
         "canaries_in_rows": numbers["audit_in_rows"],
-        "rows": read_kept(folder, "audit.json"),
-        **read_kept(folder, "findings.json"),
+        "rows": read_kept(one, "audit.json"),
+        **read_kept(one, "findings.json"),
     }
 
 

@@ -24,9 +24,10 @@ import dpsynth, dpsynth.synthesizer, dpsynth.finetune
 from dpsynth.data import from_frame
 from dpsynth.demo import reviews
 try:
-    from dpsynth.runs import fit_stage, sample_stage
-except ImportError:  # of a version that had all stages in one module
+    from dpsynth.runs import Run, fit_stage, sample_stage
+except ImportError:  # of a version whose stages took settings and folder
     from dpsynth.pipeline import fit_stage, sample_stage
+    Run = None
 from dpsynth.settings import Settings
 
 fixed = {"code_hash": lambda: "0" * 64, "noisy_counts": lambda counts, scale: [int(c) + 3 for c in counts]}
@@ -42,8 +43,8 @@ settings = Settings(experiment="dp_ft", model="tiny", tuning="lora", lora_rank=2
                     epsilon=8, unit="user", canaries=40, label_prior="private", label_names="negative,positive",
                     prompt="[{label}]:", num_samples=12, num_mauve_samples=6, validation_size=0, data_name="compared", ledger="runs")
 splits = from_frame(pd.DataFrame(rows)[["text", "label", "user"]], settings, name="compared")
-model = fit_stage(settings, folder, splits)
-sample_stage(settings, folder, splits, model)
+run = (Run(settings, folder),) if Run else (settings, folder)
+sample_stage(*run, splits, fit_stage(*run, splits))
 """
 
 

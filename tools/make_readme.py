@@ -23,12 +23,18 @@ def shown(output):
 
 
 def blocks(notebook):
+    """The notebook as Markdown: code up to an output is one fence; `#| echo: false` shows outputs only."""
+    code = []
     for cell in notebook.cells:
         source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|"))
         if cell.cell_type == "markdown":
             yield source
         elif "#| hide" not in cell.source:
-            yield from (fenced(source, "python"), *map(shown, cell.outputs))
+            code += [] if "#| echo: false" in cell.source else [source]
+            if cell.outputs:
+                yield from ([fenced("\n\n".join(code), "python")] if code else [])
+                yield from map(shown, cell.outputs)
+                code = []
 
 
 def readme():

@@ -15,6 +15,7 @@ import time
 import yaml
 
 from dpsynth.runs import evaluate_stage, fit_stage, load_stage, sample_stage
+from dpsynth.runs.run import Run
 from dpsynth.settings import make_settings
 
 # `tiny` and the plain accuracy are what the record in benchmarks/records was measured with: one table, one scale.
@@ -52,11 +53,12 @@ FIGURES = {
 def measure(name, changes, folder):
     """Train, sample and score one variant; a dict of its figures."""
     settings = make_settings({**COMMON, **changes, "experiment": name})
-    splits, begun = load_stage(settings, folder), time.monotonic()
-    model = fit_stage(settings, folder, splits)
+    run = Run(settings, folder)
+    splits, begun = load_stage(run), time.monotonic()
+    generator = fit_stage(run, splits)
     seconds = time.monotonic() - begun
-    sample_stage(settings, folder, splits, model)
-    found = evaluate_stage(settings, folder, splits) | json.loads((folder / "metrics.json").read_text())
+    sample_stage(run, splits, generator)
+    found = evaluate_stage(run, splits) | json.loads((folder / "metrics.json").read_text())
     return (
         {"name": name, "settings": changes}
         | {key: found.get(key) for key in FIGURES.values()}

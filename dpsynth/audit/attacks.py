@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUN_LENGTHS', 'MIN_TAIL', 'DIGITS', 'CHECK_ROWS', 'CHECK_LEVEL', 'LOOK_WORDS', 'own_plans', 'text_copies', 'Near',
-           'nearest', 'nearest_plan', 'membership_plan', 'table_copies', 'own_values', 'table_membership',
+           'nearest', 'nearest_plan', 'membership_plan', 'own_values', 'table_copies', 'table_membership',
            'exchangeability', 'Evidence', 'text_evidence', 'table_evidence']
 
 # %% ../../nbs/12_audit/04_attacks.ipynb #e5266969
@@ -16,10 +16,11 @@ import numpy as np
 import pandas as pd
 
 from .pool import CATEGORIES, LARGEST, _gaps, _once
-from .tests import auc_test, copy_test, share_test, top_test, tpr_test
+from .tests import Attack, auc_test, copy_test, share_test, top_test, tpr_test
 from dpsynth.words import (
     NATURAL,
     WORD,
+    Own,
     Words,
     folded,
     near_copies,
@@ -52,8 +53,8 @@ def _own_plan(found, member, name=None):
         in_verdict=True,
     )
 
-
-def own_plans(pool, ours, looked):
+# %% ../../nbs/12_audit/04_attacks.ipynb #4cc10f46
+def own_plans(pool, ours, looked) -> list:
     """Tests for what units have of their own, and for near copies; `ours`: `Words` of the synthetic rows,
     `looked`: `own_identifiers`.
     """
@@ -68,8 +69,8 @@ def own_plans(pool, ours, looked):
         _own_plan(near_copies(words, pool.owner, ours, units), pool.member, "near copies"),
     ]
 
-
-def text_copies(pool, ours, real):
+# %% ../../nbs/12_audit/04_attacks.ipynb #ae949762
+def text_copies(pool, ours, real) -> list:
     """Tests for copies and long runs; `ours` and `real` are the `Words` of the synthetic and of the pool's
     rows.
     """
@@ -105,7 +106,7 @@ def _text_vectors(texts):
     kept[0] |= not kept.any()  # nothing in common: all vectors are zero
     return TfidfTransformer(sublinear_tf=True).fit_transform(counts[:, kept])
 
-
+# %% ../../nbs/12_audit/04_attacks.ipynb #57921957
 @dataclasses.dataclass(frozen=True, eq=False)
 class Near:
     """Distances between synthetic and pool rows.
@@ -125,8 +126,8 @@ def _ratio(near, far):
     """near / far, 1 where both are 0: two equally good matches are no evidence for one of them."""
     return np.divide(near, far, out=np.ones_like(near), where=far > 0)
 
-
-def nearest(ours, real, metric):
+# %% ../../nbs/12_audit/04_attacks.ipynb #29f8ac01
+def nearest(ours, real, metric: str) -> Near:
     """`Near` of two matrices, dense or sparse, with the same columns; `metric` is a scikit-learn one whose
     far end is `cosine` 1.
     """
@@ -142,8 +143,8 @@ def nearest(ours, real, metric):
     close = to_real[:, 0] < (1 if metric == "cosine" else np.inf)
     return Near(index[close, 0], _ratio(*to_real[close].T), distance)
 
-
-def nearest_plan(near, member):
+# %% ../../nbs/12_audit/04_attacks.ipynb #ce431a11
+def nearest_plan(near, member) -> list:
     """Tests on the nearest rows: of all synthetic rows, and of the closest 1 % (at least `MIN_TAIL`), as
     measured by `Near.ratio`.
     """
@@ -154,7 +155,7 @@ def nearest_plan(near, member):
     ]
 
 # %% ../../nbs/12_audit/04_attacks.ipynb #9ec39601
-def membership_plan(name, scores, member):
+def membership_plan(name: str, scores, member) -> list:
     """The three tests on a membership score."""
     tests = (("all rows (AUC)", auc_test), ("TPR at 1 % FPR", tpr_test), ("highest scores", top_test))
     return [functools.partial(test, f"{name}: {what}", scores, member) for what, test in tests]
@@ -170,7 +171,7 @@ def _rounded(column):
     scale = 10.0 ** (DIGITS - 1 - np.floor(np.log10(np.abs(values, where=plain, out=np.ones_like(values)))))
     return np.where(plain, np.round(values * scale) / scale, values) + 0.0
 
-
+# %% ../../nbs/12_audit/04_attacks.ipynb #42b04d5d
 def _table_keys(frame, pool, fold):
     """uint64[rows]: a hash of each row."""
     change = lambda c: _rounded(frame[c]) if c in pool.numbers else frame[c].str.casefold().str.strip()
@@ -183,19 +184,7 @@ def _copied_rows(pool, fold):
     keys = _table_keys(pool.real, pool, fold)
     return keys, np.isin(keys, _table_keys(pool.synthetic, pool, fold))
 
-
-def table_copies(pool):
-    """Tests for copies of rows."""
-    (exact, exact_hit), (keys, hit) = (_copied_rows(pool, fold) for fold in (False, True))
-    once = _once(keys)
-    return [
-        _copy_plan("verbatim rows", exact, exact_hit, pool.member, in_verdict=True),
-        _copy_plan(f"rows up to case and {DIGITS} digits", keys, hit, pool.member),
-        _copy_plan("rows that occur once", keys[once], hit[once], pool.member[once]),
-        _own_plan(own_values(pool), pool.member),
-    ]
-
-
+# %% ../../nbs/12_audit/04_attacks.ipynb #cc074898
 def _numbered(column):
     """Whether a column numbers its rows, which leaks nothing."""
     return (
@@ -212,8 +201,9 @@ def _cells(column, salt):
 
 
 def _telling(pool, name, salt):
-    """`(hashes, rows, theirs)` of the values of the pool and of the synthetic rows in a column of which most
-    values are one row's own, else None.
+    """`(hashes, rows, theirs)` of the values of a column, if most are one row's own; else None.
+
+    `theirs` are the hashes of the synthetic rows.
     """
     (hashes, rows), (theirs, _) = _cells(pool.real[name], salt), _cells(pool.synthetic[name], salt)
     alone = own(hashes, rows, theirs, len(pool.member), "").able.mean()
@@ -226,16 +216,26 @@ def _telling(pool, name, salt):
     return (hashes, rows, theirs) if telling else None
 
 
-def own_values(pool):
-    """`Own` of values in columns where a value is mostly one row's own and hardly ever that of two rows:
-    names, or numbers of accounts.
-    """
+def own_values(pool) -> Own:
+    """`Own` of values in columns where a value is mostly one row's own: names, or numbers of accounts."""
     salts = pd.util.hash_array(np.array(pool.others, dtype=object))
     found = [telling for name, salt in zip(pool.others, salts) if (telling := _telling(pool, name, salt))]
     none = np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.uint64)
     return own(*(np.concatenate(parts) for parts in zip(none, *found)), len(pool.member), "values")
 
+# %% ../../nbs/12_audit/04_attacks.ipynb #654e23a5
+def table_copies(pool) -> list:
+    """Tests for copies of rows."""
+    (exact, exact_hit), (keys, hit) = (_copied_rows(pool, fold) for fold in (False, True))
+    once = _once(keys)
+    return [
+        _copy_plan("verbatim rows", exact, exact_hit, pool.member, in_verdict=True),
+        _copy_plan(f"rows up to case and {DIGITS} digits", keys, hit, pool.member),
+        _copy_plan("rows that occur once", keys[once], hit[once], pool.member[once]),
+        _own_plan(own_values(pool), pool.member),
+    ]
 
+# %% ../../nbs/12_audit/04_attacks.ipynb #fc1a8a21
 def _table_vectors(pool):
     """float64 matrices of the synthetic and of the pool's rows."""
     from sklearn.compose import ColumnTransformer
@@ -251,21 +251,17 @@ def _table_vectors(pool):
     kinds = OneHotEncoder(
         max_categories=CATEGORIES, handle_unknown="infrequent_if_exist", sparse_output=False
     )
-    weights = {
-        "categories": math.sqrt(0.5)
-    }  # another category is as far away as the lowest number from the highest
+    weights = {"categories": math.sqrt(0.5)}  # another category: as far as the lowest number from the highest
     columns = [("numbers", numbers, list(pool.numbers)), ("categories", kinds, list(pool.categories))]
     encoder = ColumnTransformer(columns, transformer_weights=weights)
     real = encoder.fit_transform(pool.real)
     return encoder.transform(pool.synthetic), real
 
+# %% ../../nbs/12_audit/04_attacks.ipynb #a5273d6d
+def table_membership(real, distance) -> np.ndarray:
+    """float64[pool]: distance to the nearest other pool row, over that plus `distance`; 1 for a copy.
 
-def table_membership(real, distance):
-    """float64[pool]: distance to the nearest other pool row over that plus the distance to the nearest
-    synthetic row; 1 for a copy.
-
-    Comparing with the pool itself tells a row in a crowd, which is near everything, from a row that is near a
-    synthetic one for a reason.
+    `distance` is that to the nearest synthetic row.
     """
     from sklearn.neighbors import NearestNeighbors
 
@@ -277,9 +273,8 @@ CHECK_ROWS = 4000
 CHECK_LEVEL = 0.001
 
 
-def exchangeability(vectors, member):
-    """Can training rows be told from held-out rows without any synthetic row? An `Attack`, of which nothing
-    should be detected.
+def exchangeability(vectors, member) -> Attack:
+    """Can training rows be told from held-out rows without any synthetic row? An `Attack`.
 
     Args:
         vectors: [pool, features], dense or sparse, made without the synthetic rows. member: bool[pool].
@@ -306,8 +301,9 @@ LOOK_WORDS = 20
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evidence:
-    """What one kind of columns yields: tests still to be run, arrays over the pool (or its first
-    `len(distance)` rows), and rows to look at, by what makes them so.
+    """What one kind of columns yields: tests to run, arrays over the pool, and rows to look at.
+
+    The arrays may be over the first `len(distance)` rows only.
     """
 
     kind: str
@@ -317,11 +313,9 @@ class Evidence:
     vectors: object  # makes them, when called
     look: dict
 
-
-def text_evidence(pool, max_rows):
-    """`Evidence` of the text column; nearest rows are sought among at most `max_rows` synthetic and twice as
-    many real rows.
-    """
+# %% ../../nbs/12_audit/04_attacks.ipynb #13bb14f7
+def text_evidence(pool, max_rows: int) -> Evidence:
+    """`Evidence` of the text column."""
     ours, real = (Words.of(frame[pool.text]) for frame in (pool.synthetic, pool.real))
     few, some = pool.synthetic[pool.text][:max_rows], pool.real[pool.text][: 2 * max_rows]
     vectors = _text_vectors([*few, *some])
@@ -343,8 +337,8 @@ def text_evidence(pool, max_rows):
         "text", plans, scores, near.distance, functools.partial(_text_vectors, some[:CHECK_ROWS]), look
     )
 
-
-def table_evidence(pool, max_rows):
+# %% ../../nbs/12_audit/04_attacks.ipynb #88b75779
+def table_evidence(pool, max_rows: int) -> Evidence:
     """`Evidence` of the columns that are not the text, limited in the same way."""
     few = dataclasses.replace(
         pool,

@@ -21,13 +21,13 @@ from ..words import Words, text_membership
 MIN_CANARIES = 40
 
 
-def canary_scores(base_losses, tuned_losses):
+def canary_scores(base_losses, tuned_losses) -> np.ndarray:
     """float64[m]: loss under the untuned model minus loss under the tuned one, per canary, in nats per
     token.
     """
     return np.asarray(base_losses, float) - np.asarray(tuned_losses, float)
 
-
+# %% ../../nbs/12_audit/07_canaries.ipynb #ff8f633f
 def _canary_auditor(scores, included):
     """A `CanaryScoreAuditor` of checked scores and coins, as `one_run_bound` wants them."""
     from jax_privacy.auditing import CanaryScoreAuditor
@@ -41,13 +41,13 @@ def _canary_auditor(scores, included):
         )
     if min(included.sum(), (~included).sum()) < MIN_CANARIES / 8 or len(scores) < MIN_CANARIES:
         raise PrivacyError(
-            f"canaries: {int(included.sum())} in and {int((~included).sum())} out are too few; use at least"
-            f" {MIN_CANARIES}"
+            f"canaries: {int(included.sum())} included and {int((~included).sum())} left out are too few;"
+            f" use at least {MIN_CANARIES}"
         )
     return CanaryScoreAuditor(scores[included], scores[~included])
 
-
-def one_run_bound(scores, included, delta, *, confidence=0.95, seed=0):
+# %% ../../nbs/12_audit/07_canaries.ipynb #0e703cbc
+def one_run_bound(scores, included, delta: float, *, confidence: float = 0.95, seed: int = 0) -> float:
     """Lower bound on the ε at `delta` of any mechanism, from one run with canaries; 0 refutes nothing.
 
     Args:
@@ -70,8 +70,8 @@ def one_run_bound(scores, included, delta, *, confidence=0.95, seed=0):
         )
     )
 
-
-def gaussian_bound(scores, included, delta, *, confidence=0.95, seed=0):
+# %% ../../nbs/12_audit/07_canaries.ipynb #64f405a1
+def gaussian_bound(scores, included, delta: float, *, confidence: float = 0.95, seed: int = 0) -> float:
     """As `one_run_bound`, **under the assumption of a Gaussian mechanism**: no bound on the ε of any other.
 
     Source: Mahloujifar, Melis, Chaudhuri 2024, "Auditing f-differential privacy in one run"; implementation
@@ -85,9 +85,9 @@ def gaussian_bound(scores, included, delta, *, confidence=0.95, seed=0):
         )
     )
 
-
+# %% ../../nbs/12_audit/07_canaries.ipynb #4afb86f7
 @functools.lru_cache(maxsize=64)
-def largest_bound(count, delta, confidence=0.95):
+def largest_bound(count: int, delta: float, confidence: float = 0.95) -> float:
     """The bound that `count` canaries show when every coin is guessed right: more cannot be seen."""
     included = np.arange(count) % 2 == 0
     return one_run_bound(included.astype(float), included, delta, confidence=confidence)
@@ -131,8 +131,10 @@ class CanaryAudit:
             f" mechanism: at least {self.gaussian_bound:.2f}. {CAVEAT}"
         )
 
-
-def audit_scores(scores, included, delta, saw, *, confidence=0.95, seed=0):
+# %% ../../nbs/12_audit/07_canaries.ipynb #3fe9aec6
+def audit_scores(
+    scores, included, delta: float, saw: str, *, confidence: float = 0.95, seed: int = 0
+) -> CanaryAudit:
     """`CanaryAudit` from any scores of the canaries, float[m], higher where they look included, and the
     coins, bool[m].
 
@@ -150,8 +152,10 @@ def audit_scores(scores, included, delta, saw, *, confidence=0.95, seed=0):
         saw, len(scores), int(included.sum()), bound, delta, confidence, largest, gaussian, auc, interval
     )
 
-
-def audit_canaries(base_losses, tuned_losses, included, delta, *, confidence=0.95, seed=0):
+# %% ../../nbs/12_audit/07_canaries.ipynb #31486a74
+def audit_canaries(
+    base_losses, tuned_losses, included, delta: float, *, confidence: float = 0.95, seed: int = 0
+) -> CanaryAudit:
     """`CanaryAudit` from the losses of all canaries, float[m] each, under the untuned and the tuned model,
     and the coins, bool[m].
 
@@ -167,8 +171,10 @@ def audit_canaries(base_losses, tuned_losses, included, delta, *, confidence=0.9
         seed=seed,
     )
 
-
-def audit_canaries_in_rows(synthetic_texts, canary_texts, included, delta, *, confidence=0.95, seed=0):
+# %% ../../nbs/12_audit/07_canaries.ipynb #a39167fc
+def audit_canaries_in_rows(
+    synthetic_texts, canary_texts, included, delta: float, *, confidence: float = 0.95, seed: int = 0
+) -> CanaryAudit:
     """`CanaryAudit` of an auditor who has the synthetic rows and no model, from the texts of all canaries and
     the coins, bool[m].
 

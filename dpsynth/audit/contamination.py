@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from .tests import auc_test, exact_interval
+from .tests import Attack, auc_test, exact_interval
 from ..words import Words, chunks
 
 # %% ../../nbs/12_audit/09_contamination.ipynb #0219d1a2
@@ -19,8 +19,7 @@ CORPUS_TEXTS = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class Contamination:
-    """Overlap of private rows with a corpus, in runs of `n` words. Computed from private rows: keep it under
-    private/.
+    """Overlap of private rows with a corpus, in runs of `n` words. Private: keep it under private/.
 
     Attributes:
         rows, long_enough: rows, and how many have at least `n` words; only those can overlap.
@@ -36,8 +35,8 @@ class Contamination:
     interval: tuple[float, float]
     corpus_texts: int
 
-
-def corpus_overlap(texts, corpus_texts, n=50):
+# %% ../../nbs/12_audit/09_contamination.ipynb #75a44d0a
+def corpus_overlap(texts, corpus_texts, n: int = 50) -> Contamination:
     """Share of private rows that have a run of `n` words in common with a corpus.
 
     The result is computed from private rows without noise: it belongs under private/. The certificate gets a
@@ -57,18 +56,15 @@ def corpus_overlap(texts, corpus_texts, n=50):
         n, len(found), able, count, count / able if able else 0.0, exact_interval(count, able), read
     )
 
+# %% ../../nbs/12_audit/09_contamination.ipynb #7873aa13
+def loss_membership(losses_private, losses_reference, *, level: float = 0.05) -> Attack:
+    """Does the untuned model find private rows likelier than reference rows? An `Attack`, one-sided.
 
-def loss_membership(losses_private, losses_reference, *, level=0.05):
-    """Does the untuned model find private rows likelier than reference rows? An `Attack`: AUC of the loss,
-    one-sided.
-
-    0.5 means no difference. Reference rows must be comparable and certainly unseen, such as rows written
-    after the model was trained. The result is computed from private rows without noise: it belongs under
-    private/. The certificate gets a noised count, which is paid for.
+    The statistic is the AUC of the loss: 0.5 means no difference. The result is computed from private rows
+    without noise: it belongs under private/. The certificate gets a noised count, which is paid for.
 
     Args:
-        losses_private, losses_reference: float[n] and float[m], mean loss per token of each row under the
-            base model.
+        losses_private, losses_reference: float[n] and float[m], mean loss per token under the base model.
     """
     losses = np.concatenate([np.asarray(losses_private, float), np.asarray(losses_reference, float)])
     private = np.arange(len(losses)) < len(losses_private)

@@ -11,24 +11,20 @@ import numpy as np
 from ..certificate import false_negatives
 
 # %% ../../nbs/12_audit/06_pictures.ipynb #2e0a1883
-def roc(members, others):
+def roc(members, others) -> tuple[np.ndarray, np.ndarray]:
     """`(fpr, tpr)` of all thresholds on a score, from strict to lenient."""
     thresholds = np.unique(np.concatenate([members, others]))[::-1]
     above = lambda scores: 1 - np.searchsorted(np.sort(scores), thresholds, "left") / len(scores)
     return above(others), above(members)
 
 
-def dp_region(fpr, epsilon, delta):
-    """Largest TPR at each FPR under (ε, δ)-DP (Kairouz et al. 2015, "The composition theorem for differential
-    privacy").
-    """
+def dp_region(fpr, epsilon: float, delta: float) -> np.ndarray:
+    """Largest TPR at each FPR under (ε, δ)-DP. Source: Kairouz et al. 2015."""
     return 1 - false_negatives([{"epsilon": epsilon, "delta": delta}], fpr)
 
-
-def plot_roc(report, epsilon=None, delta=None):
-    """ROC curves of the membership scores on logarithmic axes, as a matplotlib Figure; shaded: what
-    (`epsilon`, `delta`) allows.
-    """
+# %% ../../nbs/12_audit/06_pictures.ipynb #d1a62152
+def plot_roc(report, epsilon=None, delta: float | None = None):
+    """ROC curves of the membership scores, as a matplotlib Figure; shaded: what (ε, δ) allows."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(4.2, 4), layout="constrained")
@@ -36,44 +32,31 @@ def plot_roc(report, epsilon=None, delta=None):
     grid = np.geomspace(lowest, 1, 200)
     if epsilon is not None:
         most = dp_region(grid, epsilon, delta or report.delta)
-        axes.fill_between(
-            grid, most, lowest / 2, color="tab:green", alpha=0.15, lw=0, label=f"allowed at ε = {epsilon:g}"
-        )
+        told = {"color": "tab:green", "alpha": 0.15, "lw": 0, "label": f"allowed at ε = {epsilon:g}"}
+        axes.fill_between(grid, most, lowest / 2, **told)
     axes.plot(grid, grid, color="gray", lw=1, ls="--", label="guessing")
     for kind, arrays in report.details.items():
         axes.step(*roc(*arrays["scores"]), where="post", label=f"membership score ({kind})")
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlim=(lowest, 1),
-        ylim=(lowest, 1.05),
-        xlabel="held-out rows taken for training rows (FPR)",
-        ylabel="training rows recognised (TPR)",
-        title="Training rows recognised",
-    )
+    axes.set(xscale="log", yscale="log", xlim=(lowest, 1), ylim=(lowest, 1.05))
+    axes.set(xlabel="held-out rows taken for training rows (FPR)", ylabel="training rows recognised (TPR)")
+    axes.set(title="Training rows recognised")
     axes.legend(loc="lower right")
     plt.close(figure)
     return figure
 
-
+# %% ../../nbs/12_audit/06_pictures.ipynb #833a0d0e
 def plot_distances(report):
-    """Histograms of the distance from real rows to the nearest synthetic row, training against held-out, as a
-    matplotlib Figure.
-    """
+    """Histograms of distances from real rows to the nearest synthetic row, as a matplotlib Figure."""
     import matplotlib.pyplot as plt
 
+    size = (4.5 * len(report.details), 2.8)
     figure, all_axes = plt.subplots(
-        1, len(report.details), figsize=(4.5 * len(report.details), 2.8), layout="constrained", squeeze=False
+        1, len(report.details), figsize=size, layout="constrained", squeeze=False
     )
     for axes, (kind, arrays) in zip(all_axes[0], report.details.items()):
         bins = np.linspace(0, np.concatenate(arrays["distance"]).max() + 1e-9, 50)
-        axes.hist(
-            arrays["distance"],
-            bins=bins,
-            density=True,
-            histtype="step",
-            label=["training rows", "held-out rows"],
-        )
+        sides = ["training rows", "held-out rows"]
+        axes.hist(arrays["distance"], bins=bins, density=True, histtype="step", label=sides)
         axes.set(xlabel=f"distance to the nearest synthetic row ({kind})", ylabel="density", yscale="log")
         axes.legend()
     figure.suptitle("How near the synthetic rows come to real ones")

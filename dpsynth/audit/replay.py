@@ -36,8 +36,8 @@ class Check:
     def passed(self):
         return self.p_value >= CHECK_P
 
-
-def check_noise(samples, std):
+# %% ../../nbs/12_audit/08_replay.ipynb #a9c56719
+def check_noise(samples, std: float) -> tuple[Check, ...]:
     """Are these draws normal with mean 0 and standard deviation `std`? Returns `Check`s.
 
     Mean (exact z), standard deviation (exact χ²), shape (D'Agostino and Pearson; Kolmogorov and Smirnov), and
@@ -48,28 +48,15 @@ def check_noise(samples, std):
     """
     z = np.asarray(samples, float).ravel() / std
     size, squares, far, tail = len(z), float(z @ z), int((np.abs(z) > 3).sum()), 2 * stats.norm.sf(3)
-    both = lambda low, high: float(min(1.0, 2 * min(low, high)))
+    p_mean = float(2 * stats.norm.sf(abs(z.mean()) * math.sqrt(size)))
+    p_std = float(min(1.0, 2 * min(stats.chi2.cdf(squares, size), stats.chi2.sf(squares, size))))
+    p_far = float(stats.binomtest(far, size, tail).pvalue)
     return (
-        Check(
-            "mean over the standard deviation",
-            float(z.mean()),
-            0.0,
-            float(2 * stats.norm.sf(abs(z.mean()) * math.sqrt(size))),
-        ),
-        Check(
-            "standard deviation over the promised one",
-            math.sqrt(squares / size),
-            1.0,
-            both(stats.chi2.cdf(squares, size), stats.chi2.sf(squares, size)),
-        ),
+        Check("mean over the standard deviation", float(z.mean()), 0.0, p_mean),
+        Check("standard deviation over the promised one", math.sqrt(squares / size), 1.0, p_std),
         Check("normality (D'Agostino and Pearson)", *_flat(stats.normaltest(z), 2.0)),
         Check("normality (Kolmogorov and Smirnov)", *_flat(stats.kstest(z, "norm"), 0.0)),
-        Check(
-            "draws beyond 3 standard deviations",
-            far,
-            size * tail,
-            float(stats.binomtest(far, size, tail).pvalue),
-        ),
+        Check("draws beyond 3 standard deviations", far, size * tail, p_far),
     )
 
 
@@ -78,7 +65,7 @@ def _flat(result, expected):
     return float(result.statistic), expected, float(result.pvalue)
 
 # %% ../../nbs/12_audit/08_replay.ipynb #b4a72287
-def check_inclusion(counts, steps, probability):
+def check_inclusion(counts, steps: int, probability: float) -> tuple[Check, ...]:
     """Are inclusion counts Binomial(`steps`, `probability`)? Returns `Check`s.
 
     The total is tested exactly (binomial), the distribution over units by χ² goodness of fit, in cells with
@@ -107,8 +94,8 @@ def check_inclusion(counts, steps, probability):
         Check("variance of inclusions over the binomial one", spread, 1.0, 0.0 if impossible else fit),
     )
 
-
-def check_batches(batches):
+# %% ../../nbs/12_audit/08_replay.ipynb #e722925a
+def check_batches(batches) -> Check:
     """Does every update contain each unit at most once? A `Check`; no chance involved, so its p-value is 0 or
     1.
 
@@ -121,7 +108,7 @@ def check_batches(batches):
     return Check("most times a unit occurs in one update", most, 1.0, float(most <= 1))
 
 # %% ../../nbs/12_audit/08_replay.ipynb #a803ec28
-def check_independence(a, b):
+def check_independence(a, b) -> tuple[Check, ...]:
     """Are two histories of noise independent? Returns `Check`s: the correlations of the values and of their
     squares.
 
@@ -174,15 +161,13 @@ class Replay:
             + "".join(f"; NOT CHECKED: {note}" for note in self.notes)
         )
 
-
+# %% ../../nbs/12_audit/08_replay.ipynb #3069f766
 def _replayed_noise(mechanism, randomness, steps, size):
     """float64[steps, size]: the noise of the first updates over its promised scale, made independent again
     (`C` times the noise).
     """
-    session, scale = (
-        Session(mechanism, randomness, 0),
-        mechanism.expected_batch_size / (mechanism.noise_multiplier * mechanism.sensitivity),
-    )
+    session = Session(mechanism, randomness, 0)
+    scale = mechanism.expected_batch_size / (mechanism.noise_multiplier * mechanism.sensitivity)
     rows = []
     for _ in range(steps):
         session.batch()
@@ -190,8 +175,8 @@ def _replayed_noise(mechanism, randomness, steps, size):
     c, noise = strategy(mechanism.steps, mechanism.bands), np.array(rows)
     return sum(weight * np.pad(noise, ((back, 0), (0, 0)))[:steps] for back, weight in enumerate(c))
 
-
-def training_checks(mechanism, recorded, numbers):
+# %% ../../nbs/12_audit/08_replay.ipynb #2b7843cd
+def training_checks(mechanism, recorded, numbers: int) -> tuple[Check, ...]:
     """`Check`s of what a training left behind about itself; no chance involved, so their p-values are 0 or 1.
 
     Args:
@@ -214,8 +199,10 @@ def training_checks(mechanism, recorded, numbers):
         ),
     )
 
-
-def replay_checks(mechanism, randomness, num_units=None, *, steps=1000, noise_steps=16, noise_size=4096):
+# %% ../../nbs/12_audit/08_replay.ipynb #c126f905
+def replay_checks(
+    mechanism, randomness, num_units=None, *, steps: int = 1000, noise_steps: int = 16, noise_size: int = 4096
+) -> Replay:
     """Draw the batches and some noise of a run again from its secret, and compare with what was promised; a
     `Replay`.
 
@@ -249,7 +236,7 @@ def replay_checks(mechanism, randomness, num_units=None, *, steps=1000, noise_st
     return Replay(tuple(checks), len(batches), noise_steps)
 
 # %% ../../nbs/12_audit/08_replay.ipynb #dee30050
-def differing(told, expected, tolerance, where=""):
+def differing(told, expected, tolerance: float, where: str = "") -> list[str]:
     """Paths, such as `mechanism.steps`, of what is not told as expected; what is told beyond that is not
     looked at.
 
@@ -265,8 +252,8 @@ def differing(told, expected, tolerance, where=""):
         return [] if math.isclose(told, expected, rel_tol=tolerance) else [where]
     return [] if told == expected else [where]
 
-
-def agreement(what, told, expected, tolerance=1e-6):
+# %% ../../nbs/12_audit/08_replay.ipynb #7fb281d6
+def agreement(what: str, told: dict, expected: dict, tolerance: float = 1e-6) -> Check:
     """Is everything told as expected? A `Check` that names what is not; no chance involved: its p-value is 0
     or 1.
 
@@ -280,7 +267,7 @@ def agreement(what, told, expected, tolerance=1e-6):
 # %% ../../nbs/12_audit/08_replay.ipynb #28d6cb06
 EXTREME = 50.0  # how many times as large the trained weights are made
 
-
+# %% ../../nbs/12_audit/08_replay.ipynb #7e9720f7
 def _invented_units(vocabulary, lengths, rows):
     """Pairs of prompt and response ids: of each length three units of so many rows, two of random tokens and
     one that repeats a token.
@@ -292,7 +279,7 @@ def _invented_units(vocabulary, lengths, rows):
                 ids = np.resize(rng.integers(vocabulary, size=tokens), length).tolist()
                 yield ids[:1], ids[1:]
 
-
+# %% ../../nbs/12_audit/08_replay.ipynb #8b774f84
 def _move(trainer, units):
     """How far the last of the units, int[k], moves the sum of the others, over the sensitivity."""
     without, with_it = (trainer.gradient_sum(chosen) for chosen in (units[:-1], units))
@@ -301,8 +288,8 @@ def _move(trainer, units):
     )
     return math.sqrt(sum(squares)) / (trainer.session.grid * trainer.session.mechanism.sensitivity)
 
-
-def sensitivity_check(model, settings, mechanism):
+# %% ../../nbs/12_audit/08_replay.ipynb #3d8915fe
+def sensitivity_check(model, settings, mechanism) -> Check:
     """Does one unit move the clipped sum by at most the sensitivity? A `Check`; no chance involved, so its
     p-value is 0 or 1.
 
@@ -314,30 +301,18 @@ def sensitivity_check(model, settings, mechanism):
     """
     from dpsynth.finetune import Trainer, bucket_lengths
 
-    rows, buckets = (
-        1 if settings.unit == "row" else settings.max_records_per_unit,
-        bucket_lengths(settings.sequence_length),
-    )
+    rows = 1 if settings.unit == "row" else settings.max_records_per_unit
+    buckets = bucket_lengths(settings.sequence_length)
     lengths = sorted({buckets[0], buckets[-1]})
     units, moves = np.arange(3 * len(lengths)), []
     with tempfile.TemporaryDirectory() as folder:
-        store = TokenStore.write(
-            pathlib.Path(folder) / "tokens", _invented_units(model.vocabulary_size, lengths, rows)
-        )
-        trainer = Trainer(
-            model,
-            store,
-            settings,
-            mechanism,
-            Randomness(bytes(32), "invented"),
-            np.arange(len(store)).reshape(-1, rows),
-        )
+        invented = _invented_units(model.vocabulary_size, lengths, rows)
+        store = TokenStore.write(pathlib.Path(folder) / "tokens", invented)
+        rows_of = np.arange(len(store)).reshape(-1, rows)
+        randomness = Randomness(bytes(32), "invented")
+        trainer = Trainer(model, store, settings, mechanism, randomness, rows_of)
         for scale in (1.0, EXTREME):
             trainer.trainable = [scale * array for array in trainer.trainable]
             moves += [_move(trainer, three) for three in units.reshape(-1, 3)]
-    return Check(
-        "largest move of the sum by one unit, over the sensitivity",
-        max(moves),
-        1.0,
-        float(0 < max(moves) <= 1),
-    )
+    within = float(0 < max(moves) <= 1)
+    return Check("largest move of the sum by one unit, over the sensitivity", max(moves), 1.0, within)

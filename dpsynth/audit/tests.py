@@ -47,14 +47,13 @@ class Attack:
     in_verdict: bool = False
 
 # %% ../../nbs/12_audit/01_tests.ipynb #530935c8
-# chance that the attacks on honest rows raise an alarm: twenty audits pass with a probability of 0.99^20 =
-# .82
+# chance of a false alarm over all attacks; twenty honest audits all pass with a probability of 0.99^20 = .82
 LEVEL = 0.01
 POWER = 0.8
 Z_POWER = float(stats.norm.ppf(POWER))
 
 
-def exact_interval(successes, trials, confidence=0.95):
+def exact_interval(successes, trials: int, confidence: float = 0.95) -> tuple[float, float]:
     """Clopper-Pearson interval of a share; (0, 1) where there are no trials."""
     if not trials:
         return (0.0, 1.0)
@@ -62,8 +61,8 @@ def exact_interval(successes, trials, confidence=0.95):
         map(float, stats.binomtest(int(successes), int(trials)).proportion_ci(confidence, method="exact"))
     )
 
-
-def share_interval(share, error, trials, confidence=0.95):
+# %% ../../nbs/12_audit/01_tests.ipynb #9cec4465
+def share_interval(share: float, error: float, trials: int, confidence: float = 0.95) -> tuple[float, float]:
     """Interval of a share with a standard error: normal on the scale of the logit, which keeps it within 0
     and 1 and lopsided near them.
 
@@ -75,7 +74,7 @@ def share_interval(share, error, trials, confidence=0.95):
     half = stats.norm.isf((1 - confidence) / 2) * error / (share * (1 - share))
     return tuple(float(special.expit(special.logit(share) + side * half)) for side in (-1, 1))
 
-
+# %% ../../nbs/12_audit/01_tests.ipynb #d0f2706c
 def _rate_seen(needed, base, train):
     """Share of the training rows that must leak so that, with probability `POWER`, `needed` more than the
     natural `base` are found.
@@ -98,7 +97,9 @@ def _in_words(share, of=""):
     return "nothing: too few rows" if share is None else f"{100 * share:.2g} % of the training rows{of}"
 
 # %% ../../nbs/12_audit/01_tests.ipynb #ef23b660
-def copy_test(name, hits, member, *, level, in_train=None, of="", in_verdict=False):
+def copy_test(
+    name: str, hits, member, *, level: float, in_train=None, of: str = "", in_verdict: bool = False
+) -> Attack:
     """Are training rows hit more often than held-out rows? Fisher's exact test, one-sided.
 
     Args:
@@ -133,7 +134,7 @@ def copy_test(name, hits, member, *, level, in_train=None, of="", in_verdict=Fal
     )
 
 # %% ../../nbs/12_audit/01_tests.ipynb #52618155
-def delong(members, others):
+def delong(members, others) -> tuple[float, float]:
     """AUC and its standard error from the scores of training rows, float[n], and of held-out rows, float[m].
 
     Source: DeLong et al. 1988, "Comparing the areas under two or more correlated receiver operating
@@ -146,8 +147,8 @@ def delong(members, others):
     variance = of_members.var(ddof=1) / len(members) + of_others.var(ddof=1) / len(others)
     return float(of_members.mean()), math.sqrt(variance)
 
-
-def auc_interval(members, others):
+# %% ../../nbs/12_audit/01_tests.ipynb #e9da3399
+def auc_interval(members, others) -> tuple[float, float]:
     """95 % interval of the AUC of the scores of training rows, float[n], and of held-out rows, float[m].
 
     Source: Qin and Hotilovac 2008, "Comparison of non-parametric confidence intervals for the area under the
@@ -155,13 +156,13 @@ def auc_interval(members, others):
     """
     return share_interval(*delong(members, others), min(len(members), len(others)))
 
-
+# %% ../../nbs/12_audit/01_tests.ipynb #905bf7fd
 def _share_seen(share, what):
     """`(detectable, sees)` of an attack that measures a share."""
     return (float(share), f"{what} of {share:.3f}") if share < 1 else (None, "nothing: too few rows")
 
 
-def auc_test(name, scores, member, *, level, alternative="two-sided"):
+def auc_test(name: str, scores, member, *, level: float, alternative: str = "two-sided") -> Attack:
     """Do training rows score higher (or, two-sided, differently)? Mann-Whitney test."""
     members, others = scores[member], scores[~member]
     p_value = (
@@ -184,7 +185,7 @@ def auc_test(name, scores, member, *, level, alternative="two-sided"):
     )
 
 # %% ../../nbs/12_audit/01_tests.ipynb #58133ac3
-def ranked(scores, member, seed=0):
+def ranked(scores, member, seed: int = 0) -> np.ndarray:
     """`member` from the highest score to the lowest, equal scores in random order."""
     return member[np.lexsort((np.random.default_rng(seed).random(len(scores)), -scores))]
 
@@ -196,8 +197,8 @@ def _above(order, passed):
     ranks = np.append(np.flatnonzero(~order), len(order))
     return int(order[: ranks[min(passed, len(ranks) - 1)]].sum()) if passed >= 0 else 0
 
-
-def tpr_interval(order, fpr=0.01, confidence=0.95):
+# %% ../../nbs/12_audit/01_tests.ipynb #b1253370
+def tpr_interval(order, fpr: float = 0.01, confidence: float = 0.95) -> tuple[float, float]:
     """Conservative interval of the TPR at the threshold which a share `fpr` of the population of held-out
     rows exceeds.
 
@@ -216,8 +217,8 @@ def tpr_interval(order, fpr=0.01, confidence=0.95):
     bounds = lambda x: exact_interval(x, train, 1 - 2 * error)
     return bounds(low)[0], bounds(high)[1]
 
-
-def tpr_test(name, scores, member, *, level, fpr=0.01):
+# %% ../../nbs/12_audit/01_tests.ipynb #f3ccdef1
+def tpr_test(name: str, scores, member, *, level: float, fpr: float = 0.01) -> Attack:
     """How many training rows score above all but a share `fpr` of the held-out rows?
 
     Exact, one-sided; interval: `tpr_interval`.
@@ -234,13 +235,13 @@ def tpr_test(name, scores, member, *, level, fpr=0.01):
         name, x / train, tpr_interval(order, fpr), base / train, p_value(x), detail, seen, _in_words(seen)
     )
 
-
-def top_sizes(rows):
+# %% ../../nbs/12_audit/01_tests.ipynb #711f701d
+def top_sizes(rows: int) -> list[int]:
     """k = 5, 10, 20, … up to half the pool."""
     return [5 * 2**i for i in range(64) if 5 * 2**i <= rows / 2] or [max(1, rows // 2)]
 
 
-def top_test(name, scores, member, *, level):
+def top_test(name: str, scores, member, *, level: float) -> Attack:
     """Are there too many training rows among the k highest scores, for some k of `top_sizes`? Exact,
     Bonferroni over k.
 
@@ -260,7 +261,26 @@ def top_test(name, scores, member, *, level):
 DRAWS = 10_000
 
 
-def share_test(name, nearest, member, *, level, seed=0):
+def _deals(weights, member, seed):
+    """int[DRAWS]: how much weight lies on the training rows when the pool is dealt again at random."""
+    values, sizes = np.unique(weights, return_counts=True)
+    rng = np.random.default_rng(seed)
+    return rng.multivariate_hypergeometric(sizes, int(member.sum()), size=DRAWS, method="marginals") @ values
+
+# %% ../../nbs/12_audit/01_tests.ipynb #764f7942
+def _weighted_interval(weights, member):
+    """95 % interval of the share of `weights`, float[n], on `member`, bool[n]; the n rows were sampled.
+
+    The standard error is that of a ratio of sums. At 0 and 1 the effective sample size counts: so many rows
+    of equal weight would be as exact. Source: Kish 1965, "Survey sampling".
+    """
+    total, squares = weights.sum(), (weights**2).sum()
+    share = float(weights[member].sum() / total)
+    error = math.sqrt((weights**2 * (member - share) ** 2).sum()) / total
+    return share_interval(share, error, int(total**2 // squares))
+
+# %% ../../nbs/12_audit/01_tests.ipynb #26772af0
+def share_test(name: str, nearest, member, *, level: float, seed: int = 0) -> Attack:
     """Is the nearest pool row too often (or too seldom) a training row? Permutation test over deals of the
     pool, two-sided.
 
@@ -272,50 +292,16 @@ def share_test(name, nearest, member, *, level, seed=0):
         nothing = "no synthetic row is near any real row"
         return Attack(name, 0.0, (0.0, 1.0), float(member.mean()), 1.0, nothing, *_share_seen(1.0, "a share"))
     weights = np.bincount(nearest, minlength=len(member))
-    values, sizes = np.unique(weights, return_counts=True)
-    deals = (
-        np.random.default_rng(seed).multivariate_hypergeometric(
-            sizes, int(member.sum()), size=DRAWS, method="marginals"
-        )
-        @ values
-    )
-    observed, expected, spread = (
-        int(weights[member].sum()),
-        float(member.mean()),
-        float(deals.std()) / len(nearest),
-    )
+    deals = _deals(weights, member, seed)
+    observed, expected = int(weights[member].sum()), float(member.mean())
     p = min(1.0, 2 * (1 + min((deals >= observed).sum(), (deals <= observed).sum())) / (DRAWS + 1))
-    seen = expected + (stats.norm.isf(level / 2) + Z_POWER) * spread
-    detail, share = (
-        f"{observed:,} of {len(nearest):,} synthetic rows are nearest to a training row",
-        observed / len(nearest),
-    )
-    return Attack(
-        name,
-        share,
-        _weighted_interval(weights, member),
-        expected,
-        float(p),
-        detail,
-        *_share_seen(seen, "a share"),
-    )
-
-
-def _weighted_interval(weights, member):
-    """95 % interval of the share of `weights`, float[n], that lies on `member`, bool[n], where the n rows are
-    what was sampled.
-
-    The standard error is that of a ratio of sums; at 0 and 1 as many rows count as, equally heavy, would be
-    as exact. Source: Kish 1965, "Survey sampling", ratio means of clusters and effective sample size.
-    """
-    total, squares = weights.sum(), (weights**2).sum()
-    share = float(weights[member].sum() / total)
-    return share_interval(
-        share, math.sqrt((weights**2 * (member - share) ** 2).sum()) / total, int(total**2 // squares)
-    )
+    seen = expected + (stats.norm.isf(level / 2) + Z_POWER) * float(deals.std()) / len(nearest)
+    detail = f"{observed:,} of {len(nearest):,} synthetic rows are nearest to a training row"
+    interval, share = _weighted_interval(weights, member), observed / len(nearest)
+    return Attack(name, share, interval, expected, float(p), detail, *_share_seen(seen, "a share"))
 
 # %% ../../nbs/12_audit/01_tests.ipynb #24168260
-def holm(attacks):
+def holm(attacks) -> tuple[Attack, ...]:
     """The attacks with `adjusted_p`: family-wise, for any dependence.
 
     Source: Holm 1979, "A simple sequentially rejective multiple test procedure".
@@ -343,15 +329,15 @@ def _one_run(right, wrong, threshold, delta, significance):
     """
     from jax_privacy.auditing import CanaryScoreAuditor, Explicit
 
-    auditor = CanaryScoreAuditor(
-        np.append(right, -1.0), np.append(wrong, -1.0)
-    )  # two pairs without a guess: the arrays may not be empty
+    # two pairs without a guess are added, because the arrays may not be empty
+    auditor = CanaryScoreAuditor(np.append(right, -1.0), np.append(wrong, -1.0))
     return float(auditor.epsilon_one_run(significance, delta, threshold_strategy=Explicit(threshold)))
 
-
-def pairs_bound(train_scores, holdout_scores, delta, *, confidence=0.95, seed=0):
-    """Lower bound on ε under replace-one at `delta`, from the membership scores of randomly paired training
-    and held-out rows.
+# %% ../../nbs/12_audit/01_tests.ipynb #c3057082
+def pairs_bound(
+    train_scores, holdout_scores, delta: float, *, confidence: float = 0.95, seed: int = 0
+) -> float:
+    """Lower bound on ε under replace-one at `delta`, from the membership scores of randomly paired rows.
 
     Valid for a random division into training and held-out rows of equal distribution; rows left over are not
     used. Source: Steinke, Nasr, Jagielski 2023, "Privacy auditing with one (1) training run", theorem 5.2.

@@ -54,8 +54,8 @@ def stated_import(name: str) -> dict | None:
         jsonschema.validate(found, schema()["properties"]["base_model"]["properties"]["import"])
     except jsonschema.ValidationError as error:
         raise ModelError(
-            f"preset {name!r}: its import.json says what no import writes ({_where(error)}); import the model"
-            " again"
+            f"preset {name!r}: its import.json does not have the form of an import ({_where(error)}); import"
+            " the model again"
         ) from None
     if found and not is_a_choice(found["vocabulary"]):
         raise ModelError(

@@ -59,13 +59,11 @@ def _audit_files(synthetic, train, holdout, json=None, **options):
     )
 
 
-def _audit_run(run):
-    with held(run) as settings:
-        stages = slow_import("runs.stages")
-        stages.rows_of_run(settings, run)
-        model = stages.load_generator(settings, run) if settings.generator == "finetune" else None
-        found = slow_import("runs.audit_run").audit_stage(
-            settings, run, stages.load_stage(settings, run), model
-        )
+def _audit_run(folder):
+    with held(folder) as run:
+        stages, audit_run = slow_import("runs.stages"), slow_import("runs.audit_run")
+        run.rows()
+        model = stages.load_generator(run).model if run.settings.kind.fits else None
+        found = audit_run.audit_stage(run, stages.load_stage(run), model)
     print(found)
     return int(not found.passed)

@@ -9,7 +9,6 @@ __all__ = ['verify', 'sign', 'ledger']
 import argparse
 import pathlib
 
-from .printing import slow_import
 from ..settings import SettingsError
 
 # %% ../../nbs/15_cli/08_certificates.ipynb #7c6f1c6a
@@ -58,13 +57,13 @@ def _register(config, path):
     before a run charges them.
     """
     from dpsynth import data
+    from dpsynth.runs.account import Account
     from dpsynth.runs.configs import read_configs
+    from dpsynth.runs.run import Run
 
     (settings,) = read_configs([config], [])
     runs = pathlib.Path(path or "runs")
     if path and not runs.is_dir():
         settings = settings.model_copy(update={"ledger": str(path)})
-    account = slow_import("finetune").Account(
-        settings, data.load(settings).train, "", runs / settings.experiment
-    )
+    account = Account(Run(settings, runs / settings.experiment), data.load(settings).train, "")
     return account.register().name, account.ledger.path

@@ -95,7 +95,7 @@ def costs(survey: Any, args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         return
     total, trained = survey.parameters
     counted = f"for {total:,} parameters" + (
-        f", {trained:,} of them trained" if survey.settings.generator == "finetune" else ""
+        f", {trained:,} of them trained" if survey.settings.kind.fits else ""
     )
     if args.no_time:
         memory = slow_import("runs.memory").estimate_memory(survey.settings, total, trained)
@@ -125,7 +125,7 @@ def recommended(
     It is measured where its packages are installed; nothing is downloaded.
     """
     settings, imports = survey.settings, slow_import("imports")
-    if settings.model != "tiny" or settings.generator.startswith("real") or settings.data == "demo":
+    if settings.model != "tiny" or settings.kind.real or settings.data == "demo":
         return
     terms = imports.BUNDLES["gemma3_270m"].licence
     lines = [

@@ -78,6 +78,9 @@ def look_at_rows(survey: Any, out: str | pathlib.Path) -> Iterator[tuple[str, st
     Raises:
         SettingsError: their number is to be hidden, or the ledger cannot be written.
     """
+    from dpsynth.runs.account import Account
+    from dpsynth.runs.run import Run
+
     settings = survey.settings
     if settings.unit_count == "private":
         raise SettingsError(
@@ -86,8 +89,8 @@ def look_at_rows(survey: Any, out: str | pathlib.Path) -> Iterator[tuple[str, st
         )
     if survey.splits is None:
         return
-    account = slow_import("finetune").Account
-    account(settings, survey.splits.train, "", pathlib.Path(out) / settings.experiment).note_look()
+    run = Run(settings, pathlib.Path(out) / settings.experiment)
+    Account(run, survey.splits.train, "").note_look()
     yield (
         "for you only",
         "what follows was counted in the rows, without noise; certificates of this data will say that"

@@ -10,51 +10,52 @@ import argparse
 import contextlib
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 from .printing import slow_import
 from ..settings import Settings, SettingsError, make_settings
 
 # %% ../../nbs/15_cli/06_stages.ipynb #ffc9d567
 @contextlib.contextmanager
-def held(folder: str | pathlib.Path) -> Iterator[Settings]:
-    """The settings of a run folder, held for the length of the block.
+def held(folder: str | pathlib.Path) -> Iterator[Any]:
+    """The `Run` of a folder, held for the length of the block.
 
     Raises SettingsError where it is none or another process is at it.
     """
-    from dpsynth.runs.folder import locked, read_settings
+    from dpsynth.runs.run import Run
     from dpsynth.runs.status import check_files
 
-    settings = read_settings(folder)
-    with locked(folder):
+    run = Run.read(folder)
+    with run.locked():
         check_files(folder)
-        yield settings
+        yield run
 
 
 @contextlib.contextmanager
-def by_hand(folder: str | pathlib.Path) -> Iterator[Settings]:
+def by_hand(folder: str | pathlib.Path) -> Iterator[Any]:
     """`held`, for a stage: what status.json says of an earlier end is no longer true once the block has ended
     well.
     """
     from dpsynth.runs.status import read_status
 
-    with held(folder) as settings:
-        yield settings
+    with held(folder) as run:
+        yield run
         if read_status(folder)["state"] != "done":
             (pathlib.Path(folder) / "status.json").unlink(missing_ok=True)
 
 # %% ../../nbs/15_cli/06_stages.ipynb #711ad60a
 def fit(args: argparse.Namespace) -> None:
     """Fine-tune, or resume."""
-    with by_hand(args.run) as settings:
+    with by_hand(args.run) as run:
         stages, budget = slow_import("runs.stages"), slow_import("runs.budget")
-        splits = slow_import("runs.surveys").survey(settings).splits
+        splits = slow_import("runs.surveys").survey(run.settings).splits
         if line := slow_import("data").left_out(splits.train):
             print(line)
-        stages.load_stage(settings, args.run, splits)
-        if settings.generator == "finetune":
-            budget.announce(settings, splits.train, args.run)
-        stages.fit_stage(settings, args.run, splits)
-        budget.warn_of_untold(settings, args.run)
+        stages.load_stage(run, splits)
+        if run.settings.kind.fits:
+            budget.announce(run, splits.train)
+        stages.fit_stage(run, splits)
+        budget.warn_of_untold(run)
     print(f"{args.run}: fitted")
 
 # %% ../../nbs/15_cli/06_stages.ipynb #7388d055
@@ -75,23 +76,19 @@ def new_seed(settings: Settings, seed: int | None = None) -> int:
 def sample(args: argparse.Namespace) -> None:
     """Make the rows of a run, or more rows from its adapter."""
     if args.rows or args.seed is not None:
-        with held(args.run) as settings:
-            seed = new_seed(settings, args.seed)
-            print(
-                slow_import("runs.stages").sample_again(
-                    settings, args.run, args.rows or settings.num_samples, seed
-                )
-            )
+        with held(args.run) as run:
+            rows, seed = args.rows or run.settings.num_samples, new_seed(run.settings, args.seed)
+            print(slow_import("runs.stages").sample_again(run, rows, seed))
             return
-    with by_hand(args.run) as settings:
-        print(_sample_run(settings, args.run))
+    with by_hand(args.run) as run:
+        print(_sample_run(run))
 
 
-def _sample_run(settings, folder):
-    stages, real = slow_import("runs.stages"), settings.generator.startswith("real")
-    splits = stages.load_stage(settings, folder) if real else None
-    stages.sample_stage(settings, folder, splits, None if real else stages.load_generator(settings, folder))
-    return stages.rows_file(settings, folder)
+def _sample_run(run):
+    stages, real = slow_import("runs.stages"), run.settings.kind.real
+    splits = stages.load_stage(run) if real else None
+    stages.sample_stage(run, splits, None if real else stages.load_generator(run))
+    return run.rows_file
 
 # %% ../../nbs/15_cli/06_stages.ipynb #b7f785a8
 def evaluate(args: argparse.Namespace) -> None:
@@ -99,14 +96,14 @@ def evaluate(args: argparse.Namespace) -> None:
     from dpsynth.runs.results import collect
     from dpsynth.runs.table import results_table
 
-    with by_hand(args.run) as settings:
+    with by_hand(args.run) as run:
         stages = slow_import("runs.stages")
-        stages.rows_of_run(settings, args.run)
-        stages.evaluate_stage(settings, args.run, stages.load_stage(settings, args.run))
+        run.rows()
+        stages.evaluate_stage(run, stages.load_stage(run))
     print(results_table(collect(args.run)))
 
 
 def export(args: argparse.Namespace) -> None:
     """Write the fine-tuned model of a run for peft, transformers or keras_hub, with its certificate."""
-    with held(args.run) as settings:
-        print(slow_import("export").export_run(settings, args.run, args.to, args.out))
+    with held(args.run) as run:
+        print(slow_import("export").export_run(run.settings, run.folder, args.to, args.out))

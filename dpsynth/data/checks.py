@@ -27,7 +27,7 @@ def _missing(value):
     """Whether a cell holds nothing."""
     return bool(pd.api.types.is_scalar(value) and pd.isna(value))
 
-
+# %% ../../nbs/01_data/02_checks.ipynb #8323d1c7
 def _unicode(text):
     """Whether a text can be written as UTF-8; False for half a surrogate pair."""
     try:
@@ -45,7 +45,7 @@ def _text_problem(value, expected="a text"):
         return "empty"
     return None if _unicode(value) else "not valid UTF-8"
 
-
+# %% ../../nbs/01_data/02_checks.ipynb #235b0716
 def _whole(value):
     """Whether a value is a whole number; `True` is none."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
@@ -70,7 +70,7 @@ def _positions(names):
         else tuple(map(str, range(len(names))))
     )
 
-
+# %% ../../nbs/01_data/02_checks.ipynb #e28cf1ed
 def _truth(value):
     """True or False of a truth value or of a text that spells one; None of anything else."""
     if isinstance(value, str):
@@ -98,7 +98,7 @@ def _spellings(value, names):
         return [str(int(value)), f"{int(value)}.0"]
     return [] if _missing(value) else [str(value)]
 
-
+# %% ../../nbs/01_data/02_checks.ipynb #1800e775
 def _label_index(value, names):
     """Position of a label among `names`; -1 if the value is not a label.
 
@@ -111,7 +111,7 @@ def _label_index(value, names):
                 return choices.index(text)
     return -1
 
-
+# %% ../../nbs/01_data/02_checks.ipynb #1443346d
 def _label_problem(value, names):
     """Why a value is not a label."""
     if _missing(value) or isinstance(value, str) and not value:
@@ -124,11 +124,6 @@ def _label_problem(value, names):
     return "not one of " + (f"0 to {len(names) - 1} ({listed})" if numeric else listed)
 
 # %% ../../nbs/01_data/02_checks.ipynb #f0bc207a
-def _columns(settings):
-    """The columns that a run reads."""
-    return list(dict.fromkeys(name for name in _roles(settings).values() if name))
-
-
 def _roles(settings):
     """Setting -> column, for every setting that names a column; an empty text where there is none."""
     unit = "" if settings.unit == "row" else settings.unit
@@ -140,6 +135,11 @@ def _roles(settings):
     }
 
 
+def _columns(settings):
+    """The columns that a run reads."""
+    return list(dict.fromkeys(name for name in _roles(settings).values() if name))
+
+# %% ../../nbs/01_data/02_checks.ipynb #ce6dc3e3
 def _require(where, available, settings, cure=""):
     """Raise if a column that is read is not there, or there twice.
 
@@ -150,7 +150,7 @@ def _require(where, available, settings, cure=""):
         if name and name not in available:
             alike = [i for i, other in enumerate(available) if other.strip().lower() == name.strip().lower()]
             near = (
-                f", though column {alike[0]} (from 0) is called so in other letters or with blanks"
+                f" (column {alike[0]} from 0 has this name in other letters or with blanks)"
                 if alike
                 else ""
             )
@@ -158,7 +158,7 @@ def _require(where, available, settings, cure=""):
         if available.count(name) > 1:
             raise DataError(f"{where}: column {name!r} occurs {available.count(name)} times; rename one")
 
-
+# %% ../../nbs/01_data/02_checks.ipynb #851fd69d
 def _noted(frame, available, settings):
     """A raw frame that knows the positions of the columns that are left out of it, and how many there are."""
     read = _columns(settings)
@@ -168,7 +168,7 @@ def _noted(frame, available, settings):
     }
     return frame
 
-
+# %% ../../nbs/01_data/02_checks.ipynb #df69114a
 def _refuse(where, index, column, problems):
     """Raise for the first problem, if any; `problems` has one text or None for each row."""
     bad = [i for i, problem in enumerate(problems) if problem]
@@ -178,7 +178,7 @@ def _refuse(where, index, column, problems):
     others = f" (and {len(bad) - 1} more such rows)" if len(bad) > 1 else ""
     raise DataError(f"{where}, {place}, column {column}: {problems[bad[0]]}{others}")
 
-
+# %% ../../nbs/01_data/02_checks.ipynb #0b60c0b9
 GAPS = ("missing", "empty")
 
 
@@ -192,7 +192,22 @@ def _without_gaps(problems, settings):
         column: [None if g else p for p, g in zip(found, gone)] for column, found in problems.items()
     }
 
+# %% ../../nbs/01_data/02_checks.ipynb #c2ca6d41
+def _checked_names(raw, where, column):
+    """Names of units or rows as texts, a list."""
+    names = [_as_unit(value) for value in raw[column].tolist()]
+    _refuse(where, raw.index, column, [_text_problem(name, "a text or a whole number") for name in names])
+    return names
 
+
+def _labels(raw, settings):
+    """`(int64[n], list)`: indices of the labels, and why a value is none."""
+    values, names = [_as_text(value) for value in raw[settings.label_column].tolist()], settings.labels
+    labels = [_label_index(value, names) for value in values]
+    problems = [_label_problem(value, names) if label < 0 else None for value, label in zip(values, labels)]
+    return np.array(labels, np.int64), problems
+
+# %% ../../nbs/01_data/02_checks.ipynb #01be7f8f
 def _checked(raw, where, settings):
     """Frame with `text` and, where there are such, `label` and `unit` from a raw frame, with its index. A row
     to be left out has no text.
@@ -218,18 +233,3 @@ def _checked(raw, where, settings):
     frame = pd.DataFrame(columns, raw.index)
     frame.attrs = raw.attrs
     return frame
-
-
-def _checked_names(raw, where, column):
-    """Names of units or rows as texts, a list."""
-    names = [_as_unit(value) for value in raw[column].tolist()]
-    _refuse(where, raw.index, column, [_text_problem(name, "a text or a whole number") for name in names])
-    return names
-
-
-def _labels(raw, settings):
-    """`(int64[n], list)`: indices of the labels, and why a value is none."""
-    values, names = [_as_text(value) for value in raw[settings.label_column].tolist()], settings.labels
-    labels = [_label_index(value, names) for value in values]
-    problems = [_label_problem(value, names) if label < 0 else None for value, label in zip(values, labels)]
-    return np.array(labels, np.int64), problems

@@ -54,7 +54,7 @@ DAMAGED = (
     ValueError,
 )
 
-
+# %% ../../nbs/01_data/03_grids.ipynb #23302428
 def _kind(path):
     """The ending that says what a file is, in small letters; that of its packing is left out."""
     endings = [ending.lower() for ending in path.suffixes]
@@ -72,7 +72,7 @@ def _content(path):
             f"{path}: cannot be unpacked{told}; it is damaged, or not what its ending says"
         ) from None
 
-
+# %% ../../nbs/01_data/03_grids.ipynb #dbfe2868
 def _read_text(path):
     """Content of a UTF-8 file, with or without byte order mark."""
     data = _content(path)
@@ -83,11 +83,6 @@ def _read_text(path):
         raise DataError(f"{path}, line {line}: not valid UTF-8; save the file as UTF-8") from None
 
 # %% ../../nbs/01_data/03_grids.ipynb #6728ba3b
-SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
-FIRST = 2**20  # signs, and rows, in which the separator is looked for
-FIRST_ROWS = 20
-
-
 @contextlib.contextmanager
 def _long_fields():
     """Inside, the csv module takes a field of any length."""
@@ -102,6 +97,11 @@ def _fields(text, separator, settings, strict=True):
     """The csv module's reader of a text."""
     quoting = csv.QUOTE_NONE if settings.quoting == "none" else csv.QUOTE_MINIMAL
     return csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=strict, quoting=quoting)
+
+# %% ../../nbs/01_data/03_grids.ipynb #9701f3af
+SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
+FIRST = 2**20  # signs, and rows, in which the separator is looked for
+FIRST_ROWS = 20
 
 
 def _fit(text, separator, settings):
@@ -119,7 +119,7 @@ def _fit(text, separator, settings):
     named = settings.header == "yes" and bool(rows) and {*_columns(settings)} <= {*rows[0]}
     return named, width if width > 1 and all(len(row) == width for row in whole) else 0
 
-
+# %% ../../nbs/01_data/03_grids.ipynb #263ce010
 def _separator(path, text, settings):
     """The sign between the fields of a file; where several fit, the comma, or the tab of a TSV file, comes
     first.
@@ -132,7 +132,7 @@ def _separator(path, text, settings):
         key=lambda sign: _fit(text[:FIRST], sign, settings),
     )
 
-
+# %% ../../nbs/01_data/03_grids.ipynb #c536e64b
 def _csv_rows(path, text, separator, settings):
     """List of `(line, fields)` of each row that is not blank; a row over several lines counts where it
     begins.
@@ -149,7 +149,7 @@ def _csv_rows(path, text, separator, settings):
         ) from None
     return rows
 
-
+# %% ../../nbs/01_data/03_grids.ipynb #0a21db72
 def _check_width(path, header, rows, separator):
     """Raise for the first row with more or fewer fields than the header."""
     for line, fields in rows:
@@ -157,7 +157,7 @@ def _check_width(path, header, rows, separator):
             cure = f"; quote a text that contains {separator!r}" if len(fields) > len(header) else ""
             raise DataError(f"{path}, line {line}: expected {len(header)} fields, saw {len(fields)}{cure}")
 
-
+# %% ../../nbs/01_data/03_grids.ipynb #d78ad347
 def _as_rows(fields, i, separator):
     """The rows that the lines of field `i` would be if the quotes around it were not quotes but text; blank
     lines are none.
@@ -176,7 +176,7 @@ def _like_rows(pieces, header, settings):
         for piece in pieces
     )
 
-
+# %% ../../nbs/01_data/03_grids.ipynb #954ebfc7
 def _refuse_merged(path, header, rows, separator, settings):
     """Raise if the lines of a quoted field have the form of rows of the file; a single column does not tell.
 
@@ -202,12 +202,17 @@ def _refuse_merged(path, header, rows, separator, settings):
             )
 
 # %% ../../nbs/01_data/03_grids.ipynb #32a9703b
-def _sheet_rows(path):
-    """List of `(row number, cells)` of the rows that are not empty, in the one sheet that has any; cells keep
-    their types, an empty one is None.
+def _even(rows):
+    """The rows, all as wide as the widest of them is without its empty cells at the end."""
+    width = max(i + 1 for _, cells in rows for i, cell in enumerate(cells) if cell is not None)
+    return [(line, (cells + [None] * width)[:width]) for line, cells in rows]
+
+# %% ../../nbs/01_data/03_grids.ipynb #747e2d84
+def _sheets(path):
+    """The sheets of an Excel file, each a list of `(row number, cells)`; an empty cell is None.
 
     Raises:
-        DataError: openpyxl is missing, the file is none of Excel, or several sheets have rows.
+        DataError: openpyxl is missing, or the file is not an Excel file.
     """
     try:
         import openpyxl
@@ -218,15 +223,23 @@ def _sheet_rows(path):
     content = io.BytesIO(_content(path))
     try:
         book = openpyxl.load_workbook(content, read_only=True, data_only=True)
-        sheets = [
+        return [
             [(i, list(cells)) for i, cells in enumerate(sheet.iter_rows(values_only=True), 1)]
             for sheet in book.worksheets
         ]
     except Exception:  # openpyxl lets every kind of zip and XML error through
         raise DataError(f"{path}: not an Excel file (.xlsx), or damaged") from None
+
+
+def _sheet_rows(path):
+    """List of `(row number, cells)` of the rows that are not empty, in the one sheet that has any.
+
+    Raises:
+        DataError: as `_sheets`, or several sheets have rows.
+    """
     filled = [
         rows
-        for sheet in sheets
+        for sheet in _sheets(path)
         if (rows := [(i, cells) for i, cells in sheet if any(cell is not None for cell in cells)])
     ]
     if len(filled) > 1:
@@ -235,13 +248,7 @@ def _sheet_rows(path):
         )
     return _even(filled[0]) if filled else []
 
-
-def _even(rows):
-    """The rows, all as wide as the widest of them is without its empty cells at the end."""
-    width = max(i + 1 for _, cells in rows for i, cell in enumerate(cells) if cell is not None)
-    return [(line, (cells + [None] * width)[:width]) for line, cells in rows]
-
-
+# %% ../../nbs/01_data/03_grids.ipynb #c538e521
 def _grid(path, settings):
     """`(header, rows, separator)` of a CSV, TSV or Excel file: texts, `_csv_rows`, and None for Excel.
 
@@ -264,7 +271,7 @@ def _grid(path, settings):
     )
     return list(map(str, header)), rows, separator
 
-
+# %% ../../nbs/01_data/03_grids.ipynb #d79f078c
 def _read_grid(path, settings):
     """Raw frame of a CSV, TSV or Excel file, indexed by line.
 

@@ -27,7 +27,7 @@ def _named_splits(where, names, read, settings):
     }
     return frames["train"], frames.get("test")
 
-
+# %% ../../nbs/01_data/05_libraries.ipynb #fa97a314
 def _unavailable(where, settings, error):
     """The DataError for a library's own error.
 
@@ -40,7 +40,7 @@ def _unavailable(where, settings, error):
         f" ({reason}); set data_dir to a folder that has it, or download it once where there is a network"
     )
 
-
+# %% ../../nbs/01_data/05_libraries.ipynb #ad25af22
 def _read_tfds(name, settings):
     """Checked `(train, test)` of a TensorFlow data set.
 
@@ -73,7 +73,7 @@ def _read_tfds(name, settings):
     with quiet_libraries():
         return _named_splits(where, list(splits), read, settings)
 
-
+# %% ../../nbs/01_data/05_libraries.ipynb #dd0b9324
 def _read_hf(name, settings):
     """Checked `(train, test)` of a Hugging Face data set, `NAME` or `NAME:CONFIGURATION`."""
     where = f"hf:{name}"

@@ -7,8 +7,10 @@ __all__ = ['READERS', 'refuse_twice', 'all_columns']
 
 # %% ../../nbs/01_data/04_readers.ipynb #bef553c0
 import collections
+from collections.abc import Iterable
 import io
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -20,18 +22,7 @@ from .checks import _checked, _columns, _noted, _require
 from .grids import UNPACK, _check_width, _content, _grid, _kind, _read_grid, _read_text
 from ..settings import DataError, Settings
 
-# %% ../../nbs/01_data/04_readers.ipynb #bd7c5e09
-def _object_frame(objects, path, settings, index=None):
-    """Raw frame of a list of dicts; a key that an object lacks is missing there."""
-    names = dict.fromkeys(name for item in objects for name in item)
-    if objects:
-        _require(path, names, settings)
-    frame = pd.DataFrame(
-        {name: [item.get(name) for item in objects] for name in _columns(settings)}, index, dtype=object
-    )
-    return _noted(frame, names, settings)
-
-
+# %% ../../nbs/01_data/04_readers.ipynb #0654fbe1
 def _parsed(path, text, line=None):
     """`(value, twice)` of a JSON text: what it says, and `{id: (object, key)}` of the objects in it that have
     a key more than once.
@@ -61,7 +52,7 @@ def _parsed(path, text, line=None):
     except ValueError:  # of a whole number that Python refuses to read for its length
         raise DataError(f"{where}: a number with too many digits; write it as a text") from None
 
-
+# %% ../../nbs/01_data/04_readers.ipynb #bd7c5e09
 def _row_object(where, item, twice, named=()):
     """The item, an object that has each key once; `twice` as from `_parsed`, `named` the keys that a message
     may show.
@@ -79,7 +70,7 @@ def _row_object(where, item, twice, named=()):
         )
     return item
 
-
+# %% ../../nbs/01_data/04_readers.ipynb #8bd80316
 def _json_line(path, line, text, named):
     """The object on one line."""
     return _row_object(f"{path}, line {line}", *_parsed(path, text, line), named)
@@ -93,7 +84,26 @@ def _json_lines(path, named=()):
         if text.strip()
     ]
 
+# %% ../../nbs/01_data/04_readers.ipynb #70ec08f2
+def _json_rows(path, named=()):
+    """The objects of a JSON file that is one list of them."""
+    objects, twice = _parsed(path, _read_text(path))
+    if not isinstance(objects, list):
+        raise DataError(f"{path}: expected a list of objects, got {type(objects).__name__}")
+    return [_row_object(f"{path}, row {i} (from 0)", item, twice, named) for i, item in enumerate(objects)]
 
+# %% ../../nbs/01_data/04_readers.ipynb #ccdff65f
+def _object_frame(objects, path, settings, index=None):
+    """Raw frame of a list of dicts; a key that an object lacks is missing there."""
+    names = dict.fromkeys(name for item in objects for name in item)
+    if objects:
+        _require(path, names, settings)
+    frame = pd.DataFrame(
+        {name: [item.get(name) for item in objects] for name in _columns(settings)}, index, dtype=object
+    )
+    return _noted(frame, names, settings)
+
+# %% ../../nbs/01_data/04_readers.ipynb #f9d93509
 def _read_jsonl(path, settings):
     """Raw frame of a JSON Lines file, indexed by line."""
     rows = _json_lines(path, _columns(settings))
@@ -105,19 +115,11 @@ def _read_jsonl(path, settings):
     )
 
 
-def _json_rows(path, named=()):
-    """The objects of a JSON file that is one list of them."""
-    objects, twice = _parsed(path, _read_text(path))
-    if not isinstance(objects, list):
-        raise DataError(f"{path}: expected a list of objects, got {type(objects).__name__}")
-    return [_row_object(f"{path}, row {i} (from 0)", item, twice, named) for i, item in enumerate(objects)]
-
-
 def _read_json(path, settings):
     """Raw frame of a JSON file."""
     return _object_frame(_json_rows(path, _columns(settings)), path, settings)
 
-
+# %% ../../nbs/01_data/04_readers.ipynb #44463f8d
 def _read_parquet(path, settings):
     """Raw frame of a Parquet file; only the columns that are needed are read."""
     try:
@@ -155,12 +157,9 @@ def _known_file(path, instead=""):
         if "\n" in str(path):
             raise ValueError
         path = pathlib.Path(path).expanduser()
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ):  # several lines, too long, a zero, a user who is not there: it may be a text
-        raise DataError("data: no name of a file") from None
+    except (OSError, RuntimeError, ValueError):
+        # several lines, too long, a zero, a user who is not there: it may be a text
+        raise DataError("data: not the name of a file") from None
     if not there:
         raise DataError(f"{path}: no such file{instead}")
     if path.is_dir() or _kind(path) not in READERS:
@@ -168,7 +167,7 @@ def _known_file(path, instead=""):
         raise DataError(f"{path}: {what}; expected {', '.join(READERS)}, also packed ({', '.join(UNPACK)})")
     return path
 
-
+# %% ../../nbs/01_data/04_readers.ipynb #406c3811
 def _read_file(path, settings):
     """Checked rows of one file.
 
@@ -181,8 +180,8 @@ def _read_file(path, settings):
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from None
 
-
-def refuse_twice(names, where):
+# %% ../../nbs/01_data/04_readers.ipynb #e6b5774c
+def refuse_twice(names: Iterable, where: str | os.PathLike) -> None:
     """Raise DataError if a column is there twice.
 
     It is named by position: without a header, the first line of a file is a row.
@@ -195,32 +194,39 @@ def refuse_twice(names, where):
             " rename one"
         )
 
+# %% ../../nbs/01_data/04_readers.ipynb #fdf2ce70
+def _table(path):
+    """`(DataFrame of all columns, None)` of a file, or for CSV, TSV and Excel `(None, its grid)`."""
+    kind = _kind(path)
+    if kind == ".json":
+        return pd.DataFrame(_json_rows(path)), None
+    if kind == ".jsonl":
+        return pd.DataFrame([item for _, item in _json_lines(path)]), None
+    if kind == ".parquet":
+        content = io.BytesIO(_content(path))
+        refuse_twice(pq.read_schema(content).names, path)
+        return pd.read_parquet(content), None
+    return None, _grid(path, Settings())
 
-def all_columns(path):
-    """DataFrame of all columns of a file, as they are in it: nothing is checked but its form.
+
+def all_columns(path: str | os.PathLike) -> pd.DataFrame:
+    """DataFrame of all columns of a file, as they are in it.
 
     Raises:
         DataError: it is missing, of an unknown kind, unreadable, or not all rows have the same columns.
     """
-    path, defaults = _known_file(path), Settings()
+    path = _known_file(path)
     try:
-        if _kind(path) in (".json", ".jsonl"):
-            return pd.DataFrame(
-                _json_rows(path) if _kind(path) == ".json" else [item for _, item in _json_lines(path)]
-            )
-        if _kind(path) == ".parquet":
-            content = io.BytesIO(_content(path))
-            refuse_twice(pq.read_schema(content).names, path)
-            return pd.read_parquet(content)
-        header, rows, separator = _grid(path, defaults)
+        table, grid = _table(path)
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from None
-    except (pa.ArrowException, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise (
-            error
-            if isinstance(error, DataError)
-            else DataError(f"{path}: cannot be read; it is damaged, or not what its ending says")
-        ) from None
+    except (pa.ArrowException, UnicodeDecodeError, ValueError, RecursionError):
+        raise DataError(f"{path}: cannot be read; it is damaged, or not what its ending says") from None
+    if table is not None:
+        return table
+    header, rows, separator = grid
     refuse_twice(header, path)
     if separator:
         _check_width(path, header, rows, separator)

@@ -17,6 +17,11 @@ from ..canonical import canonical
 from ..settings import DataError
 
 # %% ../../nbs/01_data/01_records.ipynb #efbd9b7f
+def _unit_numbers(frame):
+    """int64[n]: the number of the unit that each row belongs to; units are numbered as they first occur."""
+    return pd.factorize(frame["unit"])[0].astype(np.int64) if "unit" in frame else np.arange(len(frame))
+
+# %% ../../nbs/01_data/01_records.ipynb #5c653ed4
 def _name(kind, value):
     """bytes that name a unit, a row or an id in the ledger."""
     return f"{kind} {value}".encode()
@@ -26,27 +31,10 @@ def _place(index, position):
     """A place in a frame in words: the line of a file, or the position among the rows."""
     return f"line {index[position]}" if index.name == "line" else f"row {index[position]} (from 0)"
 
-
-def _unit_numbers(frame):
-    """int64[n]: the number of the unit that each row belongs to; units are numbered as they first occur."""
-    return pd.factorize(frame["unit"])[0].astype(np.int64) if "unit" in frame else np.arange(len(frame))
-
-
+# %% ../../nbs/01_data/01_records.ipynb #52e89393
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Records:
-    """Checked rows; the privacy unit is one row, or all rows with the same `unit`.
-
-    Attributes:
-        frame: columns `text` (str), where labelled `label` (int, an index into `label_names`), where the unit
-            is a group of rows `unit` (str, the canonical form of its name: that is who it is) and `unit_name`
-            (str, as it was given), and where a column tells which row is which `id` (str, canonical).
-        name: what the rows are called in tables and messages, such as `reviews.csv`.
-        label_names: the name of each label; one empty name where rows have no label.
-        source: where the rows come from, as JSON-able values. The counts of copies in it are computed from
-            private rows without noise: they belong into private/, never into a released file.
-        places: where each row stands in its file or table, an index called `line` where the file has lines;
-            None where that is not known.
-    """
+class _Rows:
+    """Rows of one frame and the unit that each belongs to; `Records` says what the fields are."""
 
     frame: pd.DataFrame
     name: str
@@ -61,40 +49,31 @@ class Records:
         return f"Records({self.name!r}, {len(self)} rows, labels {', '.join(self.label_names) or 'none'})"
 
     @functools.cached_property
-    def texts(self):
+    def texts(self) -> list[str]:
         """The texts, a list of str."""
         return self.frame["text"].tolist()
 
     @functools.cached_property
-    def labels(self):
+    def labels(self) -> np.ndarray:
         """int64[n]: the label of each row; zeros where rows have no label."""
         return (
             self.frame["label"].to_numpy(np.int64) if "label" in self.frame else np.zeros(len(self), np.int64)
         )
 
     @functools.cached_property
-    def units(self):
+    def units(self) -> np.ndarray:
         """int64[n]: the number of the unit that each row belongs to; units are numbered as they first
         occur.
         """
         return _unit_numbers(self.frame)
 
     @property
-    def num_units(self):
+    def num_units(self) -> int:
         """How many units the rows belong to."""
         return int(self.units.max()) + 1 if len(self) else 0
 
-    def take(self, indices):
-        """The rows at these positions, in this order."""
-        places = None if self.places is None else self.places[indices]
-        return dataclasses.replace(self, frame=self.frame.iloc[indices].reset_index(drop=True), places=places)
-
-    def place(self, row):
-        """Where the row at this position stands in its file or table, in words."""
-        return _place(pd.RangeIndex(len(self)) if self.places is None else self.places, row)
-
     @property
-    def public_units(self):
+    def public_units(self) -> int:
         """How many units there were before copies and gaps were dropped: their number is public, and it does
         not depend on what they say.
         """
@@ -104,7 +83,33 @@ class Records:
             + (0 if "unit" in self.frame else self.source.get("duplicates_dropped", 0))
         )
 
-    def fingerprint(self, key):
+    def take(self, indices):
+        """The rows at these positions, in this order."""
+        places = None if self.places is None else self.places[indices]
+        return dataclasses.replace(self, frame=self.frame.iloc[indices].reset_index(drop=True), places=places)
+
+    def place(self, row: int) -> str:
+        """Where the row at this position stands in its file or table, in words."""
+        return _place(pd.RangeIndex(len(self)) if self.places is None else self.places, row)
+
+# %% ../../nbs/01_data/01_records.ipynb #3064525a
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Records(_Rows):
+    """Checked rows; the privacy unit is one row, or all rows with the same `unit`.
+
+    Attributes:
+        frame: columns `text` (str), where labelled `label` (int, an index into `label_names`), where the unit
+            is a group of rows `unit` (str, the canonical form of its name: that is who it is) and `unit_name`
+            (str, as it was given), and where a column tells which row is which `id` (str, canonical).
+        name: what the rows are called in tables and messages, such as `reviews.csv`.
+        label_names: the name of each label; one empty name where rows have no label.
+        source: where the rows come from, as JSON-able values. The counts of copies in it are computed from
+            private rows without noise: they belong into private/, never into a released file.
+        places: where each row stands in its file or table, an index called `line` where the file has lines;
+            None where that is not known.
+    """
+
+    def fingerprint(self, key: bytes) -> str:
         """A name for these rows in this order that only the holder of the key can compute; 64 hexadecimal
         digits.
 
@@ -127,11 +132,19 @@ class Records:
         return digest.hexdigest()
 
     @functools.cached_property
-    def canonical_texts(self):
+    def canonical_texts(self) -> list[str]:
         """The canonical forms of the texts, a list of str."""
         return [canonical(text) for text in self.texts]
 
-    def ledger_names(self):
+    @property
+    def names_merged(self) -> int:
+        """How many names of units there are beyond the units themselves: `Ann` beside `ann` is one.
+
+        Private.
+        """
+        return self.frame["unit_name"].nunique() - self.frame["unit"].nunique() if "unit" in self.frame else 0
+
+    def ledger_names(self) -> list[bytes]:
         """bytes of everything that is charged for a release: the text of each row, its id where it has one,
         and where rows are grouped the name of each group; all in canonical form.
 
@@ -149,7 +162,7 @@ class Records:
             _name(kind, value) for kind, values in names for _, value in dict.fromkeys(zip(groups, values))
         ]
 
-    def earlier_names(self):
+    def earlier_names(self) -> list[tuple[bytes, bytes]]:
         """Pairs (what dpsynth called it in ledgers of version 3 and before, what it is called now) of what is
         charged, a list.
 
@@ -163,14 +176,6 @@ class Records:
         return [(_name("unit", name), _name("unit", now)) for name, now in dict.fromkeys(groups)] + [
             (_name("row", text), _name("row", now)) for text, now in zip(pairs["text"], pairs["now"])
         ]
-
-    @property
-    def names_merged(self):
-        """How many names of units there are beyond the units themselves: `Ann` beside `ann` is one.
-
-        Private.
-        """
-        return self.frame["unit_name"].nunique() - self.frame["unit"].nunique() if "unit" in self.frame else 0
 
 # %% ../../nbs/01_data/01_records.ipynb #412dd0b7
 @dataclasses.dataclass(frozen=True)

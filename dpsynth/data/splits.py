@@ -27,7 +27,14 @@ def _among(frame, size, seed, purpose):
     units = _unit_numbers(frame)
     return np.isin(units, _permutation(len(np.unique(units)), seed, purpose)[:size])
 
+# %% ../../nbs/01_data/06_splits.ipynb #1a332101
+def _thin(frame, size, seed, purpose):
+    """At most `size` random units (0: all), in their order; a smaller size gives a subset of a larger one's
+    rows.
+    """
+    return frame[_among(frame, size, seed, purpose)] if size else frame
 
+# %% ../../nbs/01_data/06_splits.ipynb #230d1e02
 def _by_name(frame, share, seed, purpose):
     """bool[n]: whether each row is one of about this share of the units; the seed and the unit's name, or the
     row's text, alone decide.
@@ -38,7 +45,21 @@ def _by_name(frame, share, seed, purpose):
     )
     return frame["unit" if "unit" in frame else "text"].map(number).to_numpy(np.float64) < share
 
+# %% ../../nbs/01_data/06_splits.ipynb #628b3b17
+def _hold_out_by_name(frame, where, name, share, seed, purpose):
+    """The same where the number of units is private: none is asked for but that a row is left on both
+    sides.
+    """
+    held = _by_name(frame, share, seed, purpose)
+    if held.all() or not held.any():
+        missing = "held out" if not held.any() else "left to train on"
+        raise DataError(
+            f"{where}: no unit is {missing} by {name}; give it more rows"
+            + ("" if name == "audit_fraction" else ", or set test_data")
+        )
+    return frame[~held], frame[held]
 
+# %% ../../nbs/01_data/06_splits.ipynb #0b6577bc
 def _hold_out(frame, where, name, settings, purpose):
     """`(kept, held)`: the share of the units that the setting `name` says is held out; both keep their
     order.
@@ -54,24 +75,3 @@ def _hold_out(frame, where, name, settings, purpose):
         )
     held = _among(frame, min(max(1, round(units * fraction)), units - 1), settings.seed, purpose)
     return frame[~held], frame[held]
-
-
-def _hold_out_by_name(frame, where, name, share, seed, purpose):
-    """The same where the number of units is private: none is asked for but that a row is left on both
-    sides.
-    """
-    held = _by_name(frame, share, seed, purpose)
-    if held.all() or not held.any():
-        missing = "held out" if not held.any() else "left to train on"
-        raise DataError(
-            f"{where}: no unit is {missing} by {name}; give it more rows"
-            + ("" if name == "audit_fraction" else ", or set test_data")
-        )
-    return frame[~held], frame[held]
-
-
-def _thin(frame, size, seed, purpose):
-    """At most `size` random units (0: all), in their order; a smaller size gives a subset of a larger one's
-    rows.
-    """
-    return frame[_among(frame, size, seed, purpose)] if size else frame

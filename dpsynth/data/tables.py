@@ -15,12 +15,12 @@ import pandas as pd
 import pyarrow as pa
 
 from .checks import _as_text, _columns, _missing
-from ..settings import DataError
+from ..settings import DataError, Settings
 
 # %% ../../nbs/01_data/07_tables.ipynb #7f5ba985
 TABLES = "a DataFrame, a list of dicts, a dict of lists, an Arrow table, a Polars frame or a datasets.Dataset"
 
-
+# %% ../../nbs/01_data/07_tables.ipynb #d8ea0f48
 def _of_columns(names, columns, where):
     """DataFrame of lists of one length. Raises DataError, naming the position of the column that is none."""
     lists = []
@@ -38,7 +38,7 @@ def _of_columns(names, columns, where):
         else pd.DataFrame()
     )
 
-
+# %% ../../nbs/01_data/07_tables.ipynb #a4f8c63e
 def _of_rows(rows, where):
     """DataFrame of a list of dicts; a key that one lacks is missing there.
 
@@ -53,25 +53,23 @@ def _of_rows(rows, where):
     names = dict.fromkeys(name for row in rows for name in row)
     return _of_columns(names, [[row.get(name) for row in rows] for name in names], where)
 
+# %% ../../nbs/01_data/07_tables.ipynb #e3f395be
+def _lists_of(rows, names):
+    """`(names, columns)` of a table of another library, which raises whatever it likes where it has none."""
+    if isinstance(rows, pd.Series) or isinstance(names, Mapping):
+        raise TypeError
+    arrow = isinstance(rows, (pa.Table, pa.RecordBatch))
+    if not arrow and isinstance(names, list) and hasattr(rows, "to_dict"):
+        return names, map(rows.to_dict().get, names)
+    table = rows if arrow else pa.table(rows.to_arrow() if hasattr(rows, "to_arrow") else rows)
+    return table.schema.names, [column.to_pylist() for column in table.columns]
+
 
 def _of_library(rows, where):
     """DataFrame of a table of another library. Raises DataError where it is none."""
     names = getattr(rows, "column_names", None)
     try:
-        if isinstance(rows, pd.Series) or isinstance(names, Mapping):
-            raise TypeError
-        if (
-            not isinstance(rows, (pa.Table, pa.RecordBatch))
-            and isinstance(names, list)
-            and hasattr(rows, "to_dict")
-        ):
-            return _of_columns(names, map(rows.to_dict().get, names), where)
-        table = (
-            rows
-            if isinstance(rows, (pa.Table, pa.RecordBatch))
-            else pa.table(rows.to_arrow() if hasattr(rows, "to_arrow") else rows)
-        )
-        return _of_columns(table.schema.names, [column.to_pylist() for column in table.columns], where)
+        return _of_columns(*_lists_of(rows, names), where)
     except DataError:
         raise
     except Exception:  # whatever a library says of what it cannot read, it may quote it
@@ -82,8 +80,8 @@ def _of_library(rows, where):
         )
         raise DataError(f"{where}: of type {type(rows).__name__}; expected {TABLES}{cure}") from None
 
-
-def as_frame(rows, where="data"):
+# %% ../../nbs/01_data/07_tables.ipynb #821c7c0c
+def as_frame(rows, where: str = "data") -> pd.DataFrame:
     """DataFrame, with texts as names of its columns, of any table: `TABLES`. A DataFrame keeps its index and
     its types.
 
@@ -106,14 +104,14 @@ def as_frame(rows, where="data"):
         raise DataError(f"{where}: no rows")
     return frame.set_axis(list(map(str, frame.columns)), axis=1)
 
-
+# %% ../../nbs/01_data/07_tables.ipynb #020e9340
 def _plain(value):
     """A cell as JSON has it."""
     value = value.item() if isinstance(value, np.generic) else _as_text(value)
     return None if _missing(value) else float(value) if isinstance(value, decimal.Decimal) else value
 
 
-def as_lines(frame, settings):
+def as_lines(frame: pd.DataFrame, settings: Settings) -> str:
     """The columns of a DataFrame that a run reads, as JSON Lines."""
     columns = [(name, frame[name].tolist()) for name in _columns(settings)]
     rows = (

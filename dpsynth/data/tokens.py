@@ -6,6 +6,7 @@
 __all__ = ['TokenStore']
 
 # %% ../../nbs/01_data/09_tokens.ipynb #70a5dadd
+import os
 import pathlib
 import shutil
 
@@ -37,7 +38,7 @@ def _write_rows(file, rows):
     _write_header(file, sum(lengths))
     return lengths, prompt_lengths
 
-
+# %% ../../nbs/01_data/09_tokens.ipynb #55d1e966
 def _write_store(folder, rows):
     """Write the three files of a store into an empty folder."""
     with open(folder / "ids.npy", "wb") as file:
@@ -46,6 +47,26 @@ def _write_store(folder, rows):
         raise DataError("no rows to store")
     np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
     np.save(folder / "prompt_lengths.npy", np.array(prompt_lengths, np.int32))
+
+# %% ../../nbs/01_data/09_tokens.ipynb #6bd8ce37
+def _load_store(folder):
+    """`(ids, offsets, prompt lengths)` of a store, the ids memory-mapped.
+
+    Raises DataError if there is none in this folder, or its files do not fit together.
+    """
+    try:
+        ids = np.load(folder / "ids.npy", mmap_mode="r")
+        offsets, prompt_lengths = np.load(folder / "offsets.npy"), np.load(folder / "prompt_lengths.npy")
+    except FileNotFoundError:
+        raise DataError(f"{folder}: no token store here; write it first") from None
+    except (ValueError, EOFError):
+        raise DataError(f"{folder}: damaged token store; delete the folder and write it again") from None
+    if offsets[-1] != len(ids) or len(offsets) != len(prompt_lengths) + 1:
+        raise DataError(
+            f"{folder}: the files of the token store do not fit together; delete the folder and write it"
+            " again"
+        )
+    return ids, offsets, prompt_lengths
 
 # %% ../../nbs/01_data/09_tokens.ipynb #001e8587
 class TokenStore:
@@ -59,30 +80,17 @@ class TokenStore:
         prompt_lengths: int32[n], how many of them are the prompt.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | os.PathLike):
         """Open a store.
 
         Raises:
             DataError: if there is none in this folder, or its files do not fit together.
         """
-        folder = pathlib.Path(folder)
-        try:
-            self._ids = np.load(folder / "ids.npy", mmap_mode="r")
-            self._offsets = np.load(folder / "offsets.npy")
-            self.prompt_lengths = np.load(folder / "prompt_lengths.npy")
-        except FileNotFoundError:
-            raise DataError(f"{folder}: no token store here; write it first") from None
-        except (ValueError, EOFError):
-            raise DataError(f"{folder}: damaged token store; delete the folder and write it again") from None
-        if self._offsets[-1] != len(self._ids) or len(self._offsets) != len(self.prompt_lengths) + 1:
-            raise DataError(
-                f"{folder}: the files of the token store do not fit together; delete the folder and write it"
-                " again"
-            )
+        self._ids, self._offsets, self.prompt_lengths = _load_store(pathlib.Path(folder))
         self.lengths = np.diff(self._offsets)
 
     @classmethod
-    def write(cls, folder, rows, before=None):
+    def write(cls, folder: str | os.PathLike, rows, before=None) -> "TokenStore":
         """Write `(prompt_ids, response_ids)` pairs, in their order, and open the store; an existing store is
         replaced.
 
@@ -105,13 +113,13 @@ class TokenStore:
     def __len__(self):
         return len(self.prompt_lengths)
 
-    def row(self, i):
+    def row(self, i: int) -> tuple[np.ndarray, int]:
         """`(ids, prompt length)` of one row: int32[length] and an int."""
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of a store of {len(self)}")
         return np.array(self._ids[self._offsets[i] : self._offsets[i + 1]]), int(self.prompt_lengths[i])
 
-    def batch(self, indices, length):
+    def batch(self, indices, length: int) -> dict[str, np.ndarray]:
         """Rows as arrays of one shape, padded with id 0.
 
         Index -1 gives a padding row: all zeros, total length 0. A row of more than `length` tokens is cut at

@@ -1,7 +1,7 @@
 """How close are synthetic texts to real ones, and of what use are they?
 
-Names are looked up when they are asked for: a table of results needs the verdicts of `usefulness`, and neither
-Keras nor JAX.
+Names are looked up when they are asked for: a table of results needs the verdicts of `usefulness`, and
+neither Keras nor JAX.
 """
 
 import importlib

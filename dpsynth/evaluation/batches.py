@@ -6,6 +6,8 @@
 __all__ = ['LENGTH_STEP', 'BATCH_TOKENS', 'ACCELERATOR_TOKENS', 'length_batches', 'pad_batch', 'pool']
 
 # %% ../../nbs/10_evaluation/02_batches.ipynb #edf5021a
+from collections.abc import Iterator
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,7 +17,7 @@ BATCH_TOKENS = {"cpu": 1024}
 ACCELERATOR_TOKENS = 16384
 
 
-def length_batches(lengths, budget):
+def length_batches(lengths, budget: int) -> Iterator:
     """Batches of similar length, the longest first.
 
     Yields `(indices, rows, length)`: at most `rows` indices into `lengths`, to be padded to `length` tokens.
@@ -28,8 +30,8 @@ def length_batches(lengths, budget):
         yield order[start : start + rows], rows, length
         start += rows
 
-
-def pad_batch(rows, count, length, pad_id):
+# %% ../../nbs/10_evaluation/02_batches.ipynb #7e0fc146
+def pad_batch(rows, count: int, length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Lists of ids as `(tokens, mask)`, both int32[count, length]; missing rows are padding."""
     tokens, mask = np.full((count, length), pad_id, np.int32), np.zeros((count, length), np.int32)
     for i, row in enumerate(rows):
@@ -37,10 +39,8 @@ def pad_batch(rows, count, length, pad_id):
     return tokens, mask
 
 # %% ../../nbs/10_evaluation/02_batches.ipynb #ae97c2fe
-def pool(states, mask, pooling):
-    """Vectors float32[batch, d] from states [batch, length, d]; `mask` int[batch, length] is 1 on real
-    tokens.
-    """
+def pool(states, mask, pooling: str) -> jnp.ndarray:
+    """Vectors float32[batch, d] of states [batch, length, d]; `mask` is 1 on real tokens, [batch, length]."""
     if isinstance(states, dict):
         return states["pooled_output"].astype(jnp.float32)
     states, counts = states.astype(jnp.float32), jnp.maximum(mask.sum(1), 1)

@@ -21,7 +21,7 @@ from ..settings import DataError
 KEY_BYTES = 32
 
 
-def private_folder(path):
+def private_folder(path) -> pathlib.Path:
     """Make a folder that only its owner can enter; returns its path."""
     path = pathlib.Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -29,9 +29,8 @@ def private_folder(path):
     return path
 
 
-def cache_secret(folder):
-    """The key of the names in a cache folder, which is made and closed to others if need be: file `key`, mode
-    0600.
+def cache_secret(folder) -> bytes:
+    """The key of the names in a cache folder, made at first use: file `key`, mode 0600.
 
     Two runs that start at the same time get the same one. Raises DataError where the file was damaged.
     """
@@ -46,8 +45,8 @@ def cache_secret(folder):
         )
     return key
 
-
-def cache_key(embedder, texts, key):
+# %% ../../nbs/10_evaluation/04_cache.ipynb #ac7d3e96
+def cache_key(embedder, texts, key: bytes) -> str:
     """Hex digest, keyed by `key` (bytes), of all that decides the vectors."""
     digest = hmac.new(key, json.dumps([2, *embedder.key]).encode(), "sha256")
     for text in texts:
@@ -55,14 +54,14 @@ def cache_key(embedder, texts, key):
         digest.update(len(data).to_bytes(8, "big") + data)
     return digest.hexdigest()[:40]
 
-
+# %% ../../nbs/10_evaluation/04_cache.ipynb #ed4579a9
 def _save_array(path, array):
     """Write an .npy file; several runs may share the folder."""
     with replacing(path, private=True, several=True) as temporary, open(temporary, "wb") as file:
         np.save(file, array)
 
-
-def embed_with(embedder, texts, cache, progress):
+# %% ../../nbs/10_evaluation/04_cache.ipynb #bb3adaa8
+def embed_with(embedder, texts, cache, progress: bool) -> tuple[np.ndarray, str]:
     """`(vectors, pooling that was used)` of an opened embedder, from the cache if they are there."""
     if not len(texts):
         raise DataError("there are no texts to embed")
@@ -75,8 +74,10 @@ def embed_with(embedder, texts, cache, progress):
     _save_array(pathlib.Path(cache) / f"{key}-{pooling}.npy", vectors)
     return vectors, pooling
 
-
-def embed(texts, embedder, *, length=256, pooling="mean", cache=None, progress=True):
+# %% ../../nbs/10_evaluation/04_cache.ipynb #d4e3a5bf
+def embed(
+    texts, embedder: str, *, length: int = 256, pooling: str = "mean", cache=None, progress: bool = True
+) -> np.ndarray:
     """One vector for each text: float32[n, d].
 
     Args:

@@ -10,10 +10,10 @@ __all__ = ['OWN_POOLING', 'MINILM', 'MINILM_PACKAGE', 'MINILM_TOKENS', 'MINILM_S
            'VertexEmbedder', 'auto_embedder', 'open_embedder']
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #4a448fa4
+from collections.abc import Callable, Iterator
 import concurrent.futures
 import contextlib
 import functools
-import hashlib
 import importlib
 import itertools
 import os
@@ -40,12 +40,13 @@ from dpsynth.models import (
     shard,
 )
 from ..settings import ModelError, SettingsError
+from ..state import file_hash
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #3f0f275a
 OWN_POOLING = "model"
 
 
-def embed_rows(rows, pad_id, vectors, name, progress):
+def embed_rows(rows, pad_id: int, vectors, name: str, progress: bool) -> np.ndarray:
     """float32[n, d] of lists of token ids; `vectors(tokens, mask)` gives those of one batch, [batch, d]."""
     out, budget = [None] * len(rows), BATCH_TOKENS.get(jax.default_backend(), ACCELERATOR_TOKENS)
     with tqdm(total=len(rows), desc=f"embed ({name})", unit="text", disable=not progress) as bar:
@@ -105,12 +106,12 @@ MINILM_SHA256 = {
 }
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #c606e1e2
-def is_installed(module):
+def is_installed(module: str) -> bool:
     """Whether a module can be imported, without importing it."""
     return importlib.util.find_spec(module) is not None
 
 
-def minilm_folder():
+def minilm_folder() -> pathlib.Path | None:
     """Folder of all-MiniLM-L6-v2 in its package; None if that or safetensors is not installed."""
     if not (is_installed(MINILM_PACKAGE) and is_installed("safetensors")):
         return None
@@ -118,21 +119,20 @@ def minilm_folder():
     return pathlib.Path(next(iter(places))) / "model"
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #f7563353
-def check_sha256(folder, digests, name):
+def check_sha256(folder, digests, name: str) -> None:
     """Raise ModelError unless each file of a folder has the SHA-256 that it is known by."""
     for file, digest in digests.items():
         path = pathlib.Path(folder) / file
         if not path.is_file():
             raise ModelError(f"embedder {name!r}: {file} is missing; {MINILM_INSTALL} --force-reinstall")
-        with open(path, "rb") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() != digest:
-                raise ModelError(
-                    f"embedder {name!r}: {file} is not the file that is known by this name (its SHA-256"
-                    f" differs); {MINILM_INSTALL} --force-reinstall"
-                )
+        if file_hash(path) != digest:
+            raise ModelError(
+                f"embedder {name!r}: {file} is not the file that is known by this name (its SHA-256"
+                f" differs); {MINILM_INSTALL} --force-reinstall"
+            )
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #20f82ce2
-def require_minilm():
+def require_minilm() -> pathlib.Path:
     """`minilm_folder`, or raise ModelError if the package is not installed or a file of it is missing."""
     folder = minilm_folder()
     if folder is None:
@@ -145,7 +145,7 @@ def require_minilm():
     return folder
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #b54734f1
-def minilm_tokenizer(folder, length):
+def minilm_tokenizer(folder, length: int):
     """The folder's own tokenizer; cuts texts to `length` tokens, the marks of start and end included."""
     from tokenizers import Tokenizer
 
@@ -155,7 +155,7 @@ def minilm_tokenizer(folder, length):
     return tokenizer
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #43bdca43
-def sentence_vectors(model):
+def sentence_vectors(model) -> Callable:
     """jitted f(trainable, frozen, tokens, mask) -> float32[batch, d]: means of the states, at norm 1."""
 
     def vectors(trainable, frozen, tokens, mask):
@@ -228,7 +228,7 @@ def _require(module, extra, embedder):
         raise ModelError(f"embedder {embedder!r}: {module} is not installed; pip install dpsynth[{extra}]")
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #bbe5e9e8
-def check_sentence_model(path, name):
+def check_sentence_model(path: str, name: str) -> None:
     """Raise ModelError if the package is missing, or the model is neither a folder nor on Hugging Face."""
     _require("sentence_transformers", "embed", name)
     folder = pathlib.Path(path)
@@ -242,7 +242,7 @@ def check_sentence_model(path, name):
         )
 
 
-def load_sentence_model(path, name, length, here):
+def load_sentence_model(path: str, name: str, length: int, here: bool):
     """A SentenceTransformer that cuts at `length` tokens; `here`: no network is asked. Raises ModelError."""
     module = _extra("sentence_transformers", "embed", name)
     try:
@@ -295,7 +295,7 @@ VERTEX_NEEDS = (
 )
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #82e63f92
-def request_batches(texts):
+def request_batches(texts) -> Iterator[list[str]]:
     """Consecutive texts that fit into one request; three bytes count as a token."""
     batch, tokens = [], 0
     for text in texts:
@@ -309,7 +309,7 @@ def request_batches(texts):
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #0e1f6ec1
 @contextlib.contextmanager
-def named_vertex_errors(name):
+def named_vertex_errors(name: str) -> Iterator[None]:
     """Inside, whatever fails becomes an `Unreachable` that names the embedder and what it needs."""
     try:
         yield
@@ -341,8 +341,6 @@ class VertexEmbedder:
         with named_vertex_errors(self.name):
             return genai.Client(vertexai=True, http_options={"retry_options": {"attempts": ATTEMPTS}})
 
-
-
     def _request(self, batch):
         what = {"contents": batch, "config": {"task_type": "CLUSTERING", "auto_truncate": True}}
         reply = self.client.models.embed_content(model=self.model_name, **what)
@@ -368,7 +366,7 @@ def auto_embedder() -> str:
     return "tiny"
 
 # %% ../../nbs/10_evaluation/03_embedders.ipynb #557b95f7
-def open_embedder(name, length=256, pooling="mean"):
+def open_embedder(name: str, length: int = 256, pooling: str = "mean"):
     """The embedder of a name; nothing is loaded yet. Raises SettingsError or ModelError."""
     here, name = name == "auto", auto_embedder() if name == "auto" else name
     kind, found, rest = name.partition(":")

@@ -16,8 +16,13 @@ from ..settings import DataError, quiet_libraries
 # %% ../../nbs/10_evaluation/05_mauve.ipynb #b7aaead1
 @dataclasses.dataclass(frozen=True)
 class MauveResult:
-    """MAUVE on several subsamples: `std` is the sample standard deviation of `scores` (0 for one trial),
-    `size` the number of texts really drawn from each side, `seeds` the k-means seed of each trial."""
+    """MAUVE on several subsamples.
+
+    Attributes:
+        mean, std: of `scores`; the sample standard deviation, 0 for one trial.
+        size: number of texts really drawn from each side.
+        seeds: the k-means seed of each trial.
+    """
 
     mean: float
     std: float
@@ -31,7 +36,7 @@ class MauveResult:
         return f"{self.mean:.3f} ± {self.std:.3f} ({self.trials} trials of {self.size} texts)"
 
 # %% ../../nbs/10_evaluation/05_mauve.ipynb #9cfae2e6
-def mauve_score(p_features, q_features, seed):
+def mauve_score(p_features, q_features, seed: int) -> float:
     """MAUVE of two sets of vectors float[n, d], with n/10 clusters; `seed` starts k-means.
 
     The same for any number of cores.
@@ -60,7 +65,7 @@ def _checked(features, side):
         )
     return features
 
-
+# %% ../../nbs/10_evaluation/05_mauve.ipynb #b026584e
 def _trial(synthetic, reference, size, seed, trial):
     """`(score, k-means seed)` of one subsample."""
     rng = np.random.default_rng([seed, trial])
@@ -68,10 +73,9 @@ def _trial(synthetic, reference, size, seed, trial):
     kmeans_seed = int(rng.integers(2**30))
     return mauve_score(p, q, kmeans_seed), kmeans_seed
 
-
-def mauve_repeated(synthetic, reference, *, size, trials, seed):
-    """MAUVE of `trials` subsamples of `size` rows from two sets of vectors, float[n, d] and float[m, d] ->
-    MauveResult.
+# %% ../../nbs/10_evaluation/05_mauve.ipynb #745de4fa
+def mauve_repeated(synthetic, reference, *, size: int, trials: int, seed: int) -> MauveResult:
+    """MAUVE of `trials` subsamples of `size` rows from two sets of vectors, float[n, d] and float[m, d].
 
     Raises:
         DataError: fewer than 2 rows on a side, different widths, or a vector that is not finite.
@@ -96,18 +100,16 @@ def mauve_repeated(synthetic, reference, *, size, trials, seed):
     )
 
 # %% ../../nbs/10_evaluation/05_mauve.ipynb #57329d8c
-def split_reference(n, size=None, *, seed):
-    """Two disjoint sorted arrays of row numbers below `n`, `size` each; by default, and at most, half of the
-    rows.
-    """
+def split_reference(n: int, size: int | None = None, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two disjoint sorted arrays of row numbers below `n`, `size` each; at most, and by default, n / 2."""
     if n < 2:
         raise DataError(f"{n} rows cannot be split into two samples")
     size = n // 2 if size is None else min(size, n // 2)
     order = np.random.default_rng([seed, 0]).permutation(n)
     return np.sort(order[:size]), np.sort(order[size : 2 * size])
 
-
-def disjoint_halves(records, seed):
+# %% ../../nbs/10_evaluation/05_mauve.ipynb #c692e24c
+def disjoint_halves(records, seed: int):
     """Two `Records` that share no row, of equal size: the two sides of the real-against-real ceiling."""
     first, second = split_reference(len(records), seed=seed)
     return records.take(first), records.take(second)

@@ -13,7 +13,7 @@ import numpy as np
 
 from .cache import embed_with
 from .embedders import auto_embedder, open_embedder
-from .mauve import mauve_repeated, split_reference
+from .mauve import MauveResult, mauve_repeated, split_reference
 from .texts import ngram_distance, text_statistics
 from dpsynth.evaluation.usefulness import (
     LOW_CEILING,
@@ -22,6 +22,7 @@ from dpsynth.evaluation.usefulness import (
     utility_verdict,
     writing_differences,
 )
+from ..kinds import KINDS
 from ..settings import DataError, SettingsError
 
 # %% ../../nbs/10_evaluation/07_metrics.ipynb #7a58a06b
@@ -31,61 +32,22 @@ SMALL_MAUVE = 1000
 
 def _subset(n, most, seed, side):
     """Sorted row numbers: all `n`, or `most` of them drawn by the seed."""
-    return (
-        np.arange(n)
-        if n <= most
-        else np.sort(np.random.default_rng([seed, side]).choice(n, most, replace=False))
-    )
+    if n <= most:
+        return np.arange(n)
+    return np.sort(np.random.default_rng([seed, side]).choice(n, most, replace=False))
 
-
-def _mauve_metrics(prefix, name, texts, reference_texts, settings, caches):
-    """Metrics of one embedder, under `prefix`, with warnings, and the seconds of embedding and of MAUVE.
-
-    `caches`: of either side, or None.
-    """
-    embedder, start = open_embedder(name, settings.embed_length, settings.pooling), time.perf_counter()
-    (synthetic, pooling), (reference, _) = (
-        embed_with(embedder, side, cache, True) for side, cache in zip((texts, reference_texts), caches)
-    )
-    seconds = time.perf_counter() - start
-    result = mauve_repeated(
-        synthetic,
-        reference,
-        size=settings.num_mauve_samples,
-        trials=settings.num_mauve_trials,
-        seed=settings.seed,
-    )
-    ceiling = mauve_ceiling(reference, result.size, settings.seed)
-    values = {
-        "mean": result.mean,
-        "std": result.std,
-        "scores": list(result.scores),
-        "embedder": embedder.name,
-        "pooling": pooling,
-        "length": embedder.length,
-        "size": result.size,
-        "trials": result.trials,
-        "seeds": list(result.seeds),
-        "ceiling": ceiling and ceiling.mean,
-        "ceiling_size": ceiling and ceiling.size,
-    }
-    warnings = _mauve_warnings(embedder.name, synthetic, reference, result, ceiling, settings.generator)
-    return (
-        {f"{prefix}_{k}": v for k, v in values.items()},
-        warnings,
-        seconds,
-        result.seconds + (ceiling.seconds if ceiling else 0),
-    )
-
-
-def mauve_ceiling(reference, size, seed):
-    """`MauveResult` of one half of the reference vectors against the other, at most `size` of each; None for
-    fewer than 4 vectors.
-    """
+# %% ../../nbs/10_evaluation/07_metrics.ipynb #328a525d
+def mauve_ceiling(reference, size: int, seed: int) -> MauveResult | None:
+    """`MauveResult` of one half of the reference vectors against the other; None for fewer than 4 vectors."""
     if len(reference) < 4:
         return None
     first, second = split_reference(len(reference), seed=seed)
     return mauve_repeated(reference[first], reference[second], size=size, trials=1, seed=seed)
+
+# %% ../../nbs/10_evaluation/07_metrics.ipynb #07ec2475
+def all_equal(vectors) -> bool:
+    """Whether vectors float[n, d] are one and the same, rounding aside."""
+    return bool(np.ptp(vectors, axis=0).max() <= 1e-6 * max(float(np.abs(vectors).max()), 1e-30))
 
 
 def _mauve_warnings(name, synthetic, reference, result, ceiling, generator):
@@ -100,17 +62,47 @@ def _mauve_warnings(name, synthetic, reference, result, ceiling, generator):
             f"MAUVE through {name!r}: real test rows score {ceiling.mean:.3f} against one another, below"
             f" {LOW_CEILING}: too few rows, or the wrong embedder for them; the score says little"
         )
-    if ceiling and not generator.startswith("real") and result.mean > ceiling.mean + 2 * result.std + 0.02:
+    if ceiling and not KINDS[generator].real and result.mean > ceiling.mean + 2 * result.std + 0.02:
         lines.append(
             f"MAUVE through {name!r}: synthetic rows score {result.mean:.3f}, above the {ceiling.mean:.3f} of"
             " real rows against one another: it does not see what tells them apart; use another embedder"
         )
     return lines
 
+# %% ../../nbs/10_evaluation/07_metrics.ipynb #6dc194d6
+def _mauve_figures(result, ceiling, embedder, pooling):
+    """What `metrics.json` has of a MAUVE, by its name without the prefix."""
+    return {
+        "mean": result.mean,
+        "std": result.std,
+        "scores": list(result.scores),
+        "embedder": embedder.name,
+        "pooling": pooling,
+        "length": embedder.length,
+        "size": result.size,
+        "trials": result.trials,
+        "seeds": list(result.seeds),
+        "ceiling": ceiling and ceiling.mean,
+        "ceiling_size": ceiling and ceiling.size,
+    }
 
-def all_equal(vectors):
-    """Whether vectors float[n, d] are one and the same, rounding aside."""
-    return bool(np.ptp(vectors, axis=0).max() <= 1e-6 * max(float(np.abs(vectors).max()), 1e-30))
+
+def _mauve_metrics(prefix, name, texts, reference_texts, settings, caches):
+    """`(metrics, warnings, seconds of embedding, seconds of MAUVE)` of one embedder.
+
+    `prefix`: of the names of the metrics. `caches`: of either side, or None.
+    """
+    embedder, start = open_embedder(name, settings.embed_length, settings.pooling), time.perf_counter()
+    (synthetic, pooling), (reference, _) = (
+        embed_with(embedder, side, cache, True) for side, cache in zip((texts, reference_texts), caches)
+    )
+    seconds, size, trials = time.perf_counter() - start, settings.num_mauve_samples, settings.num_mauve_trials
+    result = mauve_repeated(synthetic, reference, size=size, trials=trials, seed=settings.seed)
+    ceiling = mauve_ceiling(reference, result.size, settings.seed)
+    values = _mauve_figures(result, ceiling, embedder, pooling)
+    warnings = _mauve_warnings(embedder.name, synthetic, reference, result, ceiling, settings.generator)
+    comparing = result.seconds + (ceiling.seconds if ceiling else 0)
+    return {f"{prefix}_{k}": v for k, v in values.items()}, warnings, seconds, comparing
 
 # %% ../../nbs/10_evaluation/07_metrics.ipynb #0c1387b4
 def _text_metrics(texts, reference_texts, seed):
@@ -128,21 +120,11 @@ def _text_metrics(texts, reference_texts, seed):
         }
     return {**metrics, "statistics_size": size}
 
-
+# %% ../../nbs/10_evaluation/07_metrics.ipynb #4fed1a7f
 UTILITY = (
-    "balanced_accuracy",
-    "interval",
-    "chance",
-    "macro_f1",
-    "auc",
-    "auc_interval",
-    "recall",
-    "accuracy",
-    "majority",
-    "num_test",
-    "num_train",
-    "verdict",
-)
+    "balanced_accuracy", "interval", "chance", "macro_f1", "auc", "auc_interval", "recall", "accuracy",
+    "majority", "num_test", "num_train", "verdict",
+)  # fmt: skip
 
 
 def _utility_metrics(texts, labels, reference, settings):
@@ -167,24 +149,20 @@ def _utility_metrics(texts, labels, reference, settings):
 ROWS_SENT = {"real_train": "TRAINING rows", "real_test": "real test rows"}
 
 
-def check_sending(settings):
-    """Raise SettingsError if an evaluation would send training rows to a service, and nobody said that it
-    may.
-    """
+def check_sending(settings) -> None:
+    """Raise SettingsError if an evaluation would send training rows to a service without permission."""
     service = next(
         (e for e in (settings.embedder, settings.second_embedder) if e.startswith("vertex:")), None
     )
-    if service and settings.generator == "real_train" and not settings.send_training_rows:
+    if service and settings.kind.copies == "train" and not settings.send_training_rows:
         raise SettingsError(
             f"setting send_training_rows: real_train would send training rows to the service {service!r};"
             " choose another embedder, or set it to true"
         )
 
-
-def cautions(size, num_texts, num_reference, settings):
-    """What to keep in mind about a MAUVE of `size` texts out of `num_texts` and `num_reference`: list of
-    lines.
-    """
+# %% ../../nbs/10_evaluation/07_metrics.ipynb #7869d787
+def cautions(size: int, num_texts: int, num_reference: int, settings) -> list[str]:
+    """What to keep in mind about a MAUVE of `size` texts out of `num_texts` and `num_reference`, lines."""
     embedders = [
         auto_embedder() if e == "auto" else e for e in (settings.embedder, settings.second_embedder) if e
     ]
@@ -201,7 +179,7 @@ def cautions(size, num_texts, num_reference, settings):
         lines.append(
             "MAUVE used all rows in every trial: its std shows the clustering only, not the choice of rows"
         )
-    if settings.generator in ("finetune", "prompt") and settings.model in embedders:
+    if settings.kind.uses_model and settings.model in embedders:
         lines.append(
             f"the embedder {settings.model!r} is also the generator's base model: compare with another"
             " embedder"
@@ -214,7 +192,18 @@ def cautions(size, num_texts, num_reference, settings):
     ]
 
 
-def evaluate(texts, labels, reference, settings, cache, reference_cache=None):
+def _all_mauves(texts, reference_texts, settings, caches):
+    """`(metrics, warnings, seconds)` of the embedder and, under `mauve2`, of the second one."""
+    metrics, doubts, embedding, comparing = {}, [], 0.0, 0.0
+    for prefix, name in (("mauve", settings.embedder), ("mauve2", settings.second_embedder)):
+        if name:
+            more, why, *seconds = _mauve_metrics(prefix, name, texts, reference_texts, settings, caches)
+            metrics, doubts = metrics | more, doubts + why
+            embedding, comparing = embedding + seconds[0], comparing + seconds[1]
+    return metrics, doubts, {"seconds_embedding": embedding, "seconds_mauve": comparing}
+
+# %% ../../nbs/10_evaluation/07_metrics.ipynb #38769a11
+def evaluate(texts, labels, reference, settings, cache, reference_cache=None) -> dict:
     """Compare synthetic rows with real test rows.
 
     Args:
@@ -222,8 +211,7 @@ def evaluate(texts, labels, reference, settings, cache, reference_cache=None):
         reference: `Records` of real test rows that share no row with `texts`.
         settings: `Settings`.
         cache: private folder for the vectors of `texts`, or None.
-        reference_cache: private folder for those of the reference, which several runs can share; by default
-            `cache`.
+        reference_cache: private folder for those of the reference, which runs can share; default: `cache`.
 
     Returns:
         A JSON-able dict: `mauve_*`, `mauve2_*` if there is a second embedder, `utility_*` (None if not
@@ -243,24 +231,13 @@ def evaluate(texts, labels, reference, settings, cache, reference_cache=None):
     ours = [texts[i] for i in _subset(len(texts), settings.num_samples, settings.seed, 2)]
     reference_texts, caches = list(reference.texts), (cache, reference_cache or cache)
     real = [reference_texts[i] for i in _subset(len(reference), settings.num_samples, settings.seed, 3)]
-    metrics, doubts, embedding, comparing = _mauve_metrics(
-        "mauve", settings.embedder, ours, real, settings, caches
-    )
-    if settings.second_embedder:
-        more, *rest = _mauve_metrics("mauve2", settings.second_embedder, ours, real, settings, caches)
-        metrics, doubts, embedding, comparing = (
-            metrics | more,
-            doubts + rest[0],
-            embedding + rest[1],
-            comparing + rest[2],
-        )
+    metrics, doubts, seconds = _all_mauves(ours, real, settings, caches)
     utility, warnings = _utility_metrics(texts, labels, reference, settings)
     doubts += writing_differences(texts, reference_texts, ("rows", "test rows"))
     return {
         **metrics,
         **utility,
         **_text_metrics(texts, reference_texts, settings.seed),
-        "seconds_embedding": embedding,
-        "seconds_mauve": comparing,
+        **seconds,
         "warnings": cautions(metrics["mauve_size"], len(ours), len(real), settings) + doubts + warnings,
     }

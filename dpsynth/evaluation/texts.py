@@ -26,11 +26,12 @@ def _distinct(texts, n):
     counts = _ngrams(texts, n)
     return len(counts) / max(1, counts.total())
 
+# %% ../../nbs/10_evaluation/06_texts.ipynb #07a3e6e5
+def text_statistics(texts) -> dict[str, float]:
+    """`words_mean` and `words_median` of a text, `distinct_1`, `distinct_2` and `duplicate_texts`.
 
-def text_statistics(texts):
-    """dict of `words_mean`, `words_median` (words of a text, by blanks), `distinct_1`, `distinct_2` (distinct
-    n-grams over all n-grams) and `duplicate_texts` (share of texts that are an exact copy of an earlier
-    one)."""
+    `distinct_n`: distinct n-grams over all n-grams; `duplicate_texts`: share of copies of an earlier text.
+    """
     lengths = [len(text.split()) for text in texts]
     return {
         "words_mean": float(np.mean(lengths)),
@@ -41,10 +42,8 @@ def text_statistics(texts):
     }
 
 # %% ../../nbs/10_evaluation/06_texts.ipynb #554f5644
-def ngram_distance(p_texts, q_texts, n):
-    """Total variation, 0 to 1, between the n-gram frequencies of two sets of texts; 1 if only one of them has
-    any.
-    """
+def ngram_distance(p_texts, q_texts, n: int) -> float:
+    """Total variation, 0 to 1, between the n-gram frequencies of two sets of texts; 1 if only one has any."""
     p, q = _ngrams(p_texts, n), _ngrams(q_texts, n)
     if not p or not q:
         return float(bool(p) != bool(q))

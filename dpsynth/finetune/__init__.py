@@ -1,6 +1,5 @@
 """The training step and a private fine-tuning in a run folder, resumable to the bit."""
 
-from .account import *
 from .clipping import *
 from .estimates import *
 from .loop import *

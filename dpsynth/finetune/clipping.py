@@ -6,6 +6,8 @@
 __all__ = ['SAFETY', 'SMALLEST', 'clip_to_grid', 'add_units', 'make_private_sum', 'make_plain_sum', 'make_mean_loss']
 
 # %% ../../nbs/07_finetune/02_clipping.ipynb #3371a308
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -16,7 +18,9 @@ SAFETY = 1.0 - 2.0**-16
 SMALLEST = 2.0**-100
 
 
-def clip_to_grid(gradients, mechanism_clip, l2_clip_norm, grid, is_real=True):
+def clip_to_grid(
+    gradients, mechanism_clip: str, l2_clip_norm: float, grid: float, is_real=True
+) -> tuple[list, jax.Array]:
     """int32 arrays: one unit's gradient (list of arrays), clipped and rounded towards zero; and bool[2]: was
     it clipped, was it unusable.
 
@@ -34,7 +38,7 @@ def clip_to_grid(gradients, mechanism_clip, l2_clip_norm, grid, is_real=True):
     return [jnp.trunc(g * scale).astype(jnp.int32) for g in unit], notes
 
 # %% ../../nbs/07_finetune/02_clipping.ipynb #c9c750a1
-def add_units(one, total, notes, batch):
+def add_units(one, total, notes, batch) -> tuple[list, jax.Array]:
     """`total` and `notes` with what `one(tokens, prompt_length, total_length)` gives for each unit of a batch
     added to them.
     """
@@ -50,7 +54,7 @@ def add_units(one, total, notes, batch):
     return [t + e.sum(0) for t, e in zip(total, each)], notes + noted.sum(0).astype(jnp.int32)
 
 # %% ../../nbs/07_finetune/02_clipping.ipynb #312bcc34
-def make_private_sum(model, session):
+def make_private_sum(model, session) -> Callable:
     """jitted f(total, notes, trainable, frozen, batch) -> total, notes: adds one clipped integer gradient per
     real unit.
 
@@ -73,7 +77,7 @@ def make_private_sum(model, session):
     return jax.jit(accumulate, donate_argnums=(0, 1))
 
 # %% ../../nbs/07_finetune/02_clipping.ipynb #8d92a0af
-def make_plain_sum(model):
+def make_plain_sum(model) -> Callable:
     """The same without privacy: adds the gradients to `total`, a list of float32 arrays; `notes` stays as it
     is.
     """
@@ -93,7 +97,7 @@ def make_plain_sum(model):
     return jax.jit(accumulate, donate_argnums=(0, 1))
 
 # %% ../../nbs/07_finetune/02_clipping.ipynb #6a80fef3
-def make_mean_loss(model):
+def make_mean_loss(model) -> Callable:
     """jitted f(trainable, frozen, batch) -> loss [rows] in nats."""
 
     def losses(trainable, frozen, batch):

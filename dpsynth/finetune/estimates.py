@@ -15,12 +15,11 @@ import pandas as pd
 from ..audit.contamination import corpus_overlap
 from ..data import Records, other_texts
 from .loop import row_losses
-from ..formats import TextFormat
 from ..privacy import count_accesses, noisy_counts
 from ..settings import PrivacyError
 
 # %% ../../nbs/07_finetune/07_estimates.ipynb #bc4d57dc
-def check_counts(settings, path, begun):
+def check_counts(settings, path: pathlib.Path, begun: bool) -> None:
     """Raise PrivacyError if a training that has begun has lost its counts: a new draw is a second release."""
     if begun and count_accesses(settings) and not path.exists():
         raise PrivacyError(
@@ -29,8 +28,8 @@ def check_counts(settings, path, begun):
         )
 
 # %% ../../nbs/07_finetune/07_estimates.ipynb #1d204e9a
-def estimate_counts(settings, records, units, state, model):
-    """The counts that are estimated out of ε, those that the settings ask for, by name; each a list of int.
+def estimate_counts(settings, records, units, state, model, fmt) -> dict[str, list[int]]:
+    """The counts that the settings ask for, estimated out of ε: a list of int by name.
 
     Each unit counts once; its label is that of its first row that takes part. Drawn once, then read from the
     run's `State`.
@@ -41,7 +40,7 @@ def estimate_counts(settings, records, units, state, model):
         "units": lambda: [len(units)],
         "overlaps": lambda: overlapping_units(settings, records),
         "labels": lambda: np.bincount(records.labels[units[:, 0]], minlength=len(settings.labels)),
-        "likelier": lambda: likelier_units(settings, records, model),
+        "likelier": lambda: likelier_units(settings, records, model, fmt),
     }
     counts = {
         name: noisy_counts(exact[name](), access.noise_multiplier)
@@ -52,7 +51,7 @@ def estimate_counts(settings, records, units, state, model):
     return counts
 
 # %% ../../nbs/07_finetune/07_estimates.ipynb #0e4732a6
-def overlapping_units(settings, records):
+def overlapping_units(settings, records) -> list[int]:
     """[units with a run of 50 words in common with a text of `contamination_corpus`, other units of 50 words
     or more].
 
@@ -63,24 +62,24 @@ def overlapping_units(settings, records):
     return [found.overlapping, found.long_enough - found.overlapping]
 
 # %% ../../nbs/07_finetune/07_estimates.ipynb #2ec8a5cb
-def likelier_units(settings, records, model):
+def likelier_units(settings, records, model, fmt) -> list[int]:
     """[units that the base model finds likelier than the median reference text, the other units]: one count
     for each unit.
 
     A unit counts by its first row, by mean loss per token under the first prompt, so that labels play no
     part. `model` is not trained yet.
     """
-    fmt = TextFormat(settings.prompt, settings.labels)
+    of_first_prompt = lambda texts: pd.DataFrame({"text": texts, "label": 0})
     firsts = np.unique(records.units, return_index=True)[1]
     ours, theirs = (
-        row_losses(model, Records(pd.DataFrame({"text": texts}), "texts", ("",), {}), fmt, settings)
+        row_losses(model, Records(of_first_prompt(texts), "texts", settings.labels, {}), fmt, settings)
         for texts in (records.take(firsts).texts, other_texts(settings, "contamination_reference"))
     )
     below = int((ours < np.median(theirs)).sum())
     return [below, len(ours) - below]
 
 # %% ../../nbs/07_finetune/07_estimates.ipynb #80ee6bd5
-def contamination_found(settings, counts):
+def contamination_found(settings, counts) -> dict | None:
     """What was estimated of rows that the base model may have read before, as
     `certificate.contamination_text` takes it; None: nothing.
     """
@@ -104,10 +103,8 @@ def contamination_found(settings, counts):
     return found or None
 
 # %% ../../nbs/07_finetune/07_estimates.ipynb #0c87272d
-def label_shares(counts):
-    """Shares of the labels from noised counts: negative ones are none, and all are equal if nothing is
-    left.
-    """
+def label_shares(counts) -> list[float]:
+    """Shares of the labels from noised counts; a negative count is 0, and all shares are equal if all are."""
     positive = np.maximum(np.array(counts, np.float64), 0.0)
     return (
         positive / positive.sum() if positive.sum() else np.full(len(positive), 1 / len(positive))

@@ -9,6 +9,7 @@ __all__ = ['tokenize', 'describe_progress', 'train', 'row_losses', 'some_rows', 
 # %% ../../nbs/07_finetune/04_loop.ipynb #1154f7e5
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 import time
@@ -18,19 +19,20 @@ import numpy as np
 
 from ..data import TokenStore
 from .clipping import make_mean_loss
+from ..formats import rows_of
 from ..models import divisible, replicate, shard
 from ..privacy import NOISE_ERRORS, realised_noise_error
 from ..progress import Progress
 from ..settings import PrivacyError, SettingsError
 
 # %% ../../nbs/07_finetune/04_loop.ipynb #98cc9f1a
-def tokenize(model, records, fmt, folder, sequence_length, batch=2000, before=None):
+def tokenize(model, records, fmt, folder, sequence_length: int, batch: int = 2000, before=None) -> TokenStore:
     """Write a TokenStore of prompt and response ids, cut at `sequence_length`.
 
     `before` is that of `TokenStore.write`. Raises SettingsError if a prompt leaves no room for a response.
     """
-    prompts = [model.prompt_ids(p) for p in fmt.prompts]
-    longest = max(len(p) for p in prompts)
+    prompts = {prompt: model.prompt_ids(prompt) for prompt in fmt.prompts}
+    longest = max(map(len, prompts.values()))
     if longest + 1 >= sequence_length:
         raise SettingsError(
             f"setting sequence_length: {sequence_length} is not longer than the prompt, which has {longest}"
@@ -38,10 +40,10 @@ def tokenize(model, records, fmt, folder, sequence_length, batch=2000, before=No
         )
 
     def rows():
-        for start in range(0, len(records), batch):
-            labels = records.labels[start : start + batch]
-            for label, ids in zip(labels, model.response_ids(records.texts[start : start + batch])):
-                yield prompts[label], ids[: sequence_length - len(prompts[label])]
+        pairs = map(fmt.encode, rows_of(records))
+        while part := list(itertools.islice(pairs, batch)):
+            for (prompt, _), ids in zip(part, model.response_ids([response for _, response in part])):
+                yield prompts[prompt], ids[: sequence_length - len(prompts[prompt])]
 
     return TokenStore.write(folder, rows(), before)
 
@@ -55,8 +57,8 @@ def describe_progress(mechanism, step: int) -> str:
     return f"sigma={mechanism.noise_multiplier:.3g} epsilon={spent:.3g}/{mechanism.target_epsilon:g}"
 
 # %% ../../nbs/07_finetune/04_loop.ipynb #f69a6356
-def train(trainer, checkpoint, *, progress=True, seconds_between=30.0, log=None):
-    """Run the updates that remain; resumes from `checkpoint` if there is one, and leaves a last one there."""
+def train(trainer, checkpoint, *, progress: bool = True, seconds_between: float = 30.0, log=None) -> None:
+    """Run the updates that remain, from `checkpoint` if there is one; the last checkpoint stays there."""
     mechanism = trainer.session.mechanism
     if pathlib.Path(checkpoint).exists():
         trainer.restore(checkpoint)
@@ -72,12 +74,12 @@ def train(trainer, checkpoint, *, progress=True, seconds_between=30.0, log=None)
                 log(trainer)
 
 # %% ../../nbs/07_finetune/04_loop.ipynb #810079fc
-def row_losses(model, records, fmt, settings, trainable=None):
-    """float64[n]: loss of each row in nats per response token, under the model's own weights or other
-    `trainable` ones.
-    """
-    prompts = [model.prompt_ids(p) for p in fmt.prompts]
-    rows = [prompts[label] + ids for label, ids in zip(records.labels, model.response_ids(records.texts))]
+def row_losses(model, records, fmt, settings, trainable=None) -> np.ndarray:
+    """float64[n]: loss of each row in nats per response token; `trainable`: weights to use instead."""
+    prompts = {prompt: model.prompt_ids(prompt) for prompt in fmt.prompts}
+    pairs = list(map(fmt.encode, rows_of(records)))
+    starts = [prompts[prompt] for prompt, _ in pairs]
+    rows = [a + b for a, b in zip(starts, model.response_ids([response for _, response in pairs]))]
     length, size, mean_loss = (
         settings.sequence_length,
         divisible(settings.microbatch_size),
@@ -92,7 +94,7 @@ def row_losses(model, records, fmt, settings, trainable=None):
             "tokens": jnp.array([row + [0] * (length - len(row)) for row in part], "int32"),
             "total_length": jnp.array(list(map(len, part))),
             "prompt_length": jnp.array(
-                [len(prompts[label]) for label in records.labels[start : start + size]] + [0] * part.count([])
+                [len(begin) for begin in starts[start : start + size]] + [0] * part.count([])
             ),
         }
         found = mean_loss(*weights, shard(batch))
@@ -100,20 +102,19 @@ def row_losses(model, records, fmt, settings, trainable=None):
     return losses
 
 # %% ../../nbs/07_finetune/04_loop.ipynb #960e1b20
-def some_rows(count, total, seed):
+def some_rows(count: int, total: int, seed: int) -> np.ndarray:
     """int64[min(count, total)]: rows chosen at random, in order.
 
-    The first ones will not do: many files are sorted by label.
+    Not the first ones: many files are sorted by label.
     """
     return np.sort(np.random.default_rng([seed, 10]).permutation(total)[:count])
 
 
-def held_out_loss(model, records, fmt, settings, trainable=None):
-    """Mean loss in nats per token over `validation_size` test rows, or None if that is 0. Not covered by ε:
-    test rows.
+def held_out_loss(model, records, fmt, settings, trainable=None) -> float | None:
+    """Mean loss in nats per token over `validation_size` test rows, or None if that is 0.
 
-    `trainable` as in `row_losses`: with the weights from before the training, the loss that it has to be
-    compared with.
+    Test rows are not covered by ε. `trainable` as in `row_losses`: the weights from before the training give
+    the loss to compare with.
     """
     rows = some_rows(settings.validation_size, len(records), settings.seed)
     return (
@@ -121,7 +122,7 @@ def held_out_loss(model, records, fmt, settings, trainable=None):
     )
 
 # %% ../../nbs/07_finetune/04_loop.ipynb #e6f33374
-def check_training(trainer, before):
+def check_training(trainer, before) -> None:
     """Raise PrivacyError unless a finished private training did what was promised.
 
     An update is missing or had no noise, no weight changed, or the noise differs from the promised one by
@@ -146,7 +147,7 @@ def check_training(trainer, before):
         )
 
 # %% ../../nbs/07_finetune/04_loop.ipynb #8e1e7011
-def self_check(trainer, before):
+def self_check(trainer, before) -> dict:
     """The figures of a finished private training, a dict for private/.
 
     `before` are the trained arrays at the start. Raises PrivacyError as `check_training`.
@@ -166,7 +167,7 @@ def self_check(trainer, before):
     }
 
 
-def describe_mechanism(mechanism):
+def describe_mechanism(mechanism) -> dict:
     """What ran, in absolute numbers, a dict: the certificate's `mechanism`, with units, δ and every paid
     access.
     """

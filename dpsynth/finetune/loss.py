@@ -29,7 +29,7 @@ def scores_at_once(rows: int = 1) -> int:
     return max(CHUNK_SCORES, ALONE_SCORES // rows) if one_by_one() else CHUNK_SCORES
 
 # %% ../../nbs/07_finetune/01_loss.ipynb #7990d2a2
-def token_losses(model, trainable, frozen, hidden, targets, rows=1):
+def token_losses(model, trainable, frozen, hidden, targets, rows: int = 1) -> jax.Array:
     """Cross-entropy [length] of targets [length] under the scores of hidden states [length, width], in nats;
     `rows` as in `scores_at_once`.
     """
@@ -51,7 +51,7 @@ def token_losses(model, trainable, frozen, hidden, targets, rows=1):
     return jax.lax.map(jax.checkpoint(losses), chunks).reshape(-1)[:length]
 
 # %% ../../nbs/07_finetune/01_loss.ipynb #04faf2fa
-def example_loss(model, trainable, frozen, tokens, prompt_length, total_length, rows=1):
+def example_loss(model, trainable, frozen, tokens, prompt_length, total_length, rows: int = 1) -> jax.Array:
     """Mean loss in nats over the response tokens of one row.
 
     Args:
@@ -68,7 +68,7 @@ def example_loss(model, trainable, frozen, tokens, prompt_length, total_length, 
     return jnp.sum(jnp.where(weights > 0, losses, 0.0)) / jnp.maximum(weights.sum(), 1.0)
 
 # %% ../../nbs/07_finetune/01_loss.ipynb #9df74814
-def unit_loss(model, trainable, frozen, tokens, prompt_length, total_length):
+def unit_loss(model, trainable, frozen, tokens, prompt_length, total_length) -> jax.Array:
     """Mean of `example_loss` over the rows of one unit: tokens int32[rows, length], lengths int32[rows];
     padding rows do not count.
     """
@@ -79,12 +79,12 @@ def unit_loss(model, trainable, frozen, tokens, prompt_length, total_length):
     return losses.sum() / jnp.maximum((total_length > 0).sum(), 1)
 
 # %% ../../nbs/07_finetune/01_loss.ipynb #d36e0fa3
-def rows_of_units(units, most, seed):
+def rows_of_units(units, most: int, seed: int) -> np.ndarray:
     """int64[number of units, most]: the rows of each unit, filled up with -1.
 
-    Which rows of a unit take part depends on the seed and on how many it has, never on another unit; nor does
-    the shape, or one unit with more rows would change how all others are computed. `units` is int64[n], as
-    `Records.units`.
+    Which rows of a unit take part depends on the seed and on how many it has, never on another unit. The
+    shape does not depend on other units either: one unit with more rows would change how all others are
+    computed. `units` is int64[n], as `Records.units`.
     """
     order = np.argsort(units, kind="stable")
     if most == 1 and units[order[-1]] + 1 == len(units):

@@ -7,6 +7,7 @@ __all__ = ['FEW_UNITS', 'bucket_lengths', 'microbatches', 'units_of_a_call', 'le
            'unit_lengths', 'invented_microbatch', 'named_memory_error', 'Trainer']
 
 # %% ../../nbs/07_finetune/03_trainer.ipynb #c44d5f1e
+from collections.abc import Callable, Iterator
 import contextlib
 import math
 import pathlib
@@ -29,7 +30,7 @@ def bucket_lengths(sequence_length: int, count: int = 4) -> list[int]:
     return [*range(step, sequence_length, step), sequence_length]
 
 # %% ../../nbs/07_finetune/03_trainer.ipynb #641beedc
-def microbatches(indices, lengths, buckets, size):
+def microbatches(indices, lengths, buckets, size: int) -> Iterator:
     """Yield (bucket length, indices[size]): each of `indices` once, short groups padded with -1."""
     place = np.searchsorted(buckets, np.minimum(lengths[indices], buckets[-1]))
     for bucket in range(len(buckets)):
@@ -42,7 +43,7 @@ def microbatches(indices, lengths, buckets, size):
 FEW_UNITS = 4
 
 
-def units_of_a_call(settings):
+def units_of_a_call(settings) -> int:
     """How many units a compiled call takes: `microbatch_size`, rounded for the devices; on a single CPU
     `FEW_UNITS` at most.
     """
@@ -52,7 +53,7 @@ def units_of_a_call(settings):
 
 
 # %% ../../nbs/07_finetune/03_trainer.ipynb #e84b1ec2
-def learning_rate(settings, steps):
+def learning_rate(settings, steps: int) -> Callable:
     """optax schedule: linear warm-up, then constant, or linear or cosine decay to zero."""
     warm = round(settings.warmup * steps)
     rest = max(steps - warm, 1)
@@ -68,24 +69,24 @@ def learning_rate(settings, steps):
     )
 
 # %% ../../nbs/07_finetune/03_trainer.ipynb #140e9796
-def flatten(arrays):
+def flatten(arrays) -> np.ndarray:
     """One host vector from a list of arrays."""
     return np.concatenate([np.asarray(a).ravel() for a in arrays]) if arrays else np.zeros(0, np.int32)
 
 
-def unflatten(vector, like):
+def unflatten(vector, like) -> list:
     """The list of arrays back from a vector."""
     ends = np.cumsum([a.size for a in like])
     return [jnp.asarray(part.reshape(a.shape)) for part, a in zip(np.split(vector, ends[:-1]), like)]
 
 # %% ../../nbs/07_finetune/03_trainer.ipynb #b4c59df9
-def unit_lengths(lengths, units, sequence_length):
+def unit_lengths(lengths, units, sequence_length: int) -> np.ndarray:
     """int[number of units]: tokens of the longest row of each unit; `units` as `rows_of_units` gives it."""
     of_rows = np.append(np.minimum(lengths, sequence_length), 0)  # the last one is that of row -1
     return of_rows[units].max(1)
 
 # %% ../../nbs/07_finetune/03_trainer.ipynb #a6986215
-def invented_microbatch(shape, length, vocabulary_size):
+def invented_microbatch(shape, length: int, vocabulary_size: int) -> dict:
     """Arrays [units, rows, …] of invented rows that fill `length` tokens; `shape` is (units, rows)."""
     tokens = np.random.default_rng(0).integers(0, vocabulary_size, (*shape, length), np.int32)
     return {
@@ -96,7 +97,7 @@ def invented_microbatch(shape, length, vocabulary_size):
 
 
 @contextlib.contextmanager
-def named_memory_error(size, length):
+def named_memory_error(size, length: int) -> Iterator[None]:
     """Inside, a lack of memory becomes a SettingsError that names `microbatch_size`."""
     try:
         yield

@@ -44,7 +44,7 @@ def loss_grid(events: list, neighbours: Neighbours) -> float:
 # %% ../../nbs/05_ledger/02_composition.ipynb #2c737dc5
 @dataclasses.dataclass(frozen=True)
 class EpsilonQuery:
-    """The ε at `delta` of these events (pairs of a canonical text and its count), to be computed or looked up."""
+    """The ε at `delta` of these events, each a pair of its canonical text and its count."""
 
     events: frozenset
     delta: float

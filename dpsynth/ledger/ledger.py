@@ -66,8 +66,8 @@ class _LedgerFile:
     def _make(self, key, used):
         if used:
             raise PrivacyError(
-                f"{self.path}: the ledger is gone and its key is not; restore it from a backup, a new one"
-                " would not know what is spent (if nothing was ever released from any rows in it, remove"
+                f"{self.path}: the ledger is missing, but its key is there; restore it from a backup, a new"
+                " one would not know what is spent (if nothing was ever released from any rows in it, remove"
                 f" {key.name})"
             )
         _create(self.path, self._key)

@@ -21,7 +21,7 @@ from dpsynth.manifest.entries import (
     read_manifest,
     way_back,
 )
-from ..runs import read_json
+from ..files import load_json
 from ..settings import DataError, SettingsError
 from ..state import file_hash
 
@@ -98,7 +98,9 @@ def released_certificate(release: str | pathlib.Path) -> dict:
     path = pathlib.Path(release) / "certificate.json"
     if path.exists() and path.with_name(MANIFEST).exists():
         check_listed([path], statement_of(release))
-    return read_json(path)
+    if not path.exists():
+        return {}
+    return load_json(path, "not valid JSON; remove it and run again; what is finished is not done again")
 
 # %% ../../nbs/04b_manifest/02_comparing.ipynb #2533b1c7
 def write_release(certificate: dict | None, release: pathlib.Path, files: dict[str, pathlib.Path]) -> None:

@@ -7,6 +7,7 @@ __all__ = ['NOISE_STEP', 'LARGEST_NOISE', 'Access', 'discretization_interval', '
            'calibrate_noise']
 
 # %% ../../nbs/04_privacy/01_accounting.ipynb #74ba1886
+from collections.abc import Callable, Iterable
 import dataclasses
 import functools
 import itertools
@@ -33,8 +34,8 @@ class Access:
     bands: int = 1
     added: bool = False
 
-
-def discretization_interval(accesses):
+# %% ../../nbs/04_privacy/01_accounting.ipynb #c1d2c0dd
+def discretization_interval(accesses: Iterable[Access]) -> float:
     """Width of the cells of the PLD: wider where little noise makes losses large.
 
     Wider cells never understate ε.
@@ -44,15 +45,15 @@ def discretization_interval(accesses):
 
 
 @functools.lru_cache(maxsize=16)
-def profile(accesses, claim, interval):
+def profile(accesses: tuple[Access, ...], claim: str, interval: float) -> Callable[[float], float]:
     """The function from δ to ε of all `accesses` (tuple of `Access`) together, as `verify.privacy_profile`;
     the last few are remembered.
     """
     return privacy_profile([dataclasses.asdict(a) for a in accesses], claim, interval)
 
-
+# %% ../../nbs/04_privacy/01_accounting.ipynb #d1fa700b
 @functools.lru_cache(maxsize=4096)
-def compose(accesses, delta, claim="epsilon"):
+def compose(accesses: tuple[Access, ...], delta: float, claim: str = "epsilon") -> float:
     """ε at `delta` of all `accesses` (tuple of `Access`) together, added counts added; `claim` is `epsilon`
     or `epsilon_replace_one`.
 
@@ -63,20 +64,59 @@ def compose(accesses, delta, claim="epsilon"):
         return math.inf
     return float(profile(accesses, claim, discretization_interval(accesses))(delta))
 
-
-def compute_epsilon(sampling_probability, noise_multiplier, steps, delta, claim="epsilon", bands=1):
+# %% ../../nbs/04_privacy/01_accounting.ipynb #bd3eb72e
+def compute_epsilon(
+    sampling_probability: float,
+    noise_multiplier: float,
+    steps: int,
+    delta: float,
+    claim: str = "epsilon",
+    bands: int = 1,
+) -> float:
     """ε at `delta` of `steps` updates of DP-SGD with Poisson sampling."""
-    return compose(
-        (Access("training", "dp_sgd", noise_multiplier, sampling_probability, steps, bands),), delta, claim
-    )
+    training = Access("training", "dp_sgd", noise_multiplier, sampling_probability, steps, bands)
+    return compose((training,), delta, claim)
 
 # %% ../../nbs/04_privacy/01_accounting.ipynb #727cecd0
 NOISE_STEP, LARGEST_NOISE = 2.0**-14, 1e6
 
+# %% ../../nbs/04_privacy/01_accounting.ipynb #fcad51c0
+def _bracket(excess, epsilon, steps):
+    """Two numbers of noise steps, each the double of the other at most: the first spends too much."""
+    low = high = round(0.5 / NOISE_STEP)
+    while excess(high) > 0:
+        low, high = high, 2 * high
+        if high * NOISE_STEP > LARGEST_NOISE:
+            raise SettingsError(
+                f"setting epsilon: no noise reaches {epsilon} in {steps} updates; use fewer epochs or a"
+                " larger epsilon"
+            )
+    while low and excess(low) <= 0:
+        low, high = low // 2, low
+    return low, high
 
-def calibrate_noise(sampling_probability, steps, epsilon, delta, bands=1, others=()):
-    """Least multiple of `NOISE_STEP` with which, as noise multiplier, training and `others` (tuple of
-    `Access`) spend at most `epsilon`.
+# %% ../../nbs/04_privacy/01_accounting.ipynb #881f4921
+def _least(excess, low, high):
+    """The least number of noise steps between `low`, which is too few, and `high`, which is enough."""
+    for turn in itertools.count(1):
+        if high - low <= 1:
+            return high
+        # now and then the middle, lest one end stay far off
+        share = excess(low) / (excess(low) - excess(high)) if low and turn % 8 else 0.5
+        middle = min(max(math.ceil(low ** (1 - share) * high**share), low + 1), high - 1)
+        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+
+# %% ../../nbs/04_privacy/01_accounting.ipynb #704f6705
+def calibrate_noise(
+    sampling_probability: float,
+    steps: int,
+    epsilon: float,
+    delta: float,
+    bands: int = 1,
+    others: tuple[Access, ...] = (),
+) -> float:
+    """Least multiple of `NOISE_STEP` with which, as noise multiplier, training and `others` spend at most
+    `epsilon`.
 
     Raises:
         SettingsError: no noise is enough.
@@ -91,21 +131,4 @@ def calibrate_noise(sampling_probability, steps, epsilon, delta, bands=1, others
         training = Access("training", "dp_sgd", number * NOISE_STEP, sampling_probability, steps, bands)
         return math.log(min(max(compose((training, *others), delta) / epsilon, 1e-9), 1e9))
 
-    low = high = round(0.5 / NOISE_STEP)
-    while excess(high) > 0:
-        low, high = high, 2 * high
-        if high * NOISE_STEP > LARGEST_NOISE:
-            raise SettingsError(
-                f"setting epsilon: no noise reaches {epsilon} in {steps} updates; use fewer epochs or a"
-                " larger epsilon"
-            )
-    while low and excess(low) <= 0:
-        low, high = low // 2, low
-    for turn in itertools.count(1):
-        if high - low <= 1:
-            return high * NOISE_STEP
-        share = (
-            excess(low) / (excess(low) - excess(high)) if low and turn % 8 else 0.5
-        )  # now and then the middle, lest one end stay far off
-        middle = min(max(math.ceil(low ** (1 - share) * high**share), low + 1), high - 1)
-        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+    return _least(excess, *_bracket(excess, epsilon, steps)) * NOISE_STEP

@@ -11,9 +11,10 @@ import math
 from .correlated import choose_bands
 from .counts import count_accesses
 from .mechanism import Mechanism, check_batch_and_delta, with_noise
+from ..settings import Settings
 
 # %% ../../nbs/04_privacy/05_making.ipynb #780f5631
-def default_delta(num_units):
+def default_delta(num_units: int) -> float:
     """The least of n^-1.2, 1e-5 and .1/n: 1e-5 up to 10,000 units, a tenth of 1/n up to 100,000, and n^-1.2
     for more.
 
@@ -22,8 +23,8 @@ def default_delta(num_units):
     """
     return min(max(num_units, 1) ** -1.2, 1e-5, 0.1 / max(num_units, 1))
 
-
-def told_delta(delta, num_units):
+# %% ../../nbs/04_privacy/05_making.ipynb #f0529051
+def told_delta(delta: float, num_units: int) -> str:
     """What is to be said of a δ above a tenth of 1/n, as part of a sentence; empty below."""
     return (
         f"delta is {delta * num_units:.2g}/n: so many units could be expected to be published outright"
@@ -31,8 +32,8 @@ def told_delta(delta, num_units):
         else ""
     )
 
-
-def make_mechanism(settings, num_units):
+# %% ../../nbs/04_privacy/05_making.ipynb #0c15687c
+def make_mechanism(settings: Settings, num_units: int) -> Mechanism:
     """The Mechanism of some settings on `num_units` training units; counts that are estimated share its ε."""
     delta = settings.delta or default_delta(num_units)
     check_batch_and_delta(num_units, settings.batch_size, delta)

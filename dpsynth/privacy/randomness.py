@@ -36,7 +36,7 @@ class Randomness:
     def __reduce__(self):
         raise PrivacyError("the secret cannot be pickled")
 
-    def state(self, folder):
+    def state(self, folder: str | os.PathLike) -> State:
         """The `State` of the run in its private folder."""
         return State(folder, self._secret, self.run_id)
 
@@ -46,11 +46,11 @@ class Randomness:
         encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
         return np.frombuffer(encryptor.update(bytes(8 * count)), np.uint64)
 
-    def integers(self, tag, step, count):
+    def integers(self, tag: str, step: int, count: int) -> np.ndarray:
         """uint64[count], uniform."""
         return self._words(tag, step, count)
 
-    def gaussians(self, tag, step, count):
+    def gaussians(self, tag: str, step: int, count: int) -> np.ndarray:
         """float64[count], standard normal, by the Box-Muller transform of 64-bit uniforms (tail cut at 9.4
         standard deviations).
         """
@@ -60,8 +60,8 @@ class Randomness:
         angle = words[half:].astype(np.float64) * (2.0 * np.pi * 2.0**-64)
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
-
-def load_secret(folder):
+# %% ../../nbs/04_privacy/06_randomness.ipynb #c4eb54d5
+def load_secret(folder: str | os.PathLike) -> bytes:
     """The 32-byte secret of a run, made on first use: file `secret` (mode 0600) in `folder` (mode 0700).
 
     Raises:

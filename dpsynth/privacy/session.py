@@ -12,64 +12,26 @@ import math
 import numpy as np
 
 from .correlated import noise_filter, strategy
+from .mechanism import Mechanism
+from .randomness import Randomness
 from ..settings import PrivacyError
 
 # %% ../../nbs/04_privacy/07_session.ipynb #dfe6ebc6
-def grid_bits(expected_batch_size, noise_multiplier=0.0):
+def grid_bits(expected_batch_size: int, noise_multiplier: float = 0.0) -> int:
     """b such that twice the expected batch at full norm, and 16 standard deviations of the noise, fit into
     int32; at most 20.
     """
     return min(20, 30 - math.ceil(math.log2(max(expected_batch_size, 8 * noise_multiplier, 1))))
 
+# %% ../../nbs/04_privacy/07_session.ipynb #fd4070b7
+class _GridNoise:
+    """The noise of a session, drawn on its grid, and how much of it was really added."""
 
-class Session:
-    """Hands out the batches and releases the noised sums of one run, each once and in order.
-
-    `num_units` is how many units there really are, where the mechanism only knows a noised count.
-
-    Raises:
-        PrivacyError: an update after the last, or out of order, whoever asks.
-    """
-
-    def __init__(self, mechanism, randomness, num_units=None):
-        self.mechanism, self._randomness, self.step, self._drawn = mechanism, randomness, 0, None
-        self._num_units = mechanism.num_units if num_units is None else num_units
+    def __init__(self, mechanism, randomness):
+        self.mechanism, self._randomness, self.step = mechanism, randomness, 0
         self.bits = grid_bits(mechanism.expected_batch_size, mechanism.noise_multiplier)
         self._recent, self._numbers = collections.deque(maxlen=max(mechanism.bands - 1, 1)), 0
         self._realised, self.noised = np.zeros(2), 0
-
-    @property
-    def grid(self):
-        """Grid points per unit of the sensitivity-scaled gradient."""
-        return 2.0**self.bits / self.mechanism.sensitivity
-
-    def batch(self):
-        """Indices of the units of the next update. Secret: do not print, log or time it."""
-        if self.step >= self.mechanism.steps:
-            raise PrivacyError(
-                f"all {self.mechanism.steps} updates are done; another would spend more than epsilon "
-                f"{self.mechanism.target_epsilon:g}"
-            )
-        self._drawn = self.step
-        return self.mechanism.batch(self._randomness, self.step, self._num_units)
-
-    def release(self, total):
-        """Noised mean gradient of the drawn batch.
-
-        Args:
-            total: int32[d], the exact sum of the units' gradients on the grid.
-
-        Returns:
-            float32[d]: (sum + noise) / expected batch size, noise drawn once per update.
-        """
-        if self._drawn != self.step:
-            raise PrivacyError("a sum is released once, after its batch was drawn")
-        noised = total + self._grid_noise(total.size) if self.mechanism.noise_multiplier else total
-        self._watch(noised, total)
-        self._drawn, self.step = None, self.step + 1
-        return (noised.astype(np.float64) / (self.grid * self.mechanism.expected_batch_size)).astype(
-            np.float32
-        )
 
     def _grid_noise(self, count):
         noise = self._correlated(self._randomness.gaussians("noise", self.step, count))
@@ -100,7 +62,7 @@ class Session:
         self._numbers, self.noised = total.size, self.noised + bool(added.any())
 
     @property
-    def realised_noise(self):
+    def realised_noise(self) -> float | None:
         """Standard deviation of the noise that was added so far, over what was promised; None before the
         first noise.
         """
@@ -108,16 +70,64 @@ class Session:
         return math.sqrt(added / promised) if promised else None
 
     @property
-    def realised_std(self):
+    def realised_std(self) -> float:
         """Standard deviation of the noise that was added so far, in units of the sensitivity; 0 before
         any.
         """
         drawn = self.step * self._numbers
         return math.sqrt(self._realised[0] / drawn) / 2.0**self.bits if drawn else 0.0
 
+# %% ../../nbs/04_privacy/07_session.ipynb #f76bba31
+class Session(_GridNoise):
+    """Hands out the batches and releases the noised sums of one run, each once and in order.
+
+    `num_units` is how many units there really are, where the mechanism only knows a noised count.
+
+    Raises:
+        PrivacyError: an update after the last, or out of order, whoever asks.
+    """
+
+    def __init__(self, mechanism: Mechanism, randomness: Randomness, num_units: int | None = None):
+        super().__init__(mechanism, randomness)
+        self._drawn = None
+        self._num_units = mechanism.num_units if num_units is None else num_units
+
+    @property
+    def grid(self) -> float:
+        """Grid points per unit of the sensitivity-scaled gradient."""
+        return 2.0**self.bits / self.mechanism.sensitivity
+
+    def batch(self) -> np.ndarray:
+        """Indices of the units of the next update. Secret: do not print, log or time it."""
+        if self.step >= self.mechanism.steps:
+            raise PrivacyError(
+                f"all {self.mechanism.steps} updates are done; another would spend more than epsilon "
+                f"{self.mechanism.target_epsilon:g}"
+            )
+        self._drawn = self.step
+        return self.mechanism.batch(self._randomness, self.step, self._num_units)
+
+    def release(self, total: np.ndarray) -> np.ndarray:
+        """Noised mean gradient of the drawn batch.
+
+        Args:
+            total: int32[d], the exact sum of the units' gradients on the grid.
+
+        Returns:
+            float32[d]: (sum + noise) / expected batch size, noise drawn once per update.
+        """
+        if self._drawn != self.step:
+            raise PrivacyError("a sum is released once, after its batch was drawn")
+        noised = total + self._grid_noise(total.size) if self.mechanism.noise_multiplier else total
+        self._watch(noised, total)
+        self._drawn, self.step = None, self.step + 1
+        return (noised.astype(np.float64) / (self.grid * self.mechanism.expected_batch_size)).astype(
+            np.float32
+        )
+
     # what a checkpoint must hold
 
-    def state(self):
+    def state(self) -> dict:
         """The arrays that the next update needs: part of the private checkpoint, and of nothing else."""
         counted = {"step": self.step, "noised": self.noised, "numbers": self._numbers}
         return {
@@ -127,7 +137,7 @@ class Session:
             **{f"noise_{i}": row for i, row in enumerate(self._recent)},
         }
 
-    def restore(self, state):
+    def restore(self, state: dict) -> None:
         """Continue after the updates of a saved state.
 
         Raises PrivacyError if its noise was correlated by another matrix.

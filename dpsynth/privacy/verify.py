@@ -34,9 +34,7 @@ def event(access: dict, claim: str) -> dp_event.DpEvent:
 
 # %% ../../nbs/04_privacy/00_verify.ipynb #9d5f9cd5
 def privacy_profile(accesses: list[dict], claim: str, interval: float) -> Callable[[float], float]:
-    """The function from δ to ε of all `accesses` together; `interval` is the width of the PLD's cells (wider
-    overstates ε).
-    """
+    """The function from δ to ε of all `accesses`; wider cells of the PLD (`interval`) overstate ε."""
     times = 1 if claim == "epsilon" else 2
     added = times * sum(1 / a["noise_multiplier"] for a in accesses if a.get("added"))
     events = dp_event.ComposedDpEvent([event(a, claim) for a in accesses if not a.get("added")])
@@ -50,11 +48,9 @@ def check_accesses(certificate: dict, paid: list[dict]) -> list[tuple[bool, str]
     accesses = certificate["accesses"]
     public = {a["what"] for a in accesses if a["epsilon"] == "public"}
     counted = [a["epsilon"] == "public" or a.get("added") for a in accesses if a["what"] == COUNT]
+    others = [a for a in paid if a.get("added") and a["mechanism"] != "discrete_laplace"]
     return [
-        (
-            not any(a.get("added") and a["mechanism"] != "discrete_laplace" for a in paid),
-            "only a count may be `added`",
-        ),
+        (not others, "only a count may be `added`"),
         (
             ("zero-out" in certificate["adjacency"]) == (COUNT in public),
             f"its neighbours do not go with whether the {COUNT} is public",
@@ -67,6 +63,7 @@ def check_mechanism(certificate: dict, paid: list[dict]) -> list[tuple[bool, str
     """Whether each promise about the mechanism holds, and what is wrong where it does not."""
     m, n = {**certificate["mechanism"], "mechanism": "dp_sgd"}, certificate["num_units"]
     delta = certificate["delta"]
+    bands = [(a["bands"], min(a["steps"], (1 + 1e-9) / a["sampling_probability"])) for a in paid]
     return [
         (
             (m["sampler"] == "poisson") == (m["bands"] == 1),
@@ -84,18 +81,12 @@ def check_mechanism(certificate: dict, paid: list[dict]) -> list[tuple[bool, str
             0 < delta < 1 / n,
             f"delta {delta:g} is not below 1/n; a whole unit could be published with that probability",
         ),
-        *(
-            (
-                a["bands"] <= min(a["steps"], (1 + 1e-9) / a["sampling_probability"]),
-                f"{a['bands']} bands are too many",
-            )
-            for a in paid
-        ),
+        *((some <= most, f"{some} bands are too many") for some, most in bands),
     ]
 
 # %% ../../nbs/04_privacy/00_verify.ipynb #8cf72e96
 def claims_of(certificate: dict, paid: list[dict]) -> list[tuple]:
-    """Every ε that a certificate claims: (claim, function from δ to the recomputed ε, part that states it)."""
+    """Every ε that a certificate claims: (claim, function from δ to what is spent, part that states it)."""
     interval, delta = certificate["accountant"]["interval"], certificate["delta"]
     spent = {claim: privacy_profile(paid, claim, interval) for claim in RELATIONS}
     together = [(claim, spent[claim], certificate) for claim in RELATIONS]

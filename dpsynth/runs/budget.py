@@ -9,12 +9,28 @@ __all__ = ['spending', 'announce', 'warn_of_untold']
 import pathlib
 import sys
 
-from ..finetune import Account, begun_release, ledger_of, public_mechanism, untold_spending
-from .folder import read_json
+from ..data import Records
+from ..finetune import public_mechanism
+from .account import untold_spending
+from .run import Run
 from .status import on_terminal
 
-# %% ../../nbs/13_runs/12_budget.ipynb #2f1aec35
-def spending(surveys, out):
+# %% ../../nbs/13_runs/12_budget.ipynb #f8cbdbe4
+def _total_line(t):
+    without = (
+        f"{t.without_privacy} run(s) WITHOUT privacy on {t.dataset.name}: with those there is no guarantee"
+    )
+    left = f"{t.limit.left:.4g} of the cap {t.limit.epsilon:g} is then left" if t.limit else "it has no cap"
+    private = (
+        f"{t.runs} run(s) on {t.dataset.name} bring what is spent to epsilon {t.epsilon:.4g} at delta"
+        f" {t.delta:.3g}, {t.earlier} earlier run(s) included; these charge {t.asked:.4g} of it, and {left}"
+    )
+    return "privacy: " + "; and ".join(
+        ([private] if t.runs + t.earlier else []) + ([without] if t.without_privacy else [])
+    )
+
+# %% ../../nbs/13_runs/12_budget.ipynb #2b7c5419
+def spending(surveys: list, out: str | pathlib.Path) -> list[str]:
     """One line for each data set that runs about to start in the folder `out` will be charged to; runs that
     were charged are left out.
 
@@ -36,23 +52,19 @@ def spending(surveys, out):
         _total_line(total) for ledger, runs in planned.values() for total in ledger.totals_after(runs)
     ]
 
-
+# %% ../../nbs/13_runs/12_budget.ipynb #80c594b8
 def _accounts(surveys, out):
     """Yield (survey, `Account`) for each fine-tuning that is not charged for its training yet."""
     for survey in surveys:
-        folder = pathlib.Path(out) / survey.settings.experiment
-        if (
-            survey.settings.generator == "finetune"
-            and survey.splits is not None
-            and not (folder / "release" / "adapter.npz").exists()
-        ):
-            account = Account(survey.settings, survey.splits.train, begun_release(folder), folder)
+        run = Run(survey.settings, pathlib.Path(out) / survey.settings.experiment)
+        if run.settings.kind.fits and survey.splits is not None and not run.adapter.exists():
+            account = run.account(survey.splits.train)
             if not account.is_charged("training"):
                 yield survey, account
 
-# %% ../../nbs/13_runs/12_budget.ipynb #9b61335d
-def announce(settings, records, folder):
-    """Say on stderr what a run in this folder is about to charge to which data; what is then left, on a
+# %% ../../nbs/13_runs/12_budget.ipynb #c0d69a48
+def announce(run: Run, records: Records) -> None:
+    """Say on stderr what a `Run` is about to charge to which data; what is then left, on a
     terminal only. Registers nothing.
 
     What is left follows from which rows were released before, so no file and no notebook may keep it.
@@ -60,38 +72,18 @@ def announce(settings, records, folder):
     Raises:
         BudgetError: the run would cross a cap.
     """
-    mechanism, account = (
-        public_mechanism(settings, records),
-        Account(settings, records, begun_release(folder), pathlib.Path(folder)),
-    )
-    if line := account.announcement(settings, mechanism):
+    mechanism, account = public_mechanism(run.settings, records), run.account(records)
+    if line := account.announcement(run.settings, mechanism):
         print(line, file=sys.stderr, flush=True)
     if line and mechanism is not None:
         for total in account.ledger.totals_after([(account.dataset, account.uncharged(mechanism))]):
             on_terminal(_total_line(total))
 
-# %% ../../nbs/13_runs/12_budget.ipynb #96d4f906
-def warn_of_untold(settings, folder):
-    """Tell the operator, on a terminal only, where the rows of a finished run have spent more than its
+# %% ../../nbs/13_runs/12_budget.ipynb #23bd58aa
+def warn_of_untold(run: Run) -> None:
+    """Tell the operator, on a terminal only, where the rows of a finished `Run` have spent more than its
     certificate composes.
     """
-    certificate = read_json(pathlib.Path(folder) / "release" / "certificate.json")
-    if settings.private and certificate:
-        if line := untold_spending(
-            ledger_of(settings, folder), begun_release(folder), certificate["composed"]
-        ):
+    if run.settings.private and (certificate := run.certificate):
+        if line := untold_spending(run.ledger, run.begun_release, certificate["composed"]):
             on_terminal(line)
-
-# %% ../../nbs/13_runs/12_budget.ipynb #763b6510
-def _total_line(t):
-    without = (
-        f"{t.without_privacy} run(s) WITHOUT privacy on {t.dataset.name}: with those there is no guarantee"
-    )
-    left = f"{t.limit.left:.4g} of the cap {t.limit.epsilon:g} is then left" if t.limit else "it has no cap"
-    private = (
-        f"{t.runs} run(s) on {t.dataset.name} bring what is spent to epsilon {t.epsilon:.4g} at delta"
-        f" {t.delta:.3g}, {t.earlier} earlier run(s) included; these charge {t.asked:.4g} of it, and {left}"
-    )
-    return "privacy: " + "; and ".join(
-        ([private] if t.runs + t.earlier else []) + ([without] if t.without_privacy else [])
-    )

@@ -10,15 +10,17 @@ __all__ = ['ORDER', 'TEMPLATE', 'TYPES', 'reading_order', 'config_files', 'read_
 import importlib.resources
 import json
 import pathlib
+from collections.abc import Iterable
 
 import papermill
 
 from .folder import read_settings
+from .run import Run
 from .status import check_files, read_status
 from ..settings import (
     PrivacyError, Settings, SettingsError, evaluation_settings, load_settings, resolve, result_settings)
 
-# %% ../../nbs/13_runs/16_configs.ipynb #34ca890f
+# %% ../../nbs/13_runs/16_configs.ipynb #ef30fcc9
 ORDER = (
     "baseline_without_examples",
     "baseline_with_examples",
@@ -29,12 +31,12 @@ ORDER = (
 )
 
 
-def reading_order(name):
+def reading_order(name: str) -> tuple[int, str]:
     """Sort key of an experiment's name."""
     return (ORDER.index(name) if name in ORDER else len(ORDER), name)
 
-
-def config_files(paths):
+# %% ../../nbs/13_runs/16_configs.ipynb #de08bcb1
+def config_files(paths: Iterable[str | pathlib.Path]) -> list[pathlib.Path]:
     """YAML files, those of a folder in reading order. Raises SettingsError where there are none."""
     files = []
     for path in map(pathlib.Path, paths):
@@ -44,8 +46,8 @@ def config_files(paths):
         files += found
     return files
 
-# %% ../../nbs/13_runs/16_configs.ipynb #c0a0092a
-def read_configs(paths, overrides=()):
+# %% ../../nbs/13_runs/16_configs.ipynb #ba6b00fa
+def read_configs(paths: Iterable[str | pathlib.Path], overrides: Iterable[str] = ()) -> list[Settings]:
     """Resolved settings of every configuration. Raises SettingsError, also where two have the same name."""
     experiments = {}
     for path in config_files(paths):
@@ -58,12 +60,12 @@ def read_configs(paths, overrides=()):
         experiments[settings.experiment] = path, settings
     return [settings for _, settings in experiments.values()]
 
-# %% ../../nbs/13_runs/16_configs.ipynb #c8bbd830
+# %% ../../nbs/13_runs/16_configs.ipynb #65909a6e
 TEMPLATE = str(importlib.resources.files("dpsynth") / "assets" / "experiment.ipynb")
 TYPES = {int: "int", float: "float", bool: "bool"}
 
 
-def check_template(path=None):
+def check_template(path: str | pathlib.Path | None = None) -> None:
     """Raise SettingsError unless the `parameters` cell of a notebook has exactly the settings, with their
     types.
     """
@@ -77,8 +79,8 @@ def check_template(path=None):
             " together"
         )
 
-# %% ../../nbs/13_runs/16_configs.ipynb #124a59b0
-def first_difference(old, new):
+# %% ../../nbs/13_runs/16_configs.ipynb #10edd554
+def first_difference(old: Settings, new: Settings) -> tuple[str, str, str] | None:
     """`(name, old value, new value)` of the first setting that matters and differs, as texts; None if there
     is none.
     """
@@ -89,14 +91,15 @@ def first_difference(old, new):
     )
     return (changed[0], plain(old.get(changed[0])), plain(new[changed[0]])) if changed else None
 
-
-def is_done(settings, folder):
-    """Whether a run is complete; False where it is to be started, resumed or measured anew.
+# %% ../../nbs/13_runs/16_configs.ipynb #57e794b4
+def is_done(run: Run) -> bool:
+    """Whether a `Run` is complete; False where it is to be started, resumed or measured anew.
 
     Raises:
         PrivacyError, SettingsError: the folder holds a run with other settings. DataError: one of its files
             is damaged.
     """
+    settings, folder = run.settings, run.folder
     check_files(folder)
     if not (folder / "settings.yaml").exists():
         return False

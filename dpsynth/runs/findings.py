@@ -8,17 +8,15 @@ __all__ = ['ERROR', 'ROWS_ERROR', 'BOUND_ERROR', 'Findings']
 # %% ../../nbs/13_runs/08_findings.ipynb #a8dbf7e4
 import dataclasses
 
-from ..audit import CAVEAT
+from ..audit import CAVEAT, CanaryAudit
 
-# %% ../../nbs/13_runs/08_findings.ipynb #04d95b9a
+# %% ../../nbs/13_runs/08_findings.ipynb #979998de
 # chance that an honest run fails its audit, at most; the parts below and ten checks at `CHECK_P` add up to it
 ERROR = 0.05
-
-
 ROWS_ERROR = 0.01  # of all attacks on rows together
 BOUND_ERROR = 0.013  # of each of three bounds on ε: two from canaries, one from rows kept out
 
-# %% ../../nbs/13_runs/08_findings.ipynb #6728ec29
+# %% ../../nbs/13_runs/08_findings.ipynb #a2c22ba2
 @dataclasses.dataclass(frozen=True)
 class Findings:
     """What an audit of a run found, None where there was nothing to look for.
@@ -28,7 +26,7 @@ class Findings:
     in, of which there are fewer than ten.
 
     Attributes:
-        claim: `guarantee` of the run; its values are None where nothing is claimed.
+        claim: `guarantee` of the `Run`; its values are None where nothing is claimed.
         replay: `Replay` of batches and noise, with `sensitivity_check`.
         model, rows: `CanaryAudit` by whoever has the model, and the rows only.
         report: `AuditReport` on training rows and rows kept out.
@@ -49,12 +47,12 @@ class Findings:
         )
 
     @property
-    def canaries(self):
+    def canaries(self) -> list[CanaryAudit]:
         """The audits of canaries that were made."""
         return [audit for audit in (self.model, self.rows) if audit is not None]
 
     @property
-    def refuted(self):
+    def refuted(self) -> list[str]:
         """Why the claim is false, a list of texts: what canaries and replay say, which do not depend on the
         rows.
         """
@@ -68,7 +66,7 @@ class Findings:
         return above + [f"{name}: not as promised" for name in (self.replay.broken if self.replay else ())]
 
     @property
-    def failures(self):
+    def failures(self) -> list[str]:
         """All that went wrong, a list of texts.
 
         What rows kept out say was computed from private rows: for the owner only.
@@ -84,7 +82,7 @@ class Findings:
         return self.refuted + found
 
     @property
-    def verdict(self):
+    def verdict(self) -> str:
         """`fails`, `passes`, or `cannot tell` where no attack was made that could have shown anything."""
         claim = self.claim["epsilon"]
         able = (
@@ -95,14 +93,14 @@ class Findings:
         return "fails" if self.failures else "passes" if any(able) else "cannot tell"
 
     @property
-    def passed(self):
+    def passed(self) -> bool:
         """Whether attacks were made and none succeeded, no bound on ε is above what is claimed, and no
         promise is broken.
         """
         return self.verdict == "passes"
 
     @property
-    def summary(self):
+    def summary(self) -> str:
         """The verdict in words."""
         made = (
             "no attack that could have shown anything was made"

@@ -8,19 +8,20 @@ __all__ = ['PACKAGES', 'read_json', 'way_back', 'read_facts', 'version_of', 'ver
 
 # %% ../../nbs/13_runs/01_folder.ipynb #e40849b0
 import contextlib
-from importlib import metadata
 import os
 import pathlib
 import platform
 import re
-
-import dpsynth
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any, BinaryIO
 
 from ..files import load_json, lock_file, write_text
-from ..settings import DataError, SettingsError, load_earlier, resolve, settings_text
+from ..settings import DataError, Settings, SettingsError, load_earlier, resolve, settings_text
+import dpsynth
 
-# %% ../../nbs/13_runs/01_folder.ipynb #5ccdc579
-def read_json(path):
+# %% ../../nbs/13_runs/01_folder.ipynb #3958c46c
+def read_json(path: str | pathlib.Path) -> Any:
     """The content of a JSON file, or an empty dict where there is none.
 
     Raises:
@@ -31,8 +32,8 @@ def read_json(path):
     except FileNotFoundError:
         return {}
 
-
-def way_back(path):
+# %% ../../nbs/13_runs/01_folder.ipynb #9a7c26fa
+def way_back(path: str | pathlib.Path) -> str:
     """What to do about a file of a run folder that is damaged."""
     again = "run again; what is finished is not done again"
     return {
@@ -43,8 +44,8 @@ def way_back(path):
         ),
     }.get(pathlib.Path(path).name, f"remove it and {again}")
 
-# %% ../../nbs/13_runs/01_folder.ipynb #d3b87ab0
-def read_facts(path):
+# %% ../../nbs/13_runs/01_folder.ipynb #205eca34
+def read_facts(path: str | pathlib.Path) -> dict:
     """The dict in a JSON file of a run folder, empty where there is none.
 
     Raises DataError where the file is there and holds none.
@@ -54,11 +55,11 @@ def read_facts(path):
         raise DataError(f"{path}: damaged, it holds no names and values; {way_back(path)}")
     return found
 
-# %% ../../nbs/13_runs/01_folder.ipynb #77f6c928
+# %% ../../nbs/13_runs/01_folder.ipynb #20bb295f
 PACKAGES = ("jax", "jax-privacy", "dp-accounting", "keras", "keras-hub", "mauve-text", "numpy")
 
 
-def version_of(package):
+def version_of(package: str) -> str:
     """The installed version, or `source` for a package that is only on the path."""
     try:
         return metadata.version(package)
@@ -66,20 +67,20 @@ def version_of(package):
         return "source"
 
 
-def version_line():
+def version_line() -> str:
     """Names and versions of what decides the result, in one line."""
     names = [f"{name} {version_of(name)}" for name in ("dpsynth", *PACKAGES)]
     return ", ".join([*names, f"Python {platform.python_version()}", platform.machine()])
 
-# %% ../../nbs/13_runs/01_folder.ipynb #5613720a
-def run_folder(settings):
+# %% ../../nbs/13_runs/01_folder.ipynb #7c6a3516
+def run_folder(settings: Settings) -> pathlib.Path:
     """The folder of an experiment: `$DPSYNTH_OUT/<experiment>`, and `runs/<experiment>` where that is not
     set.
     """
     return pathlib.Path(os.environ.get("DPSYNTH_OUT", "runs")) / settings.experiment
 
-
-def prepare_folder(settings, folder, device=""):
+# %% ../../nbs/13_runs/01_folder.ipynb #b271c9f7
+def prepare_folder(settings: Settings, folder: str | pathlib.Path, device: str = "") -> pathlib.Path:
     """Make a run folder and write its settings, with the device where it is known; harmless where both
     exist.
     """
@@ -94,8 +95,8 @@ def prepare_folder(settings, folder, device=""):
     )
     return folder
 
-# %% ../../nbs/13_runs/01_folder.ipynb #9c292a74
-def check_whole(path):
+# %% ../../nbs/13_runs/01_folder.ipynb #403a289c
+def check_whole(path: pathlib.Path) -> None:
     """Raise SettingsError where a settings.yaml is not as `prepare_folder` wrote it: empty, cut, or
     overwritten with zeros.
     """
@@ -109,8 +110,8 @@ def check_whole(path):
     ):
         raise SettingsError(f"{path}: damaged; {way_back(path)}")
 
-
-def read_settings(folder):
+# %% ../../nbs/13_runs/01_folder.ipynb #930807bf
+def read_settings(folder: str | pathlib.Path) -> Settings:
     """The resolved settings of a run folder.
 
     Raises SettingsError where it is not one, or they are damaged.
@@ -121,8 +122,8 @@ def read_settings(folder):
     check_whole(path)
     return resolve(load_earlier(path))
 
-# %% ../../nbs/13_runs/01_folder.ipynb #cb15ac30
-def same_package(code):
+# %% ../../nbs/13_runs/01_folder.ipynb #8f137026
+def same_package(code: str) -> str:
     """`code` for `python -P -c`, run where `dpsynth` is the package that this process imported, whatever lies
     in the working directory.
     """
@@ -133,13 +134,13 @@ def same_package(code):
         f" importlib.util.module_from_spec(spec)\nspec.loader.exec_module(sys.modules['dpsynth'])\n{code}"
     )
 
-# %% ../../nbs/13_runs/01_folder.ipynb #a246eb32
+# %% ../../nbs/13_runs/01_folder.ipynb #724fa1af
 class BusyError(SettingsError):
     """Another process is at this run."""
 
 
 @contextlib.contextmanager
-def locked(folder):
+def locked(folder: str | pathlib.Path) -> Iterator[BinaryIO]:
     """Hold a run folder, which exists, for the length of the block; yields the open lock file.
 
     Raises BusyError where another holds it.

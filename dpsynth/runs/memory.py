@@ -12,10 +12,11 @@ import math
 import jax
 
 from ..finetune import bucket_lengths, example_loss, one_by_one
-from ..models import by_shapes
+from ..models import LanguageModel, by_shapes
+from ..settings import Settings
 
-# %% ../../nbs/13_runs/13_memory.ipynb #80ad83ca
-def bytes_kept(model, length):
+# %% ../../nbs/13_runs/13_memory.ipynb #a1650c0e
+def bytes_kept(model: LanguageModel, length: int) -> int:
     """Bytes that the forward pass of a row of `length` tokens keeps for the backward pass, weights aside.
 
     For use inside `by_shapes`.
@@ -31,18 +32,18 @@ def bytes_kept(model, length):
 def _bytes(array):
     return array.size * array.dtype.itemsize
 
-# %% ../../nbs/13_runs/13_memory.ipynb #06177af9
+# %% ../../nbs/13_runs/13_memory.ipynb #c0af23ee
 LIBRARY_BYTES = 1.2 * 2**30  # JAX, Keras, TensorFlow and a kernel, after a tokenizer was loaded
 COMPILED = 0.09 * 2**30  # what a function leaves behind that was compiled here
 NOT_FUSED = 2 / 3
 
 
-def training_bytes(model, settings):
+def training_bytes(model: LanguageModel, settings: Settings) -> float:
     """Bytes that one row of full length needs while it is trained on, its gradient aside.
 
     Recomputing helps on accelerators only.
     """
-    if settings.generator != "finetune":
+    if not settings.kind.fits:
         return 0
     everything = bytes_kept(model, settings.sequence_length)
     if not settings.rematerialize or jax.default_backend() == "cpu":
@@ -53,8 +54,8 @@ def training_bytes(model, settings):
     )  # between the blocks; what is inside is there for one block at a time
     return NOT_FUSED * (between + (everything - between) / len(model.causal_lm.backbone.transformer_layers))
 
-# %% ../../nbs/13_runs/13_memory.ipynb #f2754b90
-def sampling_bytes(model, settings):
+# %% ../../nbs/13_runs/13_memory.ipynb #56259f26
+def sampling_bytes(model: LanguageModel, settings: Settings) -> int:
     """Bytes that one row of full length needs while it is sampled: its cache, and its scores, which are there
     three times at most.
     """
@@ -62,19 +63,19 @@ def sampling_bytes(model, settings):
     return sum(map(_bytes, jax.tree.leaves(cache))) + 3 * 4 * model.vocabulary_size
 
 
-def units_at_once(settings):
+def units_at_once(settings: Settings) -> int:
     """How many units are at work at the same time on one device."""
     return 1 if one_by_one() else math.ceil(settings.microbatch_size / len(jax.devices()))
 
 
-def functions_compiled(settings):
+def functions_compiled(settings: Settings) -> int:
     """How many large functions a run compiles on the machine itself; on accelerators what they take is small
     beside the rest.
     """
-    return 3 + (len(bucket_lengths(settings.sequence_length)) if settings.generator == "finetune" else 0)
+    return 3 + (len(bucket_lengths(settings.sequence_length)) if settings.kind.fits else 0)
 
-# %% ../../nbs/13_runs/13_memory.ipynb #4cabc3e4
-def estimate_memory(settings, total, trained):
+# %% ../../nbs/13_runs/13_memory.ipynb #735232e4
+def estimate_memory(settings: Settings, total: int, trained: int) -> float:
     """Bytes that fine-tuning and sampling need on each device, roughly; `total` and `trained` count
     parameters.
     """
@@ -87,7 +88,7 @@ def estimate_memory(settings, total, trained):
         settings, lambda model: (sampling_bytes(model, settings), training_bytes(model, settings))
     )
     sampling = math.ceil(settings.sample_batch_size / len(jax.devices())) * to_sample
-    if settings.generator != "finetune":
+    if not settings.kind.fits:
         return weights + sampling
     units, rows = units_at_once(settings), 1 if settings.unit == "row" else settings.max_records_per_unit
     return (

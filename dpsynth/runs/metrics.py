@@ -11,14 +11,15 @@ import json
 import pathlib
 import threading
 import time
+from collections.abc import Iterator
 
-from ..progress import REPORT
 from ..files import write_json
+from ..progress import REPORT
 from .folder import read_facts
 from ..settings import DataError
 
-# %% ../../nbs/13_runs/02_metrics.ipynb #64cb1e28
-def record(folder, **numbers):
+# %% ../../nbs/13_runs/02_metrics.ipynb #10152a47
+def record(folder: str | pathlib.Path, **numbers) -> dict:
     """Merge numbers into metrics.json; returns all of them. Raises DataError where one is not finite."""
     path = pathlib.Path(folder) / "metrics.json"
     for name, value in numbers.items():
@@ -37,8 +38,8 @@ def _check_finite(name, value):
             " diverged"
         ) from None
 
-# %% ../../nbs/13_runs/02_metrics.ipynb #c39c8ac9
-def forget_scores(folder):
+# %% ../../nbs/13_runs/02_metrics.ipynb #68c00b9d
+def forget_scores(folder: str | pathlib.Path) -> None:
     """Take the scores of an earlier evaluation out of metrics.json: those of other settings must not stand
     beside the new ones.
     """
@@ -48,8 +49,8 @@ def forget_scores(folder):
         {k: v for k, v in read_facts(path).items() if not k.startswith(("mauve", "utility", "warnings"))},
     )
 
-# %% ../../nbs/13_runs/02_metrics.ipynb #7d58b725
-def report_progress(folder, stage, state=None):
+# %% ../../nbs/13_runs/02_metrics.ipynb #dee95b28
+def report_progress(folder: pathlib.Path, stage: str, state: dict | None = None) -> None:
     """Write .progress.json: the stage and what is told of it, and under `updates` the completed updates
     `done` and `total` of the training.
     """
@@ -61,8 +62,8 @@ def report_progress(folder, stage, state=None):
     )
     write_json(path, {**(state or {}), "stage": stage, "updates": updates})
 
-
-def read_progress(folder):
+# %% ../../nbs/13_runs/02_metrics.ipynb #5e1c86d2
+def read_progress(folder: str | pathlib.Path) -> dict:
     """What `report_progress` wrote, a dict; empty where there is nothing, or nothing that can be read: it is
     for showing only.
     """
@@ -71,19 +72,19 @@ def read_progress(folder):
     except DataError:
         return {}
 
-
-def forget_progress(folder):
+# %% ../../nbs/13_runs/02_metrics.ipynb #8c7da209
+def forget_progress(folder: pathlib.Path) -> None:
     """Remove .progress.json, unless a runner is at the run: it takes the updates over into the status, and
     removes the file then.
     """
     if read_facts(folder / "status.json").get("state") != "running":
         (folder / ".progress.json").unlink(missing_ok=True)
 
-# %% ../../nbs/13_runs/02_metrics.ipynb #96fd7641
+# %% ../../nbs/13_runs/02_metrics.ipynb #4ecbc17d
 STAGES = ("load", "fit", "sample", "evaluate")
 BEAT = 30.0  # a process that is killed takes at most so many seconds with it
 
-# %% ../../nbs/13_runs/02_metrics.ipynb #a50466b0
+
 def _add_seconds(folder, stage, spent):
     known = read_facts(folder / "metrics.json")
     added = {f"seconds_{stage}": round(known.get(f"seconds_{stage}", 0.0) + spent, 2)}
@@ -101,9 +102,9 @@ def _add_unfinished(folder, clock):
     for stage, spent in left.items():
         _add_seconds(folder, stage, spent)
 
-# %% ../../nbs/13_runs/02_metrics.ipynb #54f7a5ad
+# %% ../../nbs/13_runs/02_metrics.ipynb #9e66e3d2
 @contextlib.contextmanager
-def timed(folder, stage):
+def timed(folder: str | pathlib.Path, stage: str) -> Iterator[None]:
     """Add the seconds of the block to `seconds_<stage>`; `seconds` is the total of `STAGES`, what it takes to
     make and to score the rows.
 

@@ -7,15 +7,107 @@ __all__ = ['COLORS', 'HATCHES', 'plot_results']
 
 # %% ../../nbs/13_runs/20_pictures.ipynb #186d1bc7
 import textwrap
+from typing import Any
 
 from .scores import MAJORITY, OLD, SCORES, _is_real, is_old, majority, score_columns, score_of
 
-# %% ../../nbs/13_runs/20_pictures.ipynb #b0eddd7b
+# %% ../../nbs/13_runs/20_pictures.ipynb #1e5aed01
 COLORS = {"private": "C0", "not private": "C7"}
 HATCHES = ("", "////", "....", "xxxx")
 
 
-def plot_results(rows):
+def _hatches(columns):
+    return [HATCHES[number % len(HATCHES)] for number in range(len(columns))]
+
+
+def _color(row):
+    return COLORS["private" if row["private"] else "not private"]
+
+# %% ../../nbs/13_runs/20_pictures.ipynb #eb0ebc4c
+def _draw_scores(axes, place, row, columns):
+    """A bar for each score of a run, or the reason why there is none."""
+    found = [
+        (score, hatch)
+        for embedder, hatch in zip(columns.values(), _hatches(columns))
+        if (score := score_of(row, embedder))
+    ]
+    if not found:
+        axes.text(
+            0.01, place, textwrap.shorten(row["reason"] or row["status"], 60, placeholder=" …"), va="center"
+        )
+    height = 0.8 / max(1, len(found))
+    for number, (score, hatch) in enumerate(found):
+        axes.barh(
+            place - 0.4 + (number + 0.5) * height,
+            row[f"{score}_mean"],
+            height,
+            xerr=row[f"{score}_std"],
+            color=_color(row),
+            capsize=3,
+            **({"hatch": hatch, "alpha": 0.5} if hatch else {}),
+        )
+
+# %% ../../nbs/13_runs/20_pictures.ipynb #4eb10460
+def _draw_utility(axes, place, row):
+    """The utility of a run with its interval; a plain accuracy of an earlier version has a red frame.
+
+    And what naming one label reaches.
+    """
+    value = row.get("utility_accuracy" if is_old(row) else "utility_balanced_accuracy")
+    if value is None:
+        return
+    low, high = row.get("utility_interval") or (value, value)
+    axes.barh(
+        place,
+        value,
+        0.8,
+        xerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
+        color=_color(row),
+        capsize=3,
+        **({"edgecolor": "C3", "linewidth": 1.5} if is_old(row) else {}),
+    )
+    if majority(row) is not None:
+        axes.plot([majority(row)] * 2, [place - 0.5, place + 0.5], color="black", linestyle="--")
+
+# %% ../../nbs/13_runs/20_pictures.ipynb #75925256
+def _draw_lines(axes, rows, columns):
+    """The best that real rows reach, a line for each embedder and one for the utility."""
+    real = [row for row in rows if _is_real(row)]
+    for embedder in columns.values():
+        scores = [row[f"{score}_mean"] for row in real if (score := score_of(row, embedder))]
+        if scores:
+            axes[0].axvline(max(scores), color="black", linestyle=":")
+    for old in (False, True):
+        name = "utility_accuracy" if old else "utility_balanced_accuracy"
+        values = [row[name] for row in real if is_old(row) == old and row.get(name) is not None]
+        if values:
+            axes[1].axvline(max(values), color="C3" if old else "black", linestyle=":")
+
+
+def _label(row):
+    """Name of a run beside its bars; one that has scores and is not done says so."""
+    scored = any(row.get(f"{score}_mean") is not None for score in SCORES)
+    return row["experiment"] + (f" ({row['status']})" if row["status"] != "done" and scored else "")
+
+# %% ../../nbs/13_runs/20_pictures.ipynb #baae2d37
+def _legend(rows, columns):
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    colors = [Patch(color=color, label=kind) for kind, color in COLORS.items()]
+    scores = [
+        Patch(facecolor="white", edgecolor="black", label=header, hatch=hatch)
+        for header, hatch in zip(columns, _hatches(columns))
+    ]
+    old = [Patch(facecolor="white", edgecolor="C3", label=OLD)] if any(map(is_old, rows)) else []
+    lines = [
+        Line2D([], [], color="black", linestyle=style, label=label)
+        for style, label in (("--", MAJORITY), (":", "real rows"))
+    ]
+    return colors + scores + old + lines
+
+# %% ../../nbs/13_runs/20_pictures.ipynb #543423d4
+def plot_results(rows: list[dict]) -> Any:
     """MAUVE through each embedder and the utility of each run, as a matplotlib Figure; runs without a score
     are named with their reason.
 
@@ -45,94 +137,3 @@ def plot_results(rows):
     figure.legend(handles=_legend(rows, columns), loc="outside lower center", ncols=3)
     plt.close(figure)
     return figure
-
-# %% ../../nbs/13_runs/20_pictures.ipynb #3a93e3fc
-def _legend(rows, columns):
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    colors = [Patch(color=color, label=kind) for kind, color in COLORS.items()]
-    scores = [
-        Patch(facecolor="white", edgecolor="black", label=header, hatch=hatch)
-        for header, hatch in zip(columns, _hatches(columns))
-    ]
-    old = [Patch(facecolor="white", edgecolor="C3", label=OLD)] if any(map(is_old, rows)) else []
-    lines = [
-        Line2D([], [], color="black", linestyle=style, label=label)
-        for style, label in (("--", MAJORITY), (":", "real rows"))
-    ]
-    return colors + scores + old + lines
-
-
-def _hatches(columns):
-    return [HATCHES[number % len(HATCHES)] for number in range(len(columns))]
-
-
-def _color(row):
-    return COLORS["private" if row["private"] else "not private"]
-
-# %% ../../nbs/13_runs/20_pictures.ipynb #cd8ed78b
-def _draw_scores(axes, place, row, columns):
-    """A bar for each score of a run, or the reason why there is none."""
-    found = [
-        (score, hatch)
-        for embedder, hatch in zip(columns.values(), _hatches(columns))
-        if (score := score_of(row, embedder))
-    ]
-    if not found:
-        axes.text(
-            0.01, place, textwrap.shorten(row["reason"] or row["status"], 60, placeholder=" …"), va="center"
-        )
-    height = 0.8 / max(1, len(found))
-    for number, (score, hatch) in enumerate(found):
-        axes.barh(
-            place - 0.4 + (number + 0.5) * height,
-            row[f"{score}_mean"],
-            height,
-            xerr=row[f"{score}_std"],
-            color=_color(row),
-            capsize=3,
-            **({"hatch": hatch, "alpha": 0.5} if hatch else {}),
-        )
-
-# %% ../../nbs/13_runs/20_pictures.ipynb #ed7fc960
-def _draw_utility(axes, place, row):
-    """The utility of a run with its interval; a plain accuracy of an earlier version has a red frame.
-
-    And what naming one label reaches.
-    """
-    value = row.get("utility_accuracy" if is_old(row) else "utility_balanced_accuracy")
-    if value is None:
-        return
-    low, high = row.get("utility_interval") or (value, value)
-    axes.barh(
-        place,
-        value,
-        0.8,
-        xerr=[[max(0.0, value - low)], [max(0.0, high - value)]],
-        color=_color(row),
-        capsize=3,
-        **({"edgecolor": "C3", "linewidth": 1.5} if is_old(row) else {}),
-    )
-    if majority(row) is not None:
-        axes.plot([majority(row)] * 2, [place - 0.5, place + 0.5], color="black", linestyle="--")
-
-
-def _draw_lines(axes, rows, columns):
-    """The best that real rows reach, a line for each embedder and one for the utility."""
-    real = [row for row in rows if _is_real(row)]
-    for embedder in columns.values():
-        scores = [row[f"{score}_mean"] for row in real if (score := score_of(row, embedder))]
-        if scores:
-            axes[0].axvline(max(scores), color="black", linestyle=":")
-    for old in (False, True):
-        name = "utility_accuracy" if old else "utility_balanced_accuracy"
-        values = [row[name] for row in real if is_old(row) == old and row.get(name) is not None]
-        if values:
-            axes[1].axvline(max(values), color="C3" if old else "black", linestyle=":")
-
-# %% ../../nbs/13_runs/20_pictures.ipynb #2ddcd945
-def _label(row):
-    """Name of a run beside its bars; one that has scores and is not done says so."""
-    scored = any(row.get(f"{score}_mean") is not None for score in SCORES)
-    return row["experiment"] + (f" ({row['status']})" if row["status"] != "done" and scored else "")

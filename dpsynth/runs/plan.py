@@ -4,29 +4,30 @@
 
 # %% auto #0
 __all__ = ['RATE', 'EPSILONS', 'HEADERS', 'found_at_most', 'noise_to_signal', 'changed', 'attacker_sentence', 'advice', 'around',
-           'plan_rows', 'plan_table', 'planned']
+           'plan_rows', 'planned', 'plan_table']
 
 # %% ../../nbs/13_runs/15_plan.ipynb #6a9fb1c2
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from ..certificate import false_negatives, privacy_curve
 from ..privacy import Mechanism, default_delta, make_mechanism, noise_filter, with_noise
-from ..settings import SettingsError
+from ..settings import Settings, SettingsError
 
-# %% ../../nbs/13_runs/15_plan.ipynb #3d2d55e8
+# %% ../../nbs/13_runs/15_plan.ipynb #136dc88b
 RATE = 0.01  # false positives of the attacker that is told of
 
 
-def found_at_most(mechanism, rate=RATE):
+def found_at_most(mechanism: Mechanism, rate: float = RATE) -> float:
     """Largest share of the units that any attacker finds at a rate of false positives."""
     return 1 - float(false_negatives(privacy_curve(mechanism.accesses), rate))
 
-
-def noise_to_signal(mechanism):
+# %% ../../nbs/13_runs/15_plan.ipynb #2848d1f8
+def noise_to_signal(mechanism: Mechanism) -> float:
     """Standard deviation of the noise on the mean of all noised means, along one direction, where what a unit
     adds to it is 1 at most.
     """
@@ -37,8 +38,14 @@ def noise_to_signal(mechanism):
         / (mechanism.steps * mechanism.expected_batch_size)
     )
 
-# %% ../../nbs/13_runs/15_plan.ipynb #c133034b
-def changed(mechanism, *, epsilon=None, batch_size=None, steps=None):
+# %% ../../nbs/13_runs/15_plan.ipynb #0a8d80d1
+def changed(
+    mechanism: Mechanism,
+    *,
+    epsilon: float | None = None,
+    batch_size: int | None = None,
+    steps: int | None = None,
+) -> Mechanism:
     """The mechanism with another ε, expected batch or number of updates, and the noise that this takes; as
     many bands as then fit, at most its own.
     """
@@ -60,20 +67,20 @@ def changed(mechanism, *, epsilon=None, batch_size=None, steps=None):
         min(mechanism.bands, steps, mechanism.num_units // batch_size),
     )
 
-# %% ../../nbs/13_runs/15_plan.ipynb #6ed20f85
+# %% ../../nbs/13_runs/15_plan.ipynb #3970b0e9
 EPSILONS = (8.0, 4.0, 2.0, 1.0, 0.5)
 
 
-def attacker_sentence(mechanism):
+def attacker_sentence(mechanism: Mechanism) -> str:
     """What the ε of a mechanism allows, as the certificate says it."""
     return (
         f"an attacker at {RATE:.0%} false positives finds at most {found_at_most(mechanism):.1%} of the units"
         f" at epsilon {mechanism.epsilon:.3g}"
     )
 
-
+# %% ../../nbs/13_runs/15_plan.ipynb #f9092f95
 @functools.lru_cache(maxsize=64)
-def advice(mechanism):
+def advice(mechanism: Mechanism) -> tuple[str, ...]:
     """What another ε, another batch and other updates would buy, a tuple of texts."""
     lower = [e for e in EPSILONS if e < 0.9 * mechanism.target_epsilon][:3]
     others = [f"{found_at_most(changed(mechanism, epsilon=e)):.1%} at epsilon {e:g}" for e in lower]
@@ -95,16 +102,18 @@ def advice(mechanism):
         ),
     )
 
-# %% ../../nbs/13_runs/15_plan.ipynb #a2c14412
+# %% ../../nbs/13_runs/15_plan.ipynb #5ecb8880
 HEADERS = ("epsilon", "updates", "batch_size", "epochs", "noise multiplier", "noise / signal", "minutes here")
 
 
-def around(number, least, most):
+def around(number: int, least: int, most: int) -> list[int]:
     """A quarter of a number, itself and four times as much, within limits; increasing."""
     return sorted({min(max(value, least), most) for value in (number // 4, number, 4 * number)})
 
-
-def plan_rows(mechanism, update_seconds=None):
+# %% ../../nbs/13_runs/15_plan.ipynb #7c7de8f2
+def plan_rows(
+    mechanism: Mechanism, update_seconds: Callable[[int], float] | None = None
+) -> Iterator[tuple[str, ...]]:
     """Yield the rows of the table, as texts, around a mechanism; `update_seconds` is f(expected batch) or
     None where nothing was measured.
     """
@@ -123,8 +132,29 @@ def plan_rows(mechanism, update_seconds=None):
                     minutes,
                 )
 
-# %% ../../nbs/13_runs/15_plan.ipynb #7ffdb93b
-def plan_table(mechanism, update_seconds=None):
+# %% ../../nbs/13_runs/15_plan.ipynb #0fe3d04c
+def planned(settings: Settings, num_units: int, given: bool = False) -> Mechanism:
+    """The `Mechanism` around which a plan is made: that of a configuration, or, where none was `given`, 100
+    updates of a 32nd of the units.
+    """
+    if num_units < 2 or not settings.private:
+        raise SettingsError(
+            "plan: a private fine-tuning of at least two units can be planned; nothing else costs epsilon"
+        )
+    if given:
+        return make_mechanism(settings, num_units)
+    free = Mechanism(
+        num_units=num_units,
+        expected_batch_size=max(1, num_units // 32),
+        steps=100,
+        noise_multiplier=0.0,
+        delta=settings.delta or default_delta(num_units),
+        unit=settings.unit,
+    )
+    return with_noise(free, settings.epsilon)
+
+# %% ../../nbs/13_runs/15_plan.ipynb #5414dc7d
+def plan_table(mechanism: Mechanism, update_seconds: Callable[[int], float] | None = None) -> str:
     """The table of `plan_rows` as text, with what an attacker finds at each ε under it."""
     rows = [row if update_seconds else row[:-1] for row in (HEADERS, *plan_rows(mechanism, update_seconds))]
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -148,24 +178,3 @@ def plan_table(mechanism, update_seconds=None):
             ),
         ]
     )
-
-# %% ../../nbs/13_runs/15_plan.ipynb #f1ec2597
-def planned(settings, num_units, given=False):
-    """The `Mechanism` around which a plan is made: that of a configuration, or, where none was `given`, 100
-    updates of a 32nd of the units.
-    """
-    if num_units < 2 or not settings.private:
-        raise SettingsError(
-            "plan: a private fine-tuning of at least two units can be planned; nothing else costs epsilon"
-        )
-    if given:
-        return make_mechanism(settings, num_units)
-    free = Mechanism(
-        num_units=num_units,
-        expected_batch_size=max(1, num_units // 32),
-        steps=100,
-        noise_multiplier=0.0,
-        delta=settings.delta or default_delta(num_units),
-        unit=settings.unit,
-    )
-    return with_noise(free, settings.epsilon)

@@ -17,16 +17,16 @@ from .folder import read_facts, read_json, read_settings
 from .status import read_status
 from ..settings import SettingsError
 
-# %% ../../nbs/13_runs/17_results.ipynb #35a1002e
+# %% ../../nbs/13_runs/17_results.ipynb #562fbadf
 RECORDS = pathlib.Path(str(importlib.resources.files("dpsynth"))) / "assets" / "records"
 
 
-def record_names():
+def record_names() -> list[str]:
     """Names of the records that come with the package."""
     return sorted(path.name for path in RECORDS.iterdir() if path.is_dir())
 
 
-def record_folder(name):
+def record_folder(name: str) -> pathlib.Path:
     """The folder of a record of this name. Raises SettingsError with the names that there are."""
     if name not in record_names():
         raise SettingsError(
@@ -34,10 +34,8 @@ def record_folder(name):
         )
     return RECORDS / name
 
-# %% ../../nbs/13_runs/17_results.ipynb #0529a6d5
+# %% ../../nbs/13_runs/17_results.ipynb #c455b43c
 OWN_ERRORS = ("SettingsError", "DataError", "ModelError", "BudgetError", "PrivacyError")
-
-
 QUOTABLE = (
     "BusyError",
     "Unreachable",
@@ -54,7 +52,7 @@ QUOTABLE = (
 )  # errors that say nothing of rows
 
 
-def one_line(name, message):
+def one_line(name: str, message: str) -> str:
     """An error as one line; the names of this package's errors are left out, as their messages speak for
     themselves.
 
@@ -68,7 +66,7 @@ def one_line(name, message):
     )
     return message if name in OWN_ERRORS and message else f"{name}: {message}".removesuffix(": ")
 
-# %% ../../nbs/13_runs/17_results.ipynb #75e2e542
+# %% ../../nbs/13_runs/17_results.ipynb #93b88774
 COLUMNS = (
     "experiment",
     "status",
@@ -96,42 +94,13 @@ COLUMNS = (
     "unfinished",
     "seconds",
 )
-
-
 # Tables that an earlier version wrote do not have these.
 NEW_COLUMNS = COLUMNS[COLUMNS.index("utility_balanced_accuracy") : COLUMNS.index("utility_accuracy")] + (
     "held_out_loss",
     "held_out_loss_untuned",
 )
 
-# %% ../../nbs/13_runs/17_results.ipynb #a80a5f21
-def describe(folder):
-    """The row of one run folder: a dict of JSON values, `COLUMNS` and more.
-
-    One that cannot be read has the status `unreadable`.
-    """
-    folder = pathlib.Path(folder)
-    try:
-        return dict.fromkeys(COLUMNS) | _facts(folder)
-    except Exception as error:
-        reason = one_line(type(error).__name__, str(error))
-        return dict.fromkeys(COLUMNS) | {"experiment": folder.name, "status": "unreadable", "reason": reason}
-
-
-def _facts(folder):
-    settings, status = read_settings(folder), read_status(folder)
-    certificate = released_certificate(folder / "release") if settings.private else {}
-    return {
-        **read_facts(folder / "metrics.json"),
-        "experiment": settings.experiment,
-        "status": status["state"],
-        "reason": status["reason"],
-        "generator": settings.generator,
-        **_guarantee(settings, certificate),
-        **{name: certificate.get(name) for name in ("epsilon", "epsilon_replace_one", "delta")},
-    }
-
-# %% ../../nbs/13_runs/17_results.ipynb #d10023e6
+# %% ../../nbs/13_runs/17_results.ipynb #a973cf1f
 def _guarantee(settings, certificate):
     """`private`, true only where a certificate covers the run and its own audit does not contradict it, and
     the same in words.
@@ -147,8 +116,35 @@ def _guarantee(settings, certificate):
         "guarantee": words if settings.private else "not private",
     }
 
-# %% ../../nbs/13_runs/17_results.ipynb #cd297c04
-def collect(runs):
+# %% ../../nbs/13_runs/17_results.ipynb #bb2a4ba4
+def describe(folder: str | pathlib.Path) -> dict:
+    """The row of one run folder: a dict of JSON values, `COLUMNS` and more.
+
+    One that cannot be read has the status `unreadable`.
+    """
+    folder = pathlib.Path(folder)
+    try:
+        return dict.fromkeys(COLUMNS) | _facts(folder)
+    except Exception as error:
+        reason = one_line(type(error).__name__, str(error))
+        return dict.fromkeys(COLUMNS) | {"experiment": folder.name, "status": "unreadable", "reason": reason}
+
+# %% ../../nbs/13_runs/17_results.ipynb #53f3555d
+def _facts(folder):
+    settings, status = read_settings(folder), read_status(folder)
+    certificate = released_certificate(folder / "release") if settings.private else {}
+    return {
+        **read_facts(folder / "metrics.json"),
+        "experiment": settings.experiment,
+        "status": status["state"],
+        "reason": status["reason"],
+        "generator": settings.generator,
+        **_guarantee(settings, certificate),
+        **{name: certificate.get(name) for name in ("epsilon", "epsilon_replace_one", "delta")},
+    }
+
+# %% ../../nbs/13_runs/17_results.ipynb #af12a376
+def collect(runs: str | pathlib.Path) -> list[dict]:
     """Rows of all runs in a folder or in the sweeps in it, of one run folder, or of a file that `dpsynth
     results --format json` wrote.
 
@@ -173,7 +169,7 @@ def collect(runs):
     rows = [(folder.parent.relative_to(runs), describe(folder)) for folder in folders]
     return [{**row, "experiment": str(sweep / row["experiment"])} for sweep, row in rows]
 
-
+# %% ../../nbs/13_runs/17_results.ipynb #eb54f7a9
 def _read_rows(path):
     rows = read_json(path)
     if not isinstance(rows, list) or not all(

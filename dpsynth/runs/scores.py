@@ -9,11 +9,13 @@ __all__ = ['SCORES', 'CUT', 'UTILITY', 'MAJORITY', 'OLD', 'LOSS', 'embedder_name
 # %% ../../nbs/13_runs/18_scores.ipynb #1a573ddb
 import pathlib
 
-# %% ../../nbs/13_runs/18_scores.ipynb #f8e6e4b2
+from ..kinds import KINDS
+
+# %% ../../nbs/13_runs/18_scores.ipynb #78de275f
 SCORES = ("mauve", "mauve2")  # beginnings of the names of their numbers
 
 
-def embedder_name(embedder):
+def embedder_name(embedder: str) -> str:
     """An embedder as people know it: of a folder the last part that names it (`model` does not), of anything
     else all.
     """
@@ -23,7 +25,7 @@ def embedder_name(embedder):
     named = [part for part in pathlib.PurePath(place).parts if part not in ("/", "..", "~", "model")]
     return kind + colon + (named or ["model"])[-1]
 
-# %% ../../nbs/13_runs/18_scores.ipynb #e6a9d9eb
+# %% ../../nbs/13_runs/18_scores.ipynb #6d3d720f
 CUT, UTILITY, MAJORITY, OLD, LOSS = (
     "cut",
     "utility",
@@ -32,8 +34,8 @@ CUT, UTILITY, MAJORITY, OLD, LOSS = (
     "loss (untuned)",
 )
 
-# %% ../../nbs/13_runs/18_scores.ipynb #f57ef3a6
-def score_columns(rows):
+# %% ../../nbs/13_runs/18_scores.ipynb #9372d497
+def score_columns(rows: list[dict]) -> dict:
     """header -> what tells the embedder of that column from others: (name, length, pooling).
 
     Those of `tiny` come last.
@@ -52,7 +54,7 @@ def score_columns(rows):
         )
     return columns
 
-
+# %% ../../nbs/13_runs/18_scores.ipynb #9c67f735
 def _embedder(row, score):
     return (
         row.get(f"{score}_embedder") or "unknown embedder",
@@ -60,8 +62,8 @@ def _embedder(row, score):
         row.get(f"{score}_pooling"),
     )
 
-
-def score_of(row, embedder):
+# %% ../../nbs/13_runs/18_scores.ipynb #78a569bf
+def score_of(row: dict, embedder: tuple) -> str | None:
     """Beginning of the names of a row's numbers that were made through an embedder of `score_columns`; None
     where it has none.
     """
@@ -74,16 +76,17 @@ def score_of(row, embedder):
         None,
     )
 
-# %% ../../nbs/13_runs/18_scores.ipynb #0950748e
-def is_old(row):
+# %% ../../nbs/13_runs/18_scores.ipynb #47741738
+def is_old(row: dict) -> bool:
     """Whether the utility of a run was measured when it was the plain accuracy."""
     return row.get("utility_balanced_accuracy") is None and row.get("utility_accuracy") is not None
 
 
-def majority(row):
+def majority(row: dict) -> float | None:
     """What naming one label always reaches, in the terms of the row's utility; None where there is none."""
     return row.get("utility_majority" if is_old(row) else "utility_chance")
 
-# %% ../../nbs/13_runs/18_scores.ipynb #23061478
+# %% ../../nbs/13_runs/18_scores.ipynb #449d111b
 def _is_real(row):
-    return (row.get("generator") or "").startswith("real")
+    kind = KINDS.get(row.get("generator"))
+    return kind is not None and kind.real

@@ -13,22 +13,24 @@ import sys
 
 import psutil
 
-from ..progress import now, progress_line
 from ..files import write_json
+from ..progress import now, progress_line
 from .folder import read_facts, read_settings, way_back
 from .metrics import read_progress
 from ..settings import DataError
 
-# %% ../../nbs/13_runs/03_status.ipynb #5cd0929a
-def on_terminal(line):
+# %% ../../nbs/13_runs/03_status.ipynb #2f6492e4
+def on_terminal(line: str) -> None:
     """Write a line to stderr where that is a terminal, which keeps nothing; never to a file, a pipe or the
     output of a notebook.
     """
     if sys.stderr.isatty():
         print(line, file=sys.stderr, flush=True)
 
-# %% ../../nbs/13_runs/03_status.ipynb #e6e0b5e9
-def write_status(folder, state, reason="", started=None):
+# %% ../../nbs/13_runs/03_status.ipynb #5292a7f3
+def write_status(
+    folder: str | pathlib.Path, state: str, reason: str = "", started: str | None = None
+) -> None:
     """Write status.json, with the updates that are told of; `started` is the time of an earlier `running`."""
     ended, updates = {} if state == "running" else {"finished": now()}, read_progress(folder).get("updates")
     write_json(
@@ -43,8 +45,8 @@ def write_status(folder, state, reason="", started=None):
         },
     )
 
-# %% ../../nbs/13_runs/03_status.ipynb #08e0fc05
-def is_alive(pid, started):
+# %% ../../nbs/13_runs/03_status.ipynb #c3e800ce
+def is_alive(pid: int, started: str) -> bool:
     """Whether another process `pid` exists that began before the time `started`."""
     if pid == os.getpid() or not psutil.pid_exists(pid):
         return False
@@ -53,8 +55,8 @@ def is_alive(pid, started):
     except psutil.Error:
         return False
 
-# %% ../../nbs/13_runs/03_status.ipynb #026bc85c
-def read_status(folder):
+# %% ../../nbs/13_runs/03_status.ipynb #be1da301
+def read_status(folder: str | pathlib.Path) -> dict:
     """dict with `state` and `reason`: of a `running` how far it is; one whose process is gone is reported as
     `killed`. Raises DataError.
     """
@@ -72,8 +74,8 @@ def read_status(folder):
         return {**status, "reason": progress_line(read_progress(folder))}
     return status
 
-# %% ../../nbs/13_runs/03_status.ipynb #21532d6f
-def check_files(folder):
+# %% ../../nbs/13_runs/03_status.ipynb #050af17d
+def check_files(folder: str | pathlib.Path) -> None:
     """Raise DataError or SettingsError where one of the files that say how a run stands is damaged; a folder
     without them is in order.
     """

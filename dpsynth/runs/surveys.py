@@ -8,22 +8,24 @@ __all__ = ['DATA_SETTINGS', 'is_prepared', 'check_prompts', 'check_rows', 'remem
 
 # %% ../../nbs/13_runs/11_surveys.ipynb #f1ffff6c
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
-from ..data import load, other_texts
+from ..data import Splits, load, other_texts
 from ..evaluation import auto_embedder, check_sending, open_embedder
 from ..evaluation.usefulness import no_evidence, writing_differences
 from ..finetune import public_mechanism
-from ..formats import TextFormat
+from ..formats import make_format
+from ..generators import reference_rows
 from ..models import (
     Unreachable, base_name, by_shapes, check_environment, check_spelling, count_parameters, load_tokenizer)
-from .stages import reference_rows
 from ..sampling import position_axes
-from ..settings import DataError, DpsynthError, SettingsError, quiet_libraries
+from ..settings import DataError, DpsynthError, Settings, SettingsError, quiet_libraries
 
-# %% ../../nbs/13_runs/11_surveys.ipynb #261d4a15
-def is_prepared(settings):
+# %% ../../nbs/13_runs/11_surveys.ipynb #d8a95cba
+def is_prepared(settings: Settings) -> bool:
     """Whether the rows can be read without downloading them.
 
     Raises DataError for a TFDS name that does not exist.
@@ -41,12 +43,12 @@ def is_prepared(settings):
         except ValueError as error:
             raise DataError(f"{settings.data}: {str(error).splitlines()[0]}") from None
 
-# %% ../../nbs/13_runs/11_surveys.ipynb #303c41b2
-def check_prompts(settings, tokenizer):
+# %% ../../nbs/13_runs/11_surveys.ipynb #48f1421c
+def check_prompts(settings: Settings, tokenizer: Any) -> int:
     """Raise SettingsError if a prompt leaves no room for a response; returns the length of the longest
     prompt.
     """
-    prompts = TextFormat(settings.prompt, settings.labels).prompts
+    prompts = make_format(settings).prompts
     longest = max(len(ids) for ids in tokenizer(prompts)) + 1
     if longest + 1 >= settings.sequence_length:
         raise SettingsError(
@@ -56,12 +58,12 @@ def check_prompts(settings, tokenizer):
     return longest
 
 
-def check_rows(settings, splits):
+def check_rows(settings: Settings, splits: Splits) -> None:
     """Raise DataError if there are too few rows to compare with."""
     if len(reference_rows(settings, splits)) < 2:
         raise DataError(f"{settings.data}: {len(splits.test)} test rows are too few to evaluate against")
 
-# %% ../../nbs/13_runs/11_surveys.ipynb #2d3ba1d0
+# %% ../../nbs/13_runs/11_surveys.ipynb #52427796
 DATA_SETTINGS = (
     "data",
     "test_data",
@@ -87,7 +89,7 @@ DATA_SETTINGS = (
 )
 
 
-def remember():
+def remember() -> Callable[[Settings], Splits]:
     """A `load` that remembers the last splits it gave."""
     last = {}
 
@@ -100,7 +102,7 @@ def remember():
 
     return look
 
-# %% ../../nbs/13_runs/11_surveys.ipynb #909c4d03
+# %% ../../nbs/13_runs/11_surveys.ipynb #9ac58da5
 class Survey:
     """Findings of a preflight. `lenient` notes in `unknown` what is remote and cannot be reached, instead of
     raising.
@@ -115,13 +117,13 @@ class Survey:
         self.splits = (
             self._load(load) if data else self.unknown.append("rows, and what depends on their number")
         )
-        uses_model = not settings.generator.startswith("real")
+        uses_model = settings.kind.uses_model
         self.tokenizer = self._try(lambda: load_tokenizer(base_name(settings))) if uses_model else None
         self.prompt_length = check_prompts(settings, self.tokenizer) if self.tokenizer else None
         self.parameters = count_parameters(settings) if self.tokenizer else None
         if self.tokenizer:  # a model that cannot be sampled from is refused before it is trained and paid for
             by_shapes(settings, lambda model: jax.tree.leaves(position_axes(model)))
-        if self.tokenizer and self.splits and settings.generator == "finetune":
+        if self.tokenizer and self.splits and settings.kind.fits:
             check_spelling(self.tokenizer, self.splits.train)
         check_sending(settings)
         for name in filter(None, (settings.embedder, settings.second_embedder)):
@@ -151,7 +153,7 @@ class Survey:
         return splits
 
     def _mechanism(self):
-        if self.settings.generator != "finetune" or self.splits is None:
+        if not self.settings.kind.fits or self.splits is None:
             return None
         if self.settings.unit_count == "private":
             self.unknown.append(
@@ -159,16 +161,16 @@ class Survey:
             )
         return public_mechanism(self.settings, self.splits.train)
 
-# %% ../../nbs/13_runs/11_surveys.ipynb #a98aa580
-def survey(settings, **options):
+# %% ../../nbs/13_runs/11_surveys.ipynb #f6ff5028
+def survey(settings: Settings, **options) -> Survey:
     """A `Survey` whose errors name the experiment."""
     try:
         return Survey(settings, **options)
     except DpsynthError as error:
         raise type(error)(f"{settings.experiment}: {error}") from error
 
-# %% ../../nbs/13_runs/11_surveys.ipynb #785f688e
-def written_differently(survey):
+# %% ../../nbs/13_runs/11_surveys.ipynb #c8bb5ced
+def written_differently(survey: Survey) -> list[str]:
     """Lines on how training and test rows are written differently, as line ends and blanks; what they say of
     training rows is private.
     """
@@ -177,7 +179,7 @@ def written_differently(survey):
     )
 
 
-def describe_embedders(settings):
+def describe_embedders(settings: Settings) -> list[str]:
     """A line for each embedder: what `auto` stands for here, or that its scores will be no evidence."""
     names = [
         auto_embedder() if name == "auto" else name

@@ -37,12 +37,12 @@ class Choice:
     repetition_penalty: float = 1.0
 
 # %% ../../nbs/08_sampling/01_choice.ipynb #f8df1d59
-def penalize(scores, seen, penalty):
+def penalize(scores, seen, penalty: float) -> jax.Array:
     """Scores [vocabulary] with those of `seen` tokens made less likely (CTRL, arXiv:1909.05858)."""
     return jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
 
 # %% ../../nbs/08_sampling/01_choice.ipynb #423b9c26
-def keep_top_k(scores, k):
+def keep_top_k(scores, k: int) -> jax.Array:
     """Scores [vocabulary] with all but the k likeliest tokens at -inf."""
     values, ids = jax.lax.top_k(scores, k)
     last, place = values[-1], ids[-1]
@@ -50,12 +50,12 @@ def keep_top_k(scores, k):
     return jnp.where(kept, scores, -jnp.inf)
 
 # %% ../../nbs/08_sampling/01_choice.ipynb #a4c9708d
-def outranking(weights, token):
+def outranking(weights, token) -> jax.Array:
     """Mask [vocabulary] of the tokens likelier than `token`; of equals, those with a lower id."""
     return (weights > weights[token]) | ((weights == weights[token]) & (jnp.arange(weights.shape[0]) < token))
 
 
-def in_nucleus(weights, token, top_p):
+def in_nucleus(weights, token, top_p: float) -> jax.Array:
     """Whether `token` is in the smallest set of likeliest tokens that holds at least `top_p` of the weights
     [vocabulary].
     """
@@ -66,7 +66,7 @@ def in_nucleus(weights, token, top_p):
 DRAW_BLOCK = 128
 
 
-def draw(uniform, weights):
+def draw(uniform, weights) -> jax.Array:
     """A token with probability proportional to weights [vocabulary], from a number in [0, 1)."""
     blocks = jnp.pad(weights, (0, -weights.shape[0] % DRAW_BLOCK)).reshape(-1, DRAW_BLOCK)
     ends = jnp.cumsum(blocks.sum(-1))
@@ -76,7 +76,7 @@ def draw(uniform, weights):
     return jnp.minimum(block * DRAW_BLOCK + place, weights.shape[0] - 1).astype("int32")
 
 # %% ../../nbs/08_sampling/01_choice.ipynb #a9b08956
-def sample_nucleus(key, weights, top_p):
+def sample_nucleus(key, weights, top_p: float) -> jax.Array:
     """A token of the nucleus, with probability proportional to weights [vocabulary]; exact, without a
     sort.
     """
@@ -92,7 +92,7 @@ def sample_nucleus(key, weights, top_p):
     return jax.lax.while_loop(lambda state: ~state[2], attempt, start)[1]
 
 # %% ../../nbs/08_sampling/01_choice.ipynb #89fe6da4
-def samplable(model, size):
+def samplable(model, size: int) -> np.ndarray:
     """Mask [size] of the token ids that may be sampled: no control tokens and nothing beyond the vocabulary,
     except stop tokens.
     """
@@ -103,7 +103,7 @@ def samplable(model, size):
     return mask
 
 # %% ../../nbs/08_sampling/01_choice.ipynb #10751558
-def choose(key, logits, seen, allowed, choice):
+def choose(key, logits, seen, allowed, choice) -> jax.Array:
     """The next token, from logits [vocabulary] and the mask [vocabulary] of tokens already in the text."""
     scores = jnp.where(allowed, logits.astype("float32"), -jnp.inf) / choice.temperature
     if choice.repetition_penalty != 1:

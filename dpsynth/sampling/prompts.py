@@ -7,6 +7,7 @@ __all__ = ['cached', 'Prompts', 'position_axes', 'pad_prompts', 'build_prefill',
            'product', 'evaluate_equation', 'reorder_products']
 
 # %% ../../nbs/08_sampling/02_prompts.ipynb #8e02d37b
+from collections.abc import Callable, Iterator
 import contextlib
 import functools
 from typing import NamedTuple
@@ -55,7 +56,7 @@ def position_axes(model):
     return jax.tree.map(axis, *(jax.eval_shape(functools.partial(model.empty_cache, 1, n)) for n in (16, 17)))
 
 # %% ../../nbs/08_sampling/02_prompts.ipynb #2baa1019
-def pad_prompts(model, prompts, max_length):
+def pad_prompts(model, prompts, max_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of each prompt, padded to the longest: (int32 [prompts, width], lengths)."""
     rows = [model.prompt_ids(prompt) for prompt in prompts]
     for prompt, row in zip(prompts, rows):
@@ -68,12 +69,12 @@ def pad_prompts(model, prompts, max_length):
     return np.array([row + [model.pad_id] * (width - len(row)) for row in rows], "int32"), lengths
 
 # %% ../../nbs/08_sampling/02_prompts.ipynb #b2863cb3
-def build_prefill(model):
+def build_prefill(model) -> Callable:
     """A compiled function (weights, tokens [width]) -> cache of a prompt."""
     return jax.jit(lambda weights, row: model.step(*weights, row[None], model.empty_cache(1, len(row)), 0)[1])
 
 
-def prefill(model, weights, prompts, max_length):
+def prefill(model, weights, prompts, max_length: int) -> Prompts:
     """`Prompts` of a list of texts; every one passes through the model once."""
     tokens, length = pad_prompts(model, prompts, max_length)
     step = cached(model, build_prefill)
@@ -90,7 +91,7 @@ def prefill(model, weights, prompts, max_length):
     )
 
 # %% ../../nbs/08_sampling/02_prompts.ipynb #310f82ad
-def merged_weights(model):
+def merged_weights(model) -> tuple[list, list]:
     """(trainable, frozen) as `LanguageModel.step` takes them, with adapters added to their kernels; use
     inside `adapters_off`.
     """
@@ -102,7 +103,7 @@ def merged_weights(model):
 
 # %% ../../nbs/08_sampling/02_prompts.ipynb #76217cc4
 @contextlib.contextmanager
-def adapters_off(model):
+def adapters_off(model) -> Iterator[None]:
     """Inside, the model's layers ignore their adapters."""
     layers = adapted_layers(model)
     try:
@@ -114,7 +115,7 @@ def adapters_off(model):
             layer.lora_enabled = True
 
 # %% ../../nbs/08_sampling/02_prompts.ipynb #969d9380
-def product(left, right, *, dimension_numbers, **rest):
+def product(left, right, *, dimension_numbers, **rest) -> jax.Array:
     """`dot_general` with the larger operand left if its last axis is summed, and right otherwise."""
     (sum_left, sum_right), (batch_left, batch_right) = dimension_numbers
     larger, summed = (left, sum_left) if left.size > right.size else (right, sum_right)
@@ -127,7 +128,7 @@ def product(left, right, *, dimension_numbers, **rest):
     return jnp.moveaxis(swapped, range(batch, batch + free), range(swapped.ndim - free, swapped.ndim))
 
 # %% ../../nbs/08_sampling/02_prompts.ipynb #6c009243
-def evaluate_equation(equation, read):
+def evaluate_equation(equation, read) -> list:
     """Outputs of one equation of a traced function; `read` gives the value of a variable or constant."""
     if equation.primitive is jax.lax.dot_general_p:
         return [product(*map(read, equation.invars), **equation.params)]
@@ -136,7 +137,7 @@ def evaluate_equation(equation, read):
     return jaxpr_as_fun(ClosedJaxpr(alone, ()))(*map(read, variables))
 
 # %% ../../nbs/08_sampling/02_prompts.ipynb #2e3fb67d
-def reorder_products(function):
+def reorder_products(function) -> Callable:
     """`function` of arrays, whose products of a large and a small operand need no copy of the large one."""
 
     def run(*arguments):

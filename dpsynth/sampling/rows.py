@@ -31,12 +31,11 @@ from ..settings import DataError, result_settings
 def to_row(sample, fmt) -> dict:
     """The line of a sample: a row {index, label, text}, or {index, label, reason} if it was rejected."""
     decoded = fmt.decode(sample.text)
-    label = {"label": fmt.labels[sample.prompt]} if fmt.labels[sample.prompt] else {}
-    last = {"reason": decoded.reason} if isinstance(decoded, Rejected) else {"text": decoded}
-    return {"index": sample.index, **label, **last}
+    last = {"reason": decoded.reason} if isinstance(decoded, Rejected) else decoded
+    return {"index": sample.index, **fmt.given[sample.prompt], **last}
 
 # %% ../../nbs/08_sampling/04_rows.ipynb #208b11ad
-def whole_lines(path):
+def whole_lines(path) -> list[tuple[int, int]]:
     """(index, end offset) of each line of a JSONL file, up to the first that is damaged or was not written
     whole.
     """
@@ -51,7 +50,7 @@ def whole_lines(path):
 
 
 def _index(line):
-    """The index of a row, from its line; None where that is no whole row."""
+    """The index of a row, from its line; None where the line is not a whole row."""
     try:
         row = json.loads(line) if line.endswith(b"}\n") else None
     except ValueError:
@@ -60,7 +59,7 @@ def _index(line):
     return index if type(index) is int and index >= 0 else None
 
 # %% ../../nbs/08_sampling/04_rows.ipynb #d94c7b40
-def read_blocks(path, edges):
+def read_blocks(path, edges) -> list[bytes]:
     """The lines of a JSONL file, as bytes, in each of the blocks that begin at `edges`."""
     content, begin, found = path.read_bytes() if path.exists() else b"", 0, [[] for _ in edges]
     for index, end in whole_lines(path):
@@ -69,18 +68,18 @@ def read_blocks(path, edges):
     return list(map(b"".join, found))
 
 
-def block_hash(parts):
+def block_hash(parts) -> str:
     """SHA-256 of the lines of a block, one bytes for each file."""
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 # %% ../../nbs/08_sampling/04_rows.ipynb #a6d69efa
-def cut(path, lines, index):
+def cut(path, lines, index) -> None:
     """Truncate a JSONL file, given its whole lines, to those of samples before `index`."""
     if path.exists():
         os.truncate(path, max((end for i, end in lines if i < index), default=0))
 
 
-def append_lines(path, rows):
+def append_lines(path, rows) -> bytes:
     """Append rows to a JSONL file and wait until they are on disk; returns the bytes."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     append(path, lines)
@@ -100,20 +99,20 @@ class Files(NamedTuple):
         return [path.with_name(path.name + ".part") for path in (self.rows, self.rejected)]
 
 
-def files_in(folder):
+def files_in(folder) -> Files:
     """`Files` in a folder."""
     return Files(
         *(pathlib.Path(folder) / name for name in ("sampling.json", "synthetic.jsonl", "rejected.jsonl"))
     )
 
 # %% ../../nbs/08_sampling/04_rows.ipynb #8ab86d6b
-def save_state(files, state):
+def save_state(files, state) -> None:
     """Replace the state file."""
     with replacing(files.state) as temporary:
         temporary.write_text(json.dumps(seal(state), indent=1), encoding="utf-8")
 
 
-def read_state(files):
+def read_state(files) -> dict:
     """What the state file holds. Raises DataError where it is damaged."""
     also = f" and {files.rows}" if files.rows.exists() else ""
     return read_sealed(
@@ -135,7 +134,7 @@ def weights_hash(model) -> str:
     return digest.hexdigest()
 
 # %% ../../nbs/08_sampling/04_rows.ipynb #e9921a48
-def open_state(files, settings, model):
+def open_state(files, settings, model) -> dict:
     """The state of a run that may have been begun: {settings, weights, blocks}.
 
     Raises:
@@ -160,12 +159,12 @@ def open_state(files, settings, model):
                 "restore the setting or use another folder"
             )
     if state["weights"] != fresh["weights"]:
-        raise DataError(f"{files.state}: begun with other weights of the model; use another folder")
+        raise DataError(f"{files.state}: begun with other model weights; use another folder")
     return state
 
 # %% ../../nbs/08_sampling/04_rows.ipynb #9ed404c6
-def resume(files, state, edges):
-    """Cut state and files back to the last block before which all are as they were written."""
+def resume(files, state, edges) -> None:
+    """Cut state and files back to the blocks that are as they were written."""
     parts = zip(*(read_blocks(path, edges) for path in files.parts))
     whole = [block_hash(part) == block["sha256"] for part, block in zip(parts, state["blocks"])]
     kept = [*whole, False].index(False)
@@ -174,7 +173,7 @@ def resume(files, state, edges):
         cut(path, whole_lines(path), edges[kept])
 
 # %% ../../nbs/08_sampling/04_rows.ipynb #15597b6e
-def block_record(samples, rows, most, digest, seconds):
+def block_record(samples, rows, most: int, digest: str, seconds: float) -> dict:
     """What the state remembers of a block, of whose rows the first `most` are wanted; `digest` is its
     `block_hash`.
     """
@@ -203,12 +202,12 @@ def decode_block(decoder, fmt, first, assignment, bar):
     return zip(*sorted(pairs, key=lambda pair: pair[0].index))
 
 # %% ../../nbs/08_sampling/04_rows.ipynb #bead438a
-def count_rows(state):
+def count_rows(state) -> int:
     """Rows in the blocks of a state, those beyond the number wanted not counted."""
     return sum(block["rows"] for block in state["blocks"])
 
 
-def sample_blocks(decoder, fmt, num_samples, assignment, files, state, bar):
+def sample_blocks(decoder, fmt, num_samples: int, assignment, files, state, bar) -> None:
     """Decode, write and remember blocks until there are enough rows or no block is left."""
     edges = boundaries(num_samples)
     for first, last in list(zip(edges, edges[1:]))[len(state["blocks"]) :]:
@@ -230,7 +229,7 @@ def sample_blocks(decoder, fmt, num_samples, assignment, files, state, bar):
         save_state(files, state)
 
 # %% ../../nbs/08_sampling/04_rows.ipynb #866e909f
-def finish(files, state, settings, statement):
+def finish(files, state, settings, statement) -> None:
     """Cut the rows to `num_samples`, write Parquet and manifest, and rename the files; the rows last."""
     (rows, rejected), parquet = files.parts, files.rows.with_suffix(".parquet")
     os.truncate(rows, whole_lines(rows)[settings.num_samples - 1][1])
@@ -249,7 +248,7 @@ def finish(files, state, settings, statement):
     move(rejected, files.rejected)
 
 # %% ../../nbs/08_sampling/04_rows.ipynb #9b9cd425
-def summary(state):
+def summary(state) -> dict:
     """Rows, rejections by reason, seconds, tokens, and the share of rows that the length limit cut."""
     total = {
         key: sum(block.get(key, 0) for block in state["blocks"])
@@ -266,7 +265,7 @@ def summary(state):
     }
 
 # %% ../../nbs/08_sampling/04_rows.ipynb #60242f27
-def sample_rows(model, settings, fmt, files, state, progress):
+def sample_rows(model, settings, fmt, files, state, progress: bool) -> None:
     """Bring the files of a begun run to `num_samples` rows.
 
     Raises:
@@ -296,7 +295,7 @@ def sample_rows(model, settings, fmt, files, state, progress):
         )
 
 # %% ../../nbs/08_sampling/04_rows.ipynb #318cfa30
-def sample_to_file(model, settings, fmt, folder, progress=True, statement=None):
+def sample_to_file(model, settings, fmt, folder, progress: bool = True, statement=None) -> dict:
     """Make `settings.num_samples` rows: folder/synthetic.jsonl and .parquet, rejections in rejected.jsonl.
 
     Rows are {index, label, text} in the order of indices; without a label column there is no label. While it

@@ -10,6 +10,7 @@ import math
 
 import pydantic
 
+from ..kinds import KINDS, Kind
 from .scalars import as_names, as_number, as_text, as_whole, names_in
 from .themes import THEMES
 
@@ -164,7 +165,12 @@ class Settings(*reversed(THEMES)):  # pydantic takes the fields of the last base
     @property
     def private(self) -> bool:
         """True where training rows are read under differential privacy."""
-        return self.generator == "finetune" and self.epsilon < math.inf
+        return self.kind.fits and self.epsilon < math.inf
+
+    @property
+    def kind(self) -> Kind:
+        """What the name of the generator tells about it."""
+        return KINDS[self.generator]
 
     @property
     def labels(self) -> tuple[str, ...]:

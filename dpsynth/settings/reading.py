@@ -101,7 +101,7 @@ def make_settings(values: dict[str, Any]) -> Settings:
         settings = Settings.model_validate(values)
     except pydantic.ValidationError as error:
         raise SettingsError(_complaint(error)) from None
-    if settings.generator == "finetune" and settings.data != "demo" and "epsilon" not in values:
+    if settings.kind.fits and settings.data != "demo" and "epsilon" not in values:
         raise SettingsError(UNDECIDED)
     return settings
 
