@@ -58,7 +58,8 @@ def check_same_rows(run: Run, splits: Splits) -> None:
         return
     if differing_parts(read_identity(private), {"data": splits.train.fingerprint(load_secret(private))}):
         raise PrivacyError(
-            f"{folder}: {settings.data} has other rows now than those that the run was made with; audit it with those"
+            f"{folder}: {settings.data} has other rows now than those that the run was made with; audit it"
+            " with those"
         )
     bind_run(private, {"settings": result_settings(settings)}, finished=True)
 
@@ -105,8 +106,8 @@ def check_same_canaries(
         trained, prompt = store.row(row)
         if trained[prompt:].tolist() != list(ids[: settings.sequence_length - prompt]):
             raise PrivacyError(
-                f"{state.folder.parent}: the canaries differ from those that the run was trained with; restore "
-                f"{settings.canary_texts or 'the version of dpsynth that it was made with'}"
+                f"{state.folder.parent}: the canaries differ from those that the run was trained with;"
+                f" restore {settings.canary_texts or 'the version of dpsynth that it was made with'}"
             )
 
 # %% ../../nbs/13_runs/10_audit_run.ipynb #84140a1d
