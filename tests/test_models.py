@@ -219,7 +219,7 @@ def test_a_hub_that_has_the_model_is_not_in_the_way(hub):
     hub(404, "RepoNotFound")
     with pytest.raises(ModelError, match="^it cannot be loaded: Hugging Face has no such model"):
         models.check_hub("it", "some/model", "model")
-    with pytest.raises(ModelError, match="cannot be one of a Hugging Face repository"):
+    with pytest.raises(ModelError, match="cannot be the name of a Hugging Face repository"):
         models.check_hub("it", "a/b/c")
 
 

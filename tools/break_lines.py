@@ -862,8 +862,8 @@ BREAKS = [
         10,
         "a table is called after its folder",
         "synthesizer",
-        "name = self.settings.data_name if name is None else name",
-        "name = self.folder.name",
+        "name = settings.data_name if name is None else name",
+        "name = settings.experiment",
         "test_synthesizer.py::test_a_table_is_charged_under_its_name_in_whatever_folder_it_is_fitted",
     ),
     Break(
