@@ -353,8 +353,8 @@ from dpsynth import progress
 from dpsynth.runs import timed
 import time
 progress.TICK = 0.1
-told = progress.Progress("fine-tune", 32, facts=lambda now: f"epsilon={now}", show=False)
-with timed(folder, "fit"), told as bar:
+facts = lambda now: f"epsilon={now}"
+with timed(folder, "fit"), progress.Progress("fine-tune", 32, facts=facts, show=False) as bar:
     while bar.done < 32:
         time.sleep(0.1)
         bar.update()
