@@ -13,7 +13,7 @@ import dataclasses
 import difflib
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 
@@ -151,10 +151,10 @@ class DpSgd(_Event):
     steps: int = pydantic.Field(ge=1)
     bands: int = pydantic.Field(1, ge=1)
 
-    def dp_event(self):
+    def dp_event(self) -> Any:
         return _verified(self)
 
-    def loss(self, count, neighbours, grid):
+    def loss(self, count: int, neighbours: Neighbours, grid: float) -> Any:
         if self.bands > 1 and neighbours.group > 1:
             return None
         rounds = self.dp_event()
@@ -170,10 +170,10 @@ class Gaussian(_Event):
     kind: Literal["gaussian"] = "gaussian"
     noise_multiplier: float = pydantic.Field(ge=0)
 
-    def dp_event(self):
+    def dp_event(self) -> Any:
         return _events().GaussianDpEvent(self.noise_multiplier)
 
-    def loss(self, count, neighbours, grid):
+    def loss(self, count: int, neighbours: Neighbours, grid: float) -> Any:
         return _gaussian_loss(self.noise_multiplier / math.sqrt(count), 1.0, neighbours, grid)
 
 # %% ../../nbs/05_ledger/01_events.ipynb #11c89486
@@ -183,10 +183,10 @@ class Laplace(_Event):
     kind: Literal["laplace"] = "laplace"
     noise_multiplier: float = pydantic.Field(gt=0)
 
-    def dp_event(self):
+    def dp_event(self) -> Any:
         return _events().LaplaceDpEvent(self.noise_multiplier)
 
-    def loss(self, count, neighbours, grid):
+    def loss(self, count: int, neighbours: Neighbours, grid: float) -> Any:
         once = _laplace_loss(
             _losses().from_laplace_mechanism,
             self.noise_multiplier,
@@ -203,10 +203,10 @@ class DiscreteLaplace(_Event):
     kind: Literal["discrete_laplace"] = "discrete_laplace"
     noise_multiplier: float = pydantic.Field(gt=0)
 
-    def dp_event(self):
+    def dp_event(self) -> Any:
         return _verified(self)
 
-    def loss(self, count, neighbours, grid):
+    def loss(self, count: int, neighbours: Neighbours, grid: float) -> Any:
         event = self.dp_event()
         construct = functools.partial(
             _losses().from_discrete_laplace_mechanism, sensitivity=event.sensitivity
@@ -224,10 +224,10 @@ class EpsilonDelta(_Event):
     epsilon: float = pydantic.Field(ge=0)
     delta: float = pydantic.Field(ge=0, lt=1)
 
-    def dp_event(self):
+    def dp_event(self) -> Any:
         return _events().UnsupportedDpEvent()
 
-    def loss(self, count, neighbours, grid):
+    def loss(self, count: int, neighbours: Neighbours, grid: float) -> Any:
         once = _stated_loss(self.epsilon, self.delta, neighbours, grid)
         return once and once.self_compose(count)
 
@@ -240,7 +240,7 @@ class Added(_Event):
     kind: Literal["added"] = "added"
     epsilon: float = pydantic.Field(gt=0)
 
-    def dp_event(self):
+    def dp_event(self) -> Any:
         return _events().UnsupportedDpEvent()
 
 # %% ../../nbs/05_ledger/01_events.ipynb #3643bd8a
@@ -249,10 +249,10 @@ class NotPrivate(_Event):
 
     kind: Literal["not_private"] = "not_private"
 
-    def dp_event(self):
+    def dp_event(self) -> Any:
         return _events().NonPrivateDpEvent()
 
-    def loss(self, count, neighbours, grid):
+    def loss(self, count: int, neighbours: Neighbours, grid: float) -> Any:
         return None
 
 # %% ../../nbs/05_ledger/01_events.ipynb #b6cdec8e
@@ -287,7 +287,7 @@ def read_event(description: dict) -> _Event:
         ) from None
 
 # %% ../../nbs/05_ledger/01_events.ipynb #8e077cd0
-def event_from_dict(description: dict | list):
+def event_from_dict(description: dict | list) -> Any:
     """The `dp_accounting.DpEvent` of a dict, or of a list of dicts that one run releases together.
 
     dp_accounting has no event for an (ε, δ) statement or for what is added; such a part becomes an
