@@ -37,7 +37,7 @@ from dpsynth.privacy import (
     run_identity,
 )
 from ..settings import PrivacyError, Settings, SettingsError, result_settings
-from ..state import State
+from ..state import State, file_hash
 
 # %% ../../nbs/07_finetune/08_run.ipynb #9e288208
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ..canaries import CanaryCoins, canary_records
 from ..certificate import audit_entry, read_certificate
 from ..data import Records, Splits, TokenStore
 from ..finetune import prepare_model, row_losses
-from ..formats import Format, make_format, rows_of
+from ..formats import Format, rows_of
 from ..manifest import CERTIFICATE, compare_release, manifests, statement_of, write_release
 from ..models import LanguageModel, adapted_layers
 from ..privacy import bind_run, default_delta, differing_parts, load_secret, read_identity
