@@ -158,7 +158,7 @@ class Records(_Rows):
         ]
         if "unit" not in self.frame:
             return [_name(kind, value) for kind, values in names for value in values]
-        groups = self.frame["unit"].tolist()  # what one unit repeats is no copy by another
+        groups = self.frame["unit"].tolist()  # a repetition within one unit is not a copy
         return [_name("unit", group) for group in dict.fromkeys(groups)] + [
             _name(kind, value) for kind, values in names for _, value in dict.fromkeys(zip(groups, values))
         ]
