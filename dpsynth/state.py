@@ -6,11 +6,13 @@
 __all__ = ['AGAIN', 'ONCE', 'AUDITED', 'REMEDIES', 'SEALS', 'remedy', 'private_files', 'file_hash', 'path_hash', 'State']
 
 # %% ../nbs/03b_state.ipynb #184295f9
+from collections.abc import Callable
 import hashlib
 import hmac
 import json
 import os
 import pathlib
+from typing import Any
 
 from .files import write_private
 from .settings import PrivacyError
@@ -70,7 +72,7 @@ def _is_mark(text):
 class _Seals:
     """The seals in the private folder of a run, made and compared with its secret."""
 
-    def __init__(self, folder, secret, run_id):
+    def __init__(self, folder: str | os.PathLike, secret: bytes, run_id: str):
         self.folder, self._secret, self.run_id = pathlib.Path(folder), secret, run_id
 
     def __reduce__(self):
@@ -127,7 +129,7 @@ class State(_Seals):
         """Whether there is a file or folder of this name, sealed or not."""
         return (self.folder / name).exists()
 
-    def write(self, name: str, content) -> None:
+    def write(self, name: str, content: str | bytes | Callable) -> None:
         """Write a file as `write_private` does, and its seal."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_private(self.folder / name, content, lambda temporary: self.seal(name, temporary))
@@ -165,6 +167,6 @@ class State(_Seals):
         """The bytes of a file that this run sealed. Raises PrivacyError, as `check`."""
         return self.check(name).read_bytes()
 
-    def read_json(self, name: str):
+    def read_json(self, name: str) -> Any:
         """The value in a JSON file that this run sealed. Raises PrivacyError, as `check`."""
         return json.loads(self.read(name))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from dp_accounting import NeighboringRelation, dp_event, pld
 
-from dpsynth import privacy, verify
+from dpsynth import privacy
 from dpsynth.ledger import (
     Neighbours,
     EpsilonQuery,
@@ -25,6 +25,7 @@ from dpsynth.ledger import (
     release_id,
 )
 from dpsynth.privacy import (
+    verify,
     LABELS,
     LIKELIER,
     NOISE_STEP,

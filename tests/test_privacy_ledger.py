@@ -23,7 +23,7 @@ from dp_accounting import pld
 
 from dpsynth.data import from_frame
 from dpsynth.ledger import (
-    KINDS,
+    EVENT_KINDS,
     Ledger,
     Neighbours,
     NewDataset,
@@ -246,7 +246,7 @@ def test_accesses_of_a_mechanism_or_certificate_are_an_event():
     }
     event = accesses_event([training, labels, {"what": "rows", "epsilon": "public"}])
     assert event == [{**TRAINING, "bands": 2}, {"kind": "discrete_laplace", "noise_multiplier": 10.0}]
-    assert all(set(part) == set(KINDS[part["kind"]].model_fields) for part in event)
+    assert all(set(part) == set(EVENT_KINDS[part["kind"]].model_fields) for part in event)
     assert accesses_event(
         [{**labels, "added": True}, Access("units", "discrete_laplace", 4.0, added=True)]
     ) == [

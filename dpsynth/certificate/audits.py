@@ -5,6 +5,9 @@
 # %% auto #0
 __all__ = ['LEDGER_AWAY', 'MADE_ELSEWHERE', 'audit_entry']
 
+# %% ../../nbs/04a_certificate/04_audits.ipynb #434afc1a
+from collections.abc import Sequence
+
 # %% ../../nbs/04a_certificate/04_audits.ipynb #fa0f18b7
 LEDGER_AWAY = "what the ledger says of this run: the ledger is not at hand"
 MADE_ELSEWHERE = (
@@ -23,7 +26,13 @@ def _canaries_text(c):
 
 # %% ../../nbs/04a_certificate/04_audits.ipynb #cc15f1df
 def audit_entry(
-    reasons: list[str], checks: int, broken: int, unchecked=(), summary=None, refuted=None, **canaries
+    reasons: list[str],
+    checks: int,
+    broken: int,
+    unchecked: Sequence[str] = (),
+    summary: str | None = None,
+    refuted: bool | None = None,
+    **canaries,
 ) -> dict:
     """The certificate's `audit` entry.
 

@@ -7,6 +7,7 @@ __all__ = ['from_frame', 'left_out', 'refuse_left_out', 'load', 'other_texts']
 
 # %% ../../nbs/01_data/08_loading.ipynb #53432a0f
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -131,7 +132,7 @@ def _checked_frame(frame, where, settings):
     return _checked(_noted(frame, frame.columns, settings), where, settings)
 
 # %% ../../nbs/01_data/08_loading.ipynb #b2c04fb0
-def from_frame(frame, settings: Settings, *, test=None, name: str = "frame") -> Splits:
+def from_frame(frame: Any, settings: Settings, *, test: Any = None, name: str = "frame") -> Splits:
     """`Splits` of a table, as `as_frame` takes it; test rows are those of `test_data`, else `test`, else
     `test_fraction` of the frame.
 
@@ -187,7 +188,7 @@ def _read(settings):
     )
 
 # %% ../../nbs/01_data/08_loading.ipynb #164e05d8
-def load(settings: Settings, frame=None) -> Splits:
+def load(settings: Settings, frame: Any = None) -> Splits:
     """Training and test rows of an experiment, of `settings.data` or of a table in memory (`from_frame` takes
     one of test rows too).
 

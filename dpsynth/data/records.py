@@ -6,6 +6,7 @@
 __all__ = ['Records', 'Splits']
 
 # %% ../../nbs/01_data/01_records.ipynb #b31364bd
+from collections.abc import Sequence
 import dataclasses
 import functools
 import hashlib
@@ -83,7 +84,7 @@ class _Rows:
             + (0 if "unit" in self.frame else self.source.get("duplicates_dropped", 0))
         )
 
-    def take(self, indices):
+    def take(self, indices: Sequence[int] | np.ndarray) -> "Records":
         """The rows at these positions, in this order."""
         places = None if self.places is None else self.places[indices]
         return dataclasses.replace(self, frame=self.frame.iloc[indices].reset_index(drop=True), places=places)
@@ -157,7 +158,7 @@ class Records(_Rows):
         ]
         if "unit" not in self.frame:
             return [_name(kind, value) for kind, values in names for value in values]
-        groups = self.frame["unit"].tolist()  # what one unit repeats is no copy by another
+        groups = self.frame["unit"].tolist()  # a repetition within one unit is not a copy
         return [_name("unit", group) for group in dict.fromkeys(groups)] + [
             _name(kind, value) for kind, values in names for _, value in dict.fromkeys(zip(groups, values))
         ]

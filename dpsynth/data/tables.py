@@ -9,6 +9,7 @@ __all__ = ['TABLES', 'as_frame', 'as_lines']
 from collections.abc import Mapping
 import decimal
 import json
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -85,7 +86,7 @@ def _of_library(rows, where):
         raise DataError(f"{where}: of type {type(rows).__name__}; expected {TABLES}{cure}") from None
 
 # %% ../../nbs/01_data/07_tables.ipynb #821c7c0c
-def as_frame(rows, where: str = "data") -> pd.DataFrame:
+def as_frame(rows: Any, where: str = "data") -> pd.DataFrame:
     """DataFrame, with texts as names of its columns, of any table: `TABLES`. A DataFrame keeps its index and
     its types.
 

@@ -6,6 +6,7 @@
 __all__ = ['TokenStore']
 
 # %% ../../nbs/01_data/09_tokens.ipynb #70a5dadd
+from collections.abc import Callable, Iterable, Sequence
 import os
 import pathlib
 import shutil
@@ -90,7 +91,9 @@ class TokenStore:
         self.lengths = np.diff(self._offsets)
 
     @classmethod
-    def write(cls, folder: str | os.PathLike, rows, before=None) -> "TokenStore":
+    def write(
+        cls, folder: str | os.PathLike, rows: Iterable, before: Callable[[pathlib.Path], None] | None = None
+    ) -> "TokenStore":
         """Write `(prompt_ids, response_ids)` pairs, in their order, and open the store; an existing store is
         replaced.
 
@@ -119,7 +122,7 @@ class TokenStore:
             raise IndexError(f"row {i} of a store of {len(self)}")
         return np.array(self._ids[self._offsets[i] : self._offsets[i + 1]]), int(self.prompt_lengths[i])
 
-    def batch(self, indices, length: int) -> dict[str, np.ndarray]:
+    def batch(self, indices: Sequence[int] | np.ndarray, length: int) -> dict[str, np.ndarray]:
         """Rows as arrays of one shape, padded with id 0.
 
         Index -1 gives a padding row: all zeros, total length 0. A row of more than `length` tokens is cut at

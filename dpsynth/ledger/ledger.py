@@ -35,7 +35,7 @@ class _LedgerFile:
 
     wait: ClassVar[float] = 120.0  # seconds that an operation waits for those of other processes
 
-    def __init__(self, path=None, make=True):
+    def __init__(self, path: str | os.PathLike | None = None, make: bool = True):
         self.path = pathlib.Path(path or default_path())
         self._mode = 0o777 if path else 0o700  # a given folder may hold what others read
         self._key = None  # as long as there is no ledger
@@ -114,7 +114,13 @@ class _DatasetLedger(_LedgerFile):
     """The data sets in a ledger, and their caps."""
 
     def register(
-        self, name: str, units: Iterable, delta=None, num_units=None, unit: str = "row", earlier=None
+        self,
+        name: str,
+        units: Iterable[bytes | str],
+        delta: float | None = None,
+        num_units: int | None = None,
+        unit: str = "row",
+        earlier: Iterable[tuple[bytes, bytes]] | None = None,
     ) -> Dataset:
         """The `Dataset` of these rows, recognised by its units and stored if it is new.
 
@@ -188,7 +194,9 @@ class _DatasetLedger(_LedgerFile):
 class _ReleaseLedger(_DatasetLedger):
     """The releases in a ledger, from plan to end."""
 
-    def plan(self, run_id: str, dataset, event: dict | list, title: str = "") -> Release:
+    def plan(
+        self, run_id: str, dataset: str | Dataset | NewDataset, event: dict | list, title: str = ""
+    ) -> Release:
         """Reserve room for one release. A run that is known keeps its place and is not charged again.
 
         Args:
@@ -334,7 +342,7 @@ class _Copy(_ReleaseLedger):
     is a ledger to keep them.
     """
 
-    def __init__(self, ledger, db):
+    def __init__(self, ledger: _ReleaseLedger, db: sqlite3.Connection):
         self.path, self._original, self._db = ledger.path, ledger, db
         self._key = ledger._key or os.urandom(32)
 

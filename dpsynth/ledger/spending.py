@@ -120,7 +120,7 @@ def _undominated(counters):
 class Unanswered(Exception):
     """A transaction needs an ε that has not been computed yet."""
 
-    def __init__(self, question):
+    def __init__(self, question: EpsilonQuery):
         super().__init__(question.text)
         self.question = question
 

@@ -8,9 +8,10 @@ __all__ = ['MARKS', 'MORE', 'WHY_MORE', 'RUNS_LEDGER', 'ledger_table', 'plot_led
 
 # %% ../../nbs/05_ledger/08_views.ipynb #ba4329bb
 import math
+import os
 import pathlib
 
-from .datasets import HIDDEN
+from .datasets import Dataset, HIDDEN
 from .events import known_names
 from .ledger import Ledger
 from ..settings import SettingsError
@@ -122,7 +123,7 @@ def _label(axes, dataset, table, heights):
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 
 # %% ../../nbs/05_ledger/08_views.ipynb #ae6361bb
-def plot_ledger(ledger: Ledger, dataset):
+def plot_ledger(ledger: Ledger, dataset: str | Dataset):
     """Composed ε of a data set over its releases, in order, against the tightest cap; returns the matplotlib
     figure.
     """
@@ -219,7 +220,13 @@ def _existing(path):
     return Ledger(path)
 
 # %% ../../nbs/05_ledger/08_views.ipynb #efdcc083
-def ledger_command(dataset: str | None = None, *, cap: float | None = None, plot=None, path=None) -> str:
+def ledger_command(
+    dataset: str | None = None,
+    *,
+    cap: float | None = None,
+    plot: str | os.PathLike | None = None,
+    path: str | os.PathLike | None = None,
+) -> str:
     """Text of `dpsynth ledger [DATASET] [--cap E] [--plot FILE] [--ledger PATH]`.
 
     Args:

@@ -25,7 +25,7 @@ SECRET_BYTES, DISTINCT_BYTES = 32, 16  # random ones have fewer than 16 distinct
 class Randomness:
     """Keyed streams of cryptographic random numbers; `secret` is 32 bytes, `run_id` any text."""
 
-    def __init__(self, secret, run_id):
+    def __init__(self, secret: bytes, run_id: str):
         if len(secret) != SECRET_BYTES:
             raise PrivacyError(f"the secret must be {SECRET_BYTES} bytes")
         self._secret, self.run_id = secret, run_id

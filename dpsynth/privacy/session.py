@@ -27,7 +27,7 @@ def grid_bits(expected_batch_size: int, noise_multiplier: float = 0.0) -> int:
 class _GridNoise:
     """The noise of a session, drawn on its grid, and how much of it was really added."""
 
-    def __init__(self, mechanism, randomness):
+    def __init__(self, mechanism: Mechanism, randomness: Randomness):
         self.mechanism, self._randomness, self.step = mechanism, randomness, 0
         self.bits = grid_bits(mechanism.expected_batch_size, mechanism.noise_multiplier)
         self._recent, self._numbers = collections.deque(maxlen=max(mechanism.bands - 1, 1)), 0
