@@ -1,4 +1,5 @@
-"""Line 7: no update after the last, no second draw, no resuming of a changed run; and a look back at what was done."""
+"""Line 7: no update after the last, no second draw, no resuming of a changed run; and a look back at what was
+done."""
 
 import json
 

@@ -30,8 +30,8 @@ def audit_entry(
     Args:
         reasons: texts, why the claim is false; empty where it is not refuted.
         checks, broken: numbers of promises that were looked at, and found broken.
-        unchecked: of `LEDGER_AWAY` and `MADE_ELSEWHERE` what was so.
-        summary, refuted: of an entry that there is already; they follow from the rest.
+        unchecked: which of `LEDGER_AWAY` and `MADE_ELSEWHERE` hold.
+        summary, refuted: not used. An entry that is made again has them, and they follow from the rest.
         canaries: `saw`, `canaries`, `included`, `epsilon_bound`, `delta`, `confidence`, `largest`,
             `gaussian_bound`, `auc` and `auc_interval` of the audit with the larger bound; none where there
             were no canaries.

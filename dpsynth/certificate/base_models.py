@@ -70,7 +70,7 @@ def base_model(name: str, model_hash: str, found: dict | None = None) -> dict:
     own ε if it has one.
 
     `found` is what was estimated of rows that it may have read before, a dict as `contamination_text` takes
-    it; None: nothing was.
+    it, or None.
     """
     known = name == "tiny" or not pathlib.Path(name).exists()  # a folder of the same name is another model
     trained_on, own = known_model(name) if known else UNKNOWN

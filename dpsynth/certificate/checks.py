@@ -166,7 +166,7 @@ def _impossible_audit(c):
 # %% ../../nbs/04a_certificate/07_checks.ipynb #9612c1ef
 def contradiction(c: dict) -> str:
     """What a certificate says that its other entries do not allow, or that `make_certificate` never writes;
-    empty where nothing.
+    empty where there is no such thing.
     """
     if found := first_difference(dict(c), complete({name: c[name] for name in FACTS})):
         where, stated, follows = found

@@ -17,7 +17,9 @@ from ..privacy.verify import COUNT
 
 # %% ../../nbs/04a_certificate/06_page.ipynb #fdf502ec
 def refutation(certificate: dict) -> str:
-    """What the audit in a certificate found against its ε, as the end of a sentence; empty where nothing."""
+    """What the audit in a certificate found against its ε, as the end of a sentence; empty where it found
+    nothing.
+    """
     audit, delta = certificate.get("audit") or {}, certificate["delta"]
     if audit.get("epsilon_bound", 0) > certificate["epsilon"] and audit.get("delta", delta) >= delta:
         return (
@@ -189,7 +191,7 @@ def _lists(c):
 
 # %% ../../nbs/04a_certificate/06_page.ipynb #045535c8
 def _in_a_cell(text):
-    """A text that stays in one cell of a Markdown table, and is no HTML."""
+    """A text that stays in one cell of a Markdown table, and is not HTML."""
     return html.escape(str(text), quote=False).replace("|", "\\|")
 
 # %% ../../nbs/04a_certificate/06_page.ipynb #0cd6c0cc

@@ -444,4 +444,5 @@ def make_certificate(
             runs on data of the same name; None: no ledger was asked, and this run is the only one known. With
             `looked`, somebody looked at the rows before (`dpsynth check --look`).
     """
-    return Certificate(complete(collect_facts(mechanism, settings, base=base, files=files, composed=composed)))
+    facts = collect_facts(mechanism, settings, base=base, files=files, composed=composed)
+    return Certificate(complete(facts))

@@ -47,22 +47,22 @@ def _text_problem(value, expected="a text"):
 
 # %% ../../nbs/01_data/02_checks.ipynb #235b0716
 def _whole(value):
-    """Whether a value is a whole number; `True` is none."""
+    """Whether a value is a whole number; `True` is not."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     return whole or isinstance(value, float) and value.is_integer()
 
 
 def _as_unit(value):
-    """The name of a unit: a whole number as the text that a CSV file has for it, unless it is a float too
-    large to be exact.
+    """The name of a unit. A whole number becomes the text that a CSV file has for it, unless it is a float
+    too large to be exact.
     """
     exact = _whole(value) and not (isinstance(value, float) and abs(value) >= 2.0**53)
     return str(int(value)) if exact else _as_text(value)
 
 # %% ../../nbs/01_data/02_checks.ipynb #bacdf79a
 def _positions(names):
-    """The positions of the labels as texts; none if a name is a number itself, which a position could be
-    mistaken for.
+    """The positions of the labels as texts; empty if a name is a number itself, because a position could be
+    mistaken for it.
     """
     return (
         ()
@@ -72,15 +72,15 @@ def _positions(names):
 
 # %% ../../nbs/01_data/02_checks.ipynb #e28cf1ed
 def _truth(value):
-    """True or False of a truth value or of a text that spells one; None of anything else."""
+    """True or False for a truth value or for a text that spells one; None for anything else."""
     if isinstance(value, str):
         return {"true": True, "false": False}.get(value.lower())
     return bool(value) if isinstance(value, (bool, np.bool_)) else None
 
 
 def _spellings(value, names):
-    """The texts that a label may be named by: of a whole number with and without `.0`, of a truth value in
-    any letters, or its number.
+    """The texts by which a label may be named: a whole number with and without `.0`, a truth value in small
+    or capital letters, or its number.
     """
     truth = _truth(value)
     if truth is not None:
@@ -141,9 +141,9 @@ def _columns(settings):
 
 # %% ../../nbs/01_data/02_checks.ipynb #ce6dc3e3
 def _require(where, available, settings, cure=""):
-    """Raise if a column that is read is not there, or there twice.
+    """Raise if a column that is read is missing, or is there twice.
 
-    No name is shown that the settings do not have.
+    A message shows only names that the settings have.
     """
     available = [str(name) for name in available]
     for role, name in _roles(settings).items():
@@ -183,7 +183,7 @@ GAPS = ("missing", "empty")
 
 
 def _without_gaps(problems, settings):
-    """bool[n]: the rows that `missing: drop` leaves out; their problems are none any more."""
+    """bool[n]: the rows that `missing: drop` leaves out; and the problems without theirs."""
     drop = settings.missing == "drop"
     gone = np.array(
         [drop and any(problem in GAPS for problem in row) for row in zip(*problems.values())], bool
@@ -201,7 +201,7 @@ def _checked_names(raw, where, column):
 
 
 def _labels(raw, settings):
-    """`(int64[n], list)`: indices of the labels, and why a value is none."""
+    """`(int64[n], list)`: indices of the labels, and why a value is not a label."""
     values, names = [_as_text(value) for value in raw[settings.label_column].tolist()], settings.labels
     labels = [_label_index(value, names) for value in values]
     problems = [_label_problem(value, names) if label < 0 else None for value, label in zip(values, labels)]
@@ -209,11 +209,10 @@ def _labels(raw, settings):
 
 # %% ../../nbs/01_data/02_checks.ipynb #01be7f8f
 def _checked(raw, where, settings):
-    """Frame with `text` and, where there are such, `label` and `unit` from a raw frame, with its index. A row
-    to be left out has no text.
+    """Frame with `text` and, where the settings ask for them, `label`, `unit` and `id`, from a raw frame,
+    with its index. A row that is left out has no text.
 
-    Raises:
-        DataError: naming `where`, row and column; the value is not shown.
+    Raises DataError, naming `where`, row and column; the value is not shown.
     """
     if not len(raw):
         raise DataError(f"{where}: no rows")

@@ -56,7 +56,7 @@ DAMAGED = (
 
 # %% ../../nbs/01_data/03_grids.ipynb #23302428
 def _kind(path):
-    """The ending that says what a file is, in small letters; that of its packing is left out."""
+    """The ending that says what a file is, in small letters, without the ending of its packing."""
     endings = [ending.lower() for ending in path.suffixes]
     return "".join(endings[-2:-1] if endings[-1:] and endings[-1] in UNPACK else endings[-1:])
 
@@ -85,7 +85,7 @@ def _read_text(path):
 # %% ../../nbs/01_data/03_grids.ipynb #6728ba3b
 @contextlib.contextmanager
 def _long_fields():
-    """Inside, the csv module takes a field of any length."""
+    """Within the block, the csv module takes a field of any length."""
     limit = csv.field_size_limit(2**31 - 1)
     try:
         yield
@@ -105,8 +105,8 @@ FIRST_ROWS = 20
 
 
 def _fit(text, separator, settings):
-    """How well a separator fits the first rows: are all columns there, and how many fields do the rows have
-    if they are several in each.
+    """How well a separator fits the first rows: whether all columns are there, and how many fields each row
+    has (0 where they differ, or have one).
     """
     try:
         rows = list(
@@ -159,8 +159,8 @@ def _check_width(path, header, rows, separator):
 
 # %% ../../nbs/01_data/03_grids.ipynb #d78ad347
 def _as_rows(fields, i, separator):
-    """The rows that the lines of field `i` would be if the quotes around it were not quotes but text; blank
-    lines are none.
+    """The rows that the lines of field `i` would be if the quotes around it were part of the text; blank
+    lines do not count.
     """
     rows = [line.split(separator) for line in re.split(r"[\r\n]+", fields[i])]
     rows[0] = fields[:i] + rows[0]
@@ -169,7 +169,8 @@ def _as_rows(fields, i, separator):
 
 
 def _like_rows(pieces, header, settings):
-    """Whether fields have the form of rows: as many as the header has, and a label where one belongs."""
+    """Whether fields have the form of rows: as many fields as the header has, and a label where one belongs.
+    """
     at = header.index(settings.label_column) if settings.label_column else None
     return all(
         len(piece) == len(header) and (at is None or _label_index(piece[at], settings.labels) >= 0)
@@ -178,10 +179,10 @@ def _like_rows(pieces, header, settings):
 
 # %% ../../nbs/01_data/03_grids.ipynb #954ebfc7
 def _refuse_merged(path, header, rows, separator, settings):
-    """Raise if the lines of a quoted field have the form of rows of the file; a single column does not tell.
+    """Raise DataError if the lines of a quoted field have the form of rows of the file, naming its first and
+    last line.
 
-    Raises:
-        DataError: naming the field's first and last line.
+    A file with a single column does not tell.
     """
     several = [
         (line, fields, i)
@@ -203,7 +204,7 @@ def _refuse_merged(path, header, rows, separator, settings):
 
 # %% ../../nbs/01_data/03_grids.ipynb #32a9703b
 def _even(rows):
-    """The rows, all as wide as the widest of them is without its empty cells at the end."""
+    """The rows, all as wide as the widest of them; empty cells at the end of a row do not count."""
     width = max(i + 1 for _, cells in rows for i, cell in enumerate(cells) if cell is not None)
     return [(line, (cells + [None] * width)[:width]) for line, cells in rows]
 

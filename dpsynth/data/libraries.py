@@ -31,7 +31,8 @@ def _named_splits(where, names, read, settings):
 def _unavailable(where, settings, error):
     """The DataError for a library's own error.
 
-    At most 160 characters are kept, of errors about files and networks only: others may quote a row.
+    At most 160 characters of it are kept, and only of errors about files and networks: others may quote a
+    row.
     """
     told = f": {(str(error).splitlines() or [''])[0]}" if isinstance(error, OSError) else ""
     reason = f"{type(error).__name__}{told}"[:160]

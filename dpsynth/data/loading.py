@@ -20,8 +20,8 @@ from ..settings import DataError, Settings
 
 # %% ../../nbs/01_data/08_loading.ipynb #e8e6aebe
 def _duplicated(frame, keep="first"):
-    """bool[n]: whether a row is an exact copy of another one of its unit; what a unit is called and which row
-    it is plays no part.
+    """bool[n]: whether a row is an exact copy of another one of its unit. Names of units and ids of rows do
+    not count.
     """
     return frame.drop(columns=["unit_name", "id"], errors="ignore").duplicated(keep=keep)
 
@@ -124,8 +124,7 @@ def _splits(train, test, source, name, settings):
 
 # %% ../../nbs/01_data/08_loading.ipynb #72519ec3
 def _checked_frame(frame, where, settings):
-    """Checked rows of a table of the caller, whatever its index is; a column named 0 is meant by the setting
-    `0`.
+    """Checked rows of a table of the caller, whatever its index is; the setting `0` means a column named 0.
     """
     frame = as_frame(frame, where).reset_index(drop=True)
     _require(where, frame.columns, settings)
@@ -145,7 +144,7 @@ def from_frame(frame, settings: Settings, *, test=None, name: str = "frame") -> 
 
 # %% ../../nbs/01_data/08_loading.ipynb #b174329b
 def left_out(records: Records) -> str:
-    """The columns of `Records` that no setting names, by position, in a line; an empty text where there are
+    """One line on the columns of `Records` that no setting names, by position; an empty text where there are
     none.
     """
     positions, count = records.source.get("left_out", []), records.source.get("columns")
@@ -158,8 +157,7 @@ def left_out(records: Records) -> str:
 
 # %% ../../nbs/01_data/08_loading.ipynb #050a79d3
 def refuse_left_out(records: Records, settings: Settings) -> None:
-    """Raise DataError if the training rows have columns that no setting names, unless the settings say that
-    this is known.
+    """Raise DataError if the training rows have columns that no setting names, unless the settings allow it.
     """
     line = left_out(records)
     if line and settings.columns == "refuse":
@@ -210,8 +208,8 @@ def load(settings: Settings, frame=None) -> Splits:
 
 # %% ../../nbs/01_data/08_loading.ipynb #30f67894
 def other_texts(settings: Settings, name: str) -> list[str]:
-    """The texts of the file that the setting `name` names, training and test rows alike; its text column is
-    called as in `data`.
+    """The texts of the file that the setting `name` names, training and test rows alike. Its text column has
+    the same name as that of `data`.
     """
     splits = load(
         settings.__class__(

@@ -148,9 +148,9 @@ READERS = {
 
 
 def _known_file(path, instead=""):
-    """The path, of a file that is there and of a known kind.
+    """The path of a file, if it is there and of a known kind.
 
-    Raises DataError, with what could be given `instead` of a file.
+    Raises DataError, which says what could be given `instead` of a file.
     """
     try:
         there = pathlib.Path(path).expanduser().exists()

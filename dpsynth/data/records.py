@@ -74,8 +74,8 @@ class _Rows:
 
     @property
     def public_units(self) -> int:
-        """How many units there were before copies and gaps were dropped: their number is public, and it does
-        not depend on what they say.
+        """How many units there were before copies and gaps were dropped. This number is public, because it
+        does not depend on what the rows say.
         """
         return (
             self.num_units
@@ -138,7 +138,7 @@ class Records(_Rows):
 
     @property
     def names_merged(self) -> int:
-        """How many names of units there are beyond the units themselves: `Ann` beside `ann` is one.
+        """How many names of units there are beyond the units themselves: `Ann` beside `ann` counts one.
 
         Private.
         """

@@ -22,7 +22,7 @@ def _permutation(n, seed, purpose):
 def _among(frame, size, seed, purpose):
     """bool[n]: whether a row is in one of `size` random units; a larger size adds to a smaller one.
 
-    Number and order alone decide.
+    Only the number of units and their order decide.
     """
     units = _unit_numbers(frame)
     return np.isin(units, _permutation(len(np.unique(units)), seed, purpose)[:size])
@@ -36,8 +36,8 @@ def _thin(frame, size, seed, purpose):
 
 # %% ../../nbs/01_data/06_splits.ipynb #230d1e02
 def _by_name(frame, share, seed, purpose):
-    """bool[n]: whether each row is one of about this share of the units; the seed and the unit's name, or the
-    row's text, alone decide.
+    """bool[n]: whether each row is in about this share of the units. Only the seed and the unit's name, or
+    the row's text, decide.
     """
     number = lambda name: (
         int.from_bytes(hashlib.blake2b(f"{seed}|{purpose}|{name}".encode(), digest_size=8).digest(), "big")
@@ -47,8 +47,8 @@ def _by_name(frame, share, seed, purpose):
 
 # %% ../../nbs/01_data/06_splits.ipynb #628b3b17
 def _hold_out_by_name(frame, where, name, share, seed, purpose):
-    """The same where the number of units is private: none is asked for but that a row is left on both
-    sides.
+    """The same where the number of units is private. No number of units is asked for; a row must be left on
+    both sides.
     """
     held = _by_name(frame, share, seed, purpose)
     if held.all() or not held.any():

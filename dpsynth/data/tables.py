@@ -22,7 +22,9 @@ TABLES = "a DataFrame, a list of dicts, a dict of lists, an Arrow table, a Polar
 
 # %% ../../nbs/01_data/07_tables.ipynb #d8ea0f48
 def _of_columns(names, columns, where):
-    """DataFrame of lists of one length. Raises DataError, naming the position of the column that is none."""
+    """DataFrame of lists of one length. Raises DataError, naming the position of a column that is not a
+    list.
+    """
     lists = []
     for i, column in enumerate(columns):
         if isinstance(column, (str, bytes, Mapping, set)) or not hasattr(column, "__len__"):
@@ -42,7 +44,7 @@ def _of_columns(names, columns, where):
 def _of_rows(rows, where):
     """DataFrame of a list of dicts; a key that one lacks is missing there.
 
-    Raises DataError, naming the position of what is none.
+    Raises DataError, naming the position of an item that is not a dict.
     """
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):
@@ -55,7 +57,9 @@ def _of_rows(rows, where):
 
 # %% ../../nbs/01_data/07_tables.ipynb #e3f395be
 def _lists_of(rows, names):
-    """`(names, columns)` of a table of another library, which raises whatever it likes where it has none."""
+    """`(names, columns)` of a table of another library. Where it is not a table, the library raises whatever
+    it likes.
+    """
     if isinstance(rows, pd.Series) or isinstance(names, Mapping):
         raise TypeError
     arrow = isinstance(rows, (pa.Table, pa.RecordBatch))
@@ -66,7 +70,7 @@ def _lists_of(rows, names):
 
 
 def _of_library(rows, where):
-    """DataFrame of a table of another library. Raises DataError where it is none."""
+    """DataFrame of a table of another library. Raises DataError where it is not a table."""
     names = getattr(rows, "column_names", None)
     try:
         return _of_columns(*_lists_of(rows, names), where)
@@ -85,9 +89,8 @@ def as_frame(rows, where: str = "data") -> pd.DataFrame:
     """DataFrame, with texts as names of its columns, of any table: `TABLES`. A DataFrame keeps its index and
     its types.
 
-    Raises:
-        DataError: it is no table, or its columns have several levels of names or different lengths; no value
-            is shown.
+    Raises DataError: it is not a table, or its columns have several levels of names or different lengths. No
+    value is shown.
     """
     if isinstance(rows, pd.DataFrame):
         frame = rows

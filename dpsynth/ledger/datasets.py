@@ -142,7 +142,9 @@ def _drop_empty_cells(db):
 
 
 def _split_cells(db, dataset):
-    """Move every incoming unit into the cell of those that were where it was and are now in `dataset` too."""
+    """Move every incoming unit into a new cell: the units that were in the same cell before, and are now in
+    `dataset` too.
+    """
     db.execute("CREATE TEMP TABLE pieces (old INTEGER, copies INTEGER, new INTEGER)")
     parts = db.execute(
         "SELECT units.cell, incoming.copies, COUNT(*) FROM incoming LEFT JOIN units USING (hash) GROUP BY"
@@ -187,7 +189,7 @@ def _insert_dataset(db, name, unit, digest, counts, num_units, delta):
 
 # %% ../../nbs/05_ledger/04_datasets.ipynb #ff2255d9
 def _rename_units(db, hashes):
-    """Give the units that came from version 3 the hashes of now: one that is now of several is in all data
+    """Give units that came from version 3 their present hashes. Where several become one, it is in all data
     sets that any of them was in.
     """
     db.execute("CREATE TEMP TABLE earlier (old BLOB PRIMARY KEY, new BLOB NOT NULL) WITHOUT ROWID")
@@ -227,9 +229,7 @@ def _merge_cells(db, cells, count):
 
 # %% ../../nbs/05_ledger/04_datasets.ipynb #f3308203
 def _known_digest(db, key, hashes, num_units):
-    """The digest of these contents; a data set that version 3 knew by the bytes of the same rows has it from
-    now on.
-    """
+    """The digest of these contents. A data set that version 3 knew by the bytes of the same rows gets it."""
     digest, then = _digest_of(key, hashes.counts), _digest_of(key, hashes.then)
     if then != digest and not db.execute("SELECT 1 FROM datasets WHERE digest = ?", [digest]).fetchone():
         db.execute(

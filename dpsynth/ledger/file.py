@@ -27,8 +27,8 @@ def default_path() -> pathlib.Path:
 
 
 def existing_part(path: str | os.PathLike) -> pathlib.Path:
-    """A path itself where something is there, otherwise the nearest folder above it that exists: what must be
-    writable to make it.
+    """A path itself where something is there, otherwise the nearest folder above it that exists. It must be
+    writable to make the path.
     """
     path = pathlib.Path(path)
     return next((part for part in (path, *path.parents) if os.path.lexists(part)), path)
@@ -151,8 +151,7 @@ def _connection(path, wait):
 # %% ../../nbs/05_ledger/03_file.ipynb #1835e0c4
 @contextlib.contextmanager
 def _in_memory(source=None):
-    """A connection to a ledger that is nowhere but in memory: a copy of the one that `source` is connected
-    to, an empty one without it.
+    """A connection to a ledger in memory: a copy of the one that `source` is connected to, or an empty one.
     """
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
         db.row_factory = sqlite3.Row

@@ -87,8 +87,8 @@ class _LedgerFile:
         return _in_memory() if self._key is None else _connection(self.path, self.wait)
 
     def _write(self, work, *arguments):
-        """`work(db, *arguments)` in a transaction; again after each answer of the accountant that it
-        lacked.
+        """`work(db, *arguments)` in a transaction; it is repeated after each answer of the accountant that
+        was missing.
         """
         return self._run("BEGIN IMMEDIATE", work, *arguments)
 
@@ -220,7 +220,7 @@ class _ReleaseLedger(_DatasetLedger):
         return self._write(_finish, run_id)
 
     def abandon(self, run_id: str) -> Release:
-        """Give a run up: frees its reservation if it never started, and notes it otherwise."""
+        """Give a run up. Its reservation is free if it never started; otherwise it is noted."""
         return self._write(_abandon, run_id)
 
     def release(self, run_id: str) -> Release | None:
@@ -330,7 +330,7 @@ class _SpendingLedger(_ReleaseLedger):
 
 # %% ../../nbs/05_ledger/07_ledger.ipynb #5d3c1311
 class _Copy(_ReleaseLedger):
-    """A ledger in memory, to try out what is not to be kept; the answers of the accountant are, where there
+    """A ledger in memory, to try out what is not to be kept. The accountant's answers are kept, where there
     is a ledger to keep them.
     """
 

@@ -11,6 +11,7 @@ import json
 import pathlib
 
 from ..certificate import read_certificate, write_certificate
+from ..files import load_json
 from dpsynth.manifest.entries import (
     CERTIFICATE,
     MANIFEST,
@@ -21,7 +22,6 @@ from dpsynth.manifest.entries import (
     read_manifest,
     way_back,
 )
-from ..files import load_json
 from ..settings import DataError, SettingsError
 from ..state import file_hash
 

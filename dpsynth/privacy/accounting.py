@@ -54,8 +54,8 @@ def profile(accesses: tuple[Access, ...], claim: str, interval: float) -> Callab
 # %% ../../nbs/04_privacy/01_accounting.ipynb #d1fa700b
 @functools.lru_cache(maxsize=4096)
 def compose(accesses: tuple[Access, ...], delta: float, claim: str = "epsilon") -> float:
-    """ε at `delta` of all `accesses` (tuple of `Access`) together, added counts added; `claim` is `epsilon`
-    or `epsilon_replace_one`.
+    """ε at `delta` of all `accesses` (tuple of `Access`) together; counts that are `added` are added.
+    `claim` is `epsilon` or `epsilon_replace_one`.
 
     Source: Koskela et al. 2020, "Computing tight differential privacy guarantees using FFT"; implementation
     dp_accounting.
@@ -82,7 +82,7 @@ NOISE_STEP, LARGEST_NOISE = 2.0**-14, 1e6
 
 # %% ../../nbs/04_privacy/01_accounting.ipynb #fcad51c0
 def _bracket(excess, epsilon, steps):
-    """Two numbers of noise steps, each the double of the other at most: the first spends too much."""
+    """Two numbers of noise steps, not far apart: the first spends too much (or is 0), the second does not."""
     low = high = round(0.5 / NOISE_STEP)
     while excess(high) > 0:
         low, high = high, 2 * high

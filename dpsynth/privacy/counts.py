@@ -40,8 +40,8 @@ def count_accesses(settings: Settings) -> dict[str, Access]:
     """The counts that the settings want estimated: a dict of name (`units`, `labels`, `overlaps`, `likelier`)
     to its `Access`.
 
-    What is charged, what is drawn and with how much noise all follow from here, and that the training follows
-    from the number of units.
+    What is charged, what is drawn and how much noise is added all follow from here. So does the mark `added`
+    of the count that the training follows from.
 
     Raises:
         SettingsError: a count would get more ε than the ledger composes.

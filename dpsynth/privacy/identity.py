@@ -97,7 +97,7 @@ def versions() -> dict[str, str]:
 
 # %% ../../nbs/04_privacy/08_identity.ipynb #80bd6c71
 def software() -> dict[str, str]:
-    """The parts of an identity that say by which code and libraries."""
+    """The parts of an identity that name the code and the libraries."""
     return {"code": code_hash(), "libraries": json.dumps(versions(), sort_keys=True)}
 
 
@@ -121,15 +121,15 @@ def run_id(identity: dict) -> str:
 
 
 def differing_parts(stored: dict, identity: dict, free: tuple[str, ...] = ()) -> list[str]:
-    """Names of the parts of an identity, or of what is known of it, that are stored otherwise; those in
-    `free` may be.
+    """Names of the parts of an identity, or of what is known of it, whose stored value is another one. Parts
+    in `free` may differ.
     """
     return [part for part in identity if part not in free and stored.get(part) != identity[part]]
 
 # %% ../../nbs/04_privacy/08_identity.ipynb #1f8c70cb
 def _difference(part, stored, identity):
-    """What to call a part of the identity that differs, with the name and both values of what differs in it
-    where it has names.
+    """The name of a part of the identity that differs; where the part has named values, also the first that
+    differs, with both values.
     """
     called = {"data": "training rows", "code": "dpsynth code", "computation": "microbatches or devices"}.get(
         part, part.replace("_", " ")
@@ -148,7 +148,7 @@ def _identity_state(folder):
 def read_identity(folder: str | os.PathLike) -> dict:
     """The identity that is stored in a private folder.
 
-    Raises PrivacyError where there is none, or it is damaged or not of this secret.
+    Raises PrivacyError where there is none, or it is damaged, or it does not belong to the secret beside it.
     """
     path = pathlib.Path(folder) / "identity.json"
     if not path.exists():
