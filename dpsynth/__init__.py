@@ -1,7 +1,7 @@
 """Differentially private synthetic data with a guarantee anyone can check.
 
-The names below are what most programs need. They are looked up when they are asked for: `import dpsynth` loads
-neither Keras nor JAX.
+The names below are what most programs need. They are looked up when they are asked for: `import dpsynth`
+loads neither Keras nor JAX.
 """
 
 import importlib
