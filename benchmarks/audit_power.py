@@ -1,11 +1,15 @@
-"""How much does the audit see? Detection rates by what is planted, how much of it, and how many rows there are.
+"""How much does the audit see? Detection rates by what is planted, how much of it, and how many rows there
+are.
 
     python benchmarks/audit_power.py --json OUT [--jobs N]
 
-Generated film reviews, each signed with an invented name and a number of seven digits of its own. Into a fresh sample are planted verbatim copies of
-training rows, near copies (each fifth word replaced by a word from elsewhere), or the names and numbers of training rows under fresh texts. Counted is in how many of 20 draws the attack made for it succeeds at the level that is left to each of the attacks on a text; the other attacks can only add to
-that. Lines without anything planted count in how many draws any of these attacks raises a false alarm. Beside the rates stands the smallest share of
-verbatim copies that the verdict says would be found four times in five, computed from the numbers of rows. A run that was stopped goes on where OUT
+Generated film reviews, each signed with an invented name and a number of seven digits of its own. Into a
+fresh sample are planted verbatim copies of training rows, near copies (each fifth word replaced by a word
+from elsewhere), or the names and numbers of training rows under fresh texts. Counted is in how many of 20
+draws the attack made for it succeeds at the level that is left to each of the attacks on a text; the other
+attacks can only add to that. Lines without anything planted count in how many draws any of these attacks
+raises a false alarm. Beside the rates stands the smallest share of verbatim copies that the verdict says
+would be found four times in five, computed from the numbers of rows. A run that was stopped goes on where OUT
 ends.
 """
 
@@ -162,7 +166,8 @@ def main():
     print(f"level {LEVEL:g} for all {ATTACKS} attacks together, {args.draws} draws")
     for name, found in lines.items():
         print(
-            f"{name:65} detected {found['rate']:4.0%}; copies are seen from {found['copies_detectable']:.2%} on"
+            f"{name:65} detected {found['rate']:4.0%}; copies are seen from {found['copies_detectable']:.2%}"
+            f" on"
         )
     return 0
 

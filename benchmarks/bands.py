@@ -2,9 +2,10 @@
 
     python benchmarks/bands.py --json OUT [--seeds 5] [--epsilons 1 4 10] [--rows 2000]
 
-Contenders: `plain` is DP-SGD (1 band), `auto` the number of bands that `bands: auto` chooses from public numbers. Both fine-tune the bundled model on
-the built-in reviews with Adam; seeds and contenders alternate. Reported is the mean loss on test reviews (nats per token), its standard deviation over
-seeds, and the difference of paired runs with its standard error. Trainings that the record has already are not repeated.
+Contenders: `plain` is DP-SGD (1 band), `auto` the number of bands that `bands: auto` chooses from public
+numbers. Both fine-tune the bundled model on the built-in reviews with Adam; seeds and contenders alternate.
+Reported is the mean loss on test reviews (nats per token), its standard deviation over seeds, and the
+difference of paired runs with its standard error. Trainings that the record has already are not repeated.
 """
 
 import argparse
@@ -149,7 +150,8 @@ def main():
     for r in results:
         error = "" if r["gain_standard_error"] is None else f" ± {r['gain_standard_error']:.4f}"
         print(
-            f"| {r['epsilon']:g} | {r['bands']} | {show(r['plain'])} | {show(r['auto'])} | {r['gain']:.4f}{error} |"
+            f"| {r['epsilon']:g} | {r['bands']} | {show(r['plain'])} | {show(r['auto'])} |"
+            f" {r['gain']:.4f}{error} |"
         )
 
 

@@ -2,12 +2,14 @@
 
     python benchmarks/choose.py --novels FILE --articles FILE --json OUT [--try NAME…]
 
-No private row is needed to choose settings, and none should be: what follows from rows is not covered by ε. Here 25,000 rows of public text, half of
-them passages of novels and half of encyclopedia articles, with that as their label, take the place of IMDb: as many rows, cut to
-the same number of tokens. Each candidate of `CANDIDATES` is trained for a few updates under the noise per update and per unit of the expected
-batch that the long run will have (`--epsilon`, `--batch`, `--updates`), on the same drawn batches, and judged by the loss on 128 other rows: in nats per
-token, under the prompt of their label and under that of the other one. The difference between both tells whether the label is learnt.
-`--novels` and `--articles` are Parquet files with a column `text`. OUT gets a result for each candidate as it ends; what is in it is not done again.
+No private row is needed to choose settings, and none should be: what follows from rows is not covered by ε.
+Here 25,000 rows of public text, half of them passages of novels and half of encyclopedia articles, with that
+as their label, take the place of IMDb: as many rows, cut to the same number of tokens. Each candidate of
+`CANDIDATES` is trained for a few updates under the noise per update and per unit of the expected batch that
+the long run will have (`--epsilon`, `--batch`, `--updates`), on the same drawn batches, and judged by the
+loss on 128 other rows: in nats per token, under the prompt of their label and under that of the other one.
+The difference between both tells whether the label is learnt. `--novels` and `--articles` are Parquet files
+with a column `text`. OUT gets a result for each candidate as it ends; what is in it is not done again.
 """
 
 import argparse

@@ -1,12 +1,14 @@
-"""The copy test: verbatim copies of training rows mixed into a fresh sample must fail the audit, fresh samples must pass it.
+"""The copy test: verbatim copies of training rows mixed into a fresh sample must fail the audit, fresh
+samples must pass it.
 
     python benchmarks/copies.py --json OUT
 
-Two kinds of rows: generated film reviews, and a table of 8 numeric columns. Copies are 100 %, 50 %, 10 % and 1 % of the synthetic rows;
-then 20 fresh samples, each with training and held-out rows of its own, all of which must pass: at the level of the audit, .01 for all attacks
-together, twenty honest audits do with a probability of .82. Beside each verdict stands what a
-score on a scale of 0 to 10 would have said that *averages* over rows and over components: the mean of the distance ratio (training
-over held-out rows), of one minus the membership advantage, and of the share of training rows not copied.
+Two kinds of rows: generated film reviews, and a table of 8 numeric columns. Copies are 100 %, 50 %, 10 % and
+1 % of the synthetic rows; then 20 fresh samples, each with training and held-out rows of its own, all of
+which must pass: at the level of the audit, .01 for all attacks together, twenty honest audits do with a
+probability of .82. Beside each verdict stands what a score on a scale of 0 to 10 would have said that
+*averages* over rows and over components: the mean of the distance ratio (training over held-out rows), of one
+minus the membership advantage, and of the share of training rows not copied.
 """
 
 import argparse
@@ -89,8 +91,10 @@ def fresh_lines(kind, make, rows, draws):
 
 def show(line):
     print(
-        f"{line['kind']:6} {line['copies']:7.0%} {line['rows']:6,} {line['verdict']:11} {line['attacks_that_succeed']:8} "
-        f"{line['worst_p']:9.2g} {line['epsilon_bound']:7.2f} {line['averaged_score']:8.1f} {line['seconds']:6.1f}  {line['worst']}"
+        f"{line['kind']:6} {line['copies']:7.0%} {line['rows']:6,} {line['verdict']:11}"
+        f" {line['attacks_that_succeed']:8} "
+        f"{line['worst_p']:9.2g} {line['epsilon_bound']:7.2f} {line['averaged_score']:8.1f}"
+        f" {line['seconds']:6.1f}  {line['worst']}"
     )
 
 

@@ -1,10 +1,12 @@
-"""Time of a private training step against a plain one, at equal work: same rows, same microbatches, same model.
+"""Time of a private training step against a plain one, at equal work: same rows, same microbatches, same
+model.
 
     python benchmarks/dp_overhead.py --json OUT
 
-Contenders: `plain` adds the gradient of each row, one after the other, as the package does on one CPU; `plain_batched` takes the gradient of a
-microbatch's loss at once, as everybody does; `private` clips each row onto the grid, sums, draws the noise and divides. All then apply Adam. Runs
-alternate; `dp_over_non_dp` is the median of `private` over that of the faster plain one.
+Contenders: `plain` adds the gradient of each row, one after the other, as the package does on one CPU;
+`plain_batched` takes the gradient of a microbatch's loss at once, as everybody does; `private` clips each row
+onto the grid, sums, draws the noise and divides. All then apply Adam. Runs alternate; `dp_over_non_dp` is the
+median of `private` over that of the faster plain one.
 """
 
 import argparse

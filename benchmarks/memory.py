@@ -2,13 +2,17 @@
 
     python benchmarks/memory.py --json OUT
 
-Each figure is the most memory that a fresh process ever held (resident, libraries and weights included), of one update or of one batch of texts. `train_*`: one DP update
-of LoRA adapters on as many rows as a microbatch has (`--microbatch`, of `--length` tokens), as in `training.py`: the peers take the microbatch at once, as they do, and
-Opacus its per-sample gradients by hooks. `sample_*`: one batch of `--microbatch` texts of up to `--length` tokens, as in `sampling.py`; the texts end early, so that it takes
-minutes and not hours, but for transformers, whose cache grows with the text. `batch_*`: one update of dpsynth on so many rows of `--short` tokens in the same microbatches.
+Each figure is the most memory that a fresh process ever held (resident, libraries and weights included), of
+one update or of one batch of texts. `train_*`: one DP update of LoRA adapters on as many rows as a microbatch
+has (`--microbatch`, of `--length` tokens), as in `training.py`: the peers take the microbatch at once, as
+they do, and Opacus its per-sample gradients by hooks. `sample_*`: one batch of `--microbatch` texts of up to
+`--length` tokens, as in `sampling.py`; the texts end early, so that it takes minutes and not hours, but for
+transformers, whose cache grows with the text. `batch_*`: one update of dpsynth on so many rows of `--short`
+tokens in the same microbatches.
 
-A process that holds more than `--limit-gib` is ended and counts as that much, so its ratio is a lower bound. What is measured is written to the record at once, and a second call goes on
-after it. `made` is the most that was held until model and rows were ready; `ready` what was left of it then.
+A process that holds more than `--limit-gib` is ended and counts as that much, so its ratio is a lower bound.
+What is measured is written to the record at once, and a second call goes on after it. `made` is the most that
+was held until model and rows were ready; `ready` what was left of it then.
 """
 
 import argparse
@@ -161,7 +165,8 @@ def main():
             found[name] = figures
         if name in found:
             print(
-                f"{name:20s} {'at least ' if found[name].get('ended') else '':9s}{found[name]['peak_gib']:6.2f} GiB",
+                f"{name:20s} "
+                f"{'at least ' if found[name].get('ended') else '':9s}{found[name]['peak_gib']:6.2f} GiB",
                 flush=True,
             )
         record = {

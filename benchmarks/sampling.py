@@ -1,19 +1,24 @@
-"""Rows finished per second: dpsynth's decode engine, keras_hub's `generate`, transformers' `generate`, and llama.cpp.
+"""Rows finished per second: dpsynth's decode engine, keras_hub's `generate`, transformers' `generate`, and
+llama.cpp.
 
     python benchmarks/sampling.py --json OUT
     python benchmarks/sampling.py --model gemma3_270m:english --gguf FILE --json OUT
 
-All contenders decode the same architecture from the same prompts, at the same batch size and length limit, with top-p .95, each in a process of
-its own on the same cores and in alternating rounds, after one for compilation, in which the peers' texts end at once. Lengths are those of IMDb by construction, whatever the
-weights are: a rule says at which (position, newest token) a text ends, and every contender asks it at every token. Chances are such
-that lengths, end token included, are log-normal above a least length and have the quartiles of the first 2,000 training reviews of IMDb:
-203, 283 and 455 tokens under the bundled tokenizer, 162, 224 and 358 in Gemma's English pieces. The length limit cuts some of them, there as here.
+All contenders decode the same architecture from the same prompts, at the same batch size and length limit,
+with top-p .95, each in a process of its own on the same cores and in alternating rounds, after one for
+compilation, in which the peers' texts end at once. Lengths are those of IMDb by construction, whatever the
+weights are: a rule says at which (position, newest token) a text ends, and every contender asks it at every
+token. Chances are such that lengths, end token included, are log-normal above a least length and have the
+quartiles of the first 2,000 training reviews of IMDb: 203, 283 and 455 tokens under the bundled tokenizer,
+162, 224 and 358 in Gemma's English pieces. The length limit cuts some of them, there as here.
 
-`keras_hub` is what the JAX-Privacy tutorial does (`TopPSampler(p=0.95)`); `keras_hub_k` sets `k=256`, which avoids the sort of the whole vocabulary but is no
-longer exactly top-p. transformers has the same weights, and one thread or as many as cores, whichever is faster. `llama_cpp` decodes the file `--gguf`, untuned,
-with its quantized weights and its whole vocabulary, the rows of a batch side by side, top-p .95 over the whole vocabulary; `llama_cpp_k` with its `top_k` at 256
-before that. `generate` decodes one batch after another until its last text ends, and so do they; a peer's rate is timed on `--peer-batches` batches. dpsynth
-decodes all `--rows`, with the idle slots at the end of them.
+`keras_hub` is what the JAX-Privacy tutorial does (`TopPSampler(p=0.95)`); `keras_hub_k` sets `k=256`, which
+avoids the sort of the whole vocabulary but is no longer exactly top-p. transformers has the same weights, and
+one thread or as many as cores, whichever is faster. `llama_cpp` decodes the file `--gguf`, untuned, with its
+quantized weights and its whole vocabulary, the rows of a batch side by side, top-p .95 over the whole
+vocabulary; `llama_cpp_k` with its `top_k` at 256 before that. `generate` decodes one batch after another
+until its last text ends, and so do they; a peer's rate is timed on `--peer-batches` batches. dpsynth decodes
+all `--rows`, with the idle slots at the end of them.
 """
 
 import argparse
@@ -73,7 +78,9 @@ def quartiles_for(model):
 
 
 def chances_to_end(prompt, length, quartiles):
-    """int[length]: in how many of 2**32 cases the next token is the end, when the newest one is at this position."""
+    """int[length]: in how many of 2**32 cases the next token is the end, when the newest one is at this
+    position.
+    """
     tokens = np.arange(length) + 2 - prompt  # of the text, if it ends there
     cdf = np.array([share_of_lengths(n, quartiles) for n in (tokens[0] - 1, *tokens)])
     return np.minimum(np.diff(cdf) / np.maximum(1 - cdf[:-1], 1e-12) * 2.0**32, 2**32 - 1).astype(np.int64)
@@ -85,7 +92,9 @@ def at_once(length):
 
 
 def case(position, token, number=int, most=0xFFFFFFFF):
-    """Which of 2**32 cases a position and a token are, alike in each library; `number` makes 32 bits of an int where arithmetic is modulo them."""
+    """Which of 2**32 cases a position and a token are, alike in each library; `number` makes 32 bits of
+    an int where arithmetic is modulo them.
+    """
     mixed = (token * number(0x9E3779B1) + position * number(0x85EBCA77)) & number(most)
     mixed = ((mixed ^ (mixed >> 15)) * number(0x2C1B3C6D)) & number(most)
     return mixed ^ (mixed >> 13)
@@ -255,7 +264,9 @@ class Llama:
         self.top_k = top_k
 
     def sampler(self, seed):
-        """Top-p over the vocabulary, or over its `top_k` likeliest pieces, without the stop tokens: the rule ends texts."""
+        """Top-p over the vocabulary, or over its `top_k` likeliest pieces, without the stop tokens: the
+        rule ends texts.
+        """
         api, stops = self.api, sorted(self.stops)
         chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
         biases = (api.llama_logit_bias * len(stops))(
@@ -352,7 +363,9 @@ MAKERS = {
 
 
 def look(options):
-    """A contender without runs but for `facts`: what the tokenizer says that a process without dpsynth needs."""
+    """A contender without runs but for `facts`: what the tokenizer says that a process without dpsynth
+    needs.
+    """
     from dpsynth.models import load_model
 
     model = load_model(options["model"])
@@ -368,7 +381,9 @@ def look(options):
 
 
 def add_facts(options, names, limit):
-    """`options` with what `look` finds, and the Hugging Face folder made, where one of the contenders needs it."""
+    """`options` with what `look` finds, and the Hugging Face folder made, where one of the contenders
+    needs it.
+    """
     if "transformers" in names:
         prepare_folder(names, options, limit)
         contender = Contender("tokenizer", look, options, limit)
@@ -378,7 +393,9 @@ def add_facts(options, names, limit):
 
 
 def measure(started, rows, rounds):
-    """name -> rows per second of each round, and tokens of each row; `rows` says how many a contender decodes; rounds alternate."""
+    """name -> rows per second of each round, and tokens of each row; `rows` says how many a contender
+    decodes; rounds alternate.
+    """
     speeds, tokens = {name: [] for name in started}, {name: [] for name in started}
     for seed in range(rounds + 1):
         for name, contender in list(started.items()):
@@ -419,7 +436,8 @@ def report(speeds, tokens, peaks, cores, arguments):
     }
     for name, figures in found.items():
         print(
-            f"{name:12s} {median[name]:7.2f} rows/s   {figures['tokens_per_core_second']:7.1f} tokens a core-second   "
+            f"{name:12s} {median[name]:7.2f} rows/s   {figures['tokens_per_core_second']:7.1f} tokens a"
+            f" core-second   "
             f"ratio {ratios.get(f'ours_over_{name}', 1):6.2f}   {peaks[name]:5.2f} GiB"
         )
     said = {

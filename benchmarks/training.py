@@ -1,20 +1,27 @@
-"""One DP-SGD update of LoRA adapters: dpsynth, jax_privacy's `keras_api`, and Opacus with PEFT and transformers.
+"""One DP-SGD update of LoRA adapters: dpsynth, jax_privacy's `keras_api`, and Opacus with PEFT and
+transformers.
 
     python benchmarks/training.py --json OUT
     python benchmarks/training.py --model gemma3_270m --json OUT       the whole vocabulary
     python benchmarks/training.py --lengths imdb --length 256 --json OUT
 
-All contenders have the same architecture, the same weights (their losses before the first update are compared), adapters of the same rank on query and value,
-the same rows of random pieces, and the same batch, and end in noise and Adam. Each is a process of its own on the same cores; rounds alternate, after one
-for compilation. `dpsynth` bounds the gradient of each row on the grid, sums exactly and draws noise; `dpsynth_plain` trains as the package does without
-privacy, and `dpsynth_plain_batched` takes the gradient of a microbatch at once. `keras_api` is used as in the JAX-Privacy tutorial: `make_private`, accumulation
-of `--keras-batch` rows at a time. `opacus` uses the fastest of its modes (hooks, functorch, ghost clipping), which is looked for first, in microbatches of
-`--microbatch` rows, padded to the longest of them. Lengths are all equal (`full`), or log-normal with the quartiles that the first 2,000 training
-reviews of IMDb have in Gemma's English pieces, cut at `--length` (`imdb`); then dpsynth has its buckets and `keras_api` pads all rows to `--length`.
+All contenders have the same architecture, the same weights (their losses before the first update are
+compared), adapters of the same rank on query and value, the same rows of random pieces, and the same batch,
+and end in noise and Adam. Each is a process of its own on the same cores; rounds alternate, after one for
+compilation. `dpsynth` bounds the gradient of each row on the grid, sums exactly and draws noise;
+`dpsynth_plain` trains as the package does without privacy, and `dpsynth_plain_batched` takes the gradient of
+a microbatch at once. `keras_api` is used as in the JAX-Privacy tutorial: `make_private`, accumulation of
+`--keras-batch` rows at a time. `opacus` uses the fastest of its modes (hooks, functorch, ghost clipping),
+which is looked for first, in microbatches of `--microbatch` rows, padded to the longest of them. Lengths are
+all equal (`full`), or log-normal with the quartiles that the first 2,000 training reviews of IMDb have in
+Gemma's English pieces, cut at `--length` (`imdb`); then dpsynth has its buckets and `keras_api` pads all rows
+to `--length`.
 
-Core-seconds are seconds times cores. The record also has the core's rate of float32 matrix products (127 × 640 × 2,048) in the same run, by JAX and by PyTorch; the
-time of the gradient of the blocks alone (no vocabulary); and the share of the better rate at which the blocks run. Operations counted there: forward and
-backward to the activations of all linear layers, attention (all pairs of positions), and LoRA with its own gradients; none for norms or softmax.
+Core-seconds are seconds times cores. The record also has the core's rate of float32 matrix products (127 ×
+640 × 2,048) in the same run, by JAX and by PyTorch; the time of the gradient of the blocks alone (no
+vocabulary); and the share of the better rate at which the blocks run. Operations counted there: forward and
+backward to the activations of all linear layers, attention (all pairs of positions), and LoRA with its own
+gradients; none for norms or softmax.
 """
 
 import argparse
@@ -48,7 +55,9 @@ PROMPT, NOISE, NEEDED = 8, 1.0, 1e-3
 
 
 def token_rows(options, vocabulary):
-    """(int32[rows, length], int[rows]): ids of random ordinary pieces with zeros behind, and lengths; `PROMPT` tokens of each are prompt."""
+    """(int32[rows, length], int[rows]): ids of random ordinary pieces with zeros behind, and lengths;
+    `PROMPT` tokens of each are prompt.
+    """
     count, length = options["rows"], options["length"]
     full = options["lengths"] == "full"
     lengths = (
@@ -164,7 +173,9 @@ def torch_rate(torch):
 
 
 def blocks_seconds(model, length, rows=4, repeats=5):
-    """Seconds for one row's gradient of the adapters through all blocks and no vocabulary, rows one after the other."""
+    """Seconds for one row's gradient of the adapters through all blocks and no vocabulary, rows one after
+    the other.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -200,7 +211,9 @@ def blocks_seconds(model, length, rows=4, repeats=5):
 
 
 def block_operations(shape, tokens, rank):
-    """Floating-point operations of one row's gradient through the blocks, as the top of this file counts them; `rank` on query and value."""
+    """Floating-point operations of one row's gradient through the blocks, as the top of this file counts
+    them; `rank` on query and value.
+    """
     width, queries, keys = (
         shape["hidden_dim"],
         *(shape[name] * shape["head_dim"] for name in ("num_query_heads", "num_key_value_heads")),
@@ -254,7 +267,8 @@ def keras_api_contender(options):
 
     def update():
         language_model.reset_metrics()
-        for start in range(0, len(tokens), batch):  # `fit` waits seconds for the threads of its tf.data to end
+        # `fit` waits seconds for the threads of its tf.data to end
+        for start in range(0, len(tokens), batch):
             part = slice(start, start + batch)
             inputs_of = {name: array[part] for name, array in x.items()}
             logs = language_model.train_on_batch(inputs_of, tokens[part, 1:], weights[part], return_dict=True)
@@ -369,7 +383,9 @@ UPDATES = {
 
 
 def measure(started, rounds):
-    """update name -> {seconds, cpu_seconds} of each round; rounds alternate, and the first of them, for compilation, is not counted."""
+    """update name -> {seconds, cpu_seconds} of each round; rounds alternate, and the first of them, for
+    compilation, is not counted.
+    """
     times = {}
     for turn in range(rounds + 1):
         for name, contender in list(started.items()):
@@ -378,7 +394,8 @@ def measure(started, rounds):
                     answer = contender.run(update)
                     times.setdefault(update, []).extend([answer] if turn else [])
                     print(
-                        f"round {turn} {update:22s} {answer['seconds']:8.2f} s, {answer['cpu_seconds']:8.2f} of a processor",
+                        f"round {turn} {update:22s} {answer['seconds']:8.2f} s,"
+                        f" {answer['cpu_seconds']:8.2f} of a processor",
                         flush=True,
                     )
             except Lost as lost:
@@ -414,7 +431,9 @@ def figures_of(answers, rows, cores):
 
 
 def ratios_of(contenders):
-    """How many times as long the peers take, and private over the faster of the plain ones; nothing where dpsynth is left out."""
+    """How many times as long the peers take, and private over the faster of the plain ones; nothing where
+    dpsynth is left out.
+    """
     if "dpsynth" not in contenders:
         return {}
     ours = contenders["dpsynth"]["seconds"]
@@ -459,8 +478,10 @@ def report(times, found, peaks, options, arguments):
     ratios, core = ratios_of(contenders), core_of(found, options)
     for name, figures in contenders.items():
         print(
-            f"{name:22s} {figures['seconds']:8.2f} s   {figures['core_seconds_per_row']:7.3f} core-seconds a row   "
-            f"{figures['rows_per_core_second']:6.2f} rows a core-second   {figures['processor_seconds_per_row']:7.3f} s of processors a row"
+            f"{name:22s} {figures['seconds']:8.2f} s   {figures['core_seconds_per_row']:7.3f} core-seconds a"
+            f" row   "
+            f"{figures['rows_per_core_second']:6.2f} rows a core-second  "
+            f" {figures['processor_seconds_per_row']:7.3f} s of processors a row"
         )
     losses = {name: facts["loss"] for name, facts in found.items()}
     print(
@@ -490,7 +511,9 @@ def report(times, found, peaks, options, arguments):
 
 
 def check_losses(losses):
-    """Raise where contenders do not have the same loss before the first update: then they do not do the same work."""
+    """Raise where contenders do not have the same loss before the first update: then they do not do the
+    same work.
+    """
     if max(losses.values()) - min(losses.values()) > NEEDED * max(losses.values()):
         raise SystemExit(
             f"error: not the same model or rows, losses before the first update differ: {losses}"

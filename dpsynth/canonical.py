@@ -14,9 +14,9 @@ NUMBER = re.compile(r"([+-]?)([0-9]*)(?:\.([0-9]*))?(?:e([+-]?[0-9]{1,9}))?")
 WRITTEN_OUT = 400  # digits: numbers of more are written with an exponent
 
 
-def canonical_number(text):
+def canonical_number(text: str) -> str | None:
     """The canonical decimal of a number that is written in ASCII digits and small letters, such as `-12.5`;
-    None if the text is none.
+    None if the text is not a number.
     """
     found = NUMBER.fullmatch(text)
     sign, whole, part, power = found.groups(default="") if found else ("", "", "", "")
@@ -37,7 +37,7 @@ def _decimal(digits, shift):
     padded = digits.rjust(1 - shift, "0")
     return f"{padded[:shift]}.{padded[shift:]}"
 
-# %% ../nbs/00a_canonical.ipynb #5656c58c
+# %% ../nbs/00a_canonical.ipynb #2843b0d1
 UNSEEN = {
     0x034F,
     0x115F,
@@ -52,7 +52,7 @@ UNSEEN = {
 }
 MINUS = {*range(0x2010, 0x2016), 0x2212}  # characters that people and typesetters write for it
 
-
+# %% ../nbs/00a_canonical.ipynb #83565718
 class _Table(dict):
     """A table for `str.translate` that fills itself, by `work(character)`."""
 
@@ -79,7 +79,7 @@ def _kept(character):
 
 PLAIN, KEPT = _Table(_plain), _Table(_kept)
 
-
+# %% ../nbs/00a_canonical.ipynb #93913104
 def _folded(text):
     """Normalised, in small letters, without blanks around it."""
     return (
@@ -94,7 +94,7 @@ def _once(text):
     return canonical_number(text.translate(PLAIN)) or text.translate(KEPT) or text
 
 
-def canonical(text):
+def canonical(text: str) -> str:
     """The canonical form of a text, itself a text: of a number its decimal, else its letters, marks and
     digits, else what is not blank.
 

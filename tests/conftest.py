@@ -49,7 +49,9 @@ def repo():
 
 @pytest.fixture
 def dpsynth(capfd):
-    """Run a command line in this process: exit code, and all that reached file descriptors 1 and 2, from libraries in C++ too."""
+    """Run a command line in this process: exit code, and all that reached file descriptors 1 and 2, from
+    libraries in C++ too.
+    """
     from dpsynth.cli import main
 
     def call(*arguments):

@@ -1,4 +1,5 @@
-"""The accounting alone, against `dp_accounting` and against numbers written down: no model, no JAX, in seconds.
+"""The accounting alone, against `dp_accounting` and against numbers written down: no model, no JAX, in
+seconds.
 
 These tests are what the mutation tool runs (see tests/README.md), so each of them pins one function by value.
 """
@@ -231,7 +232,8 @@ def test_targets_that_cannot_be_met_are_named():
         calibrate_noise(0.05, 40, 0.3, 1e-5, others=(LABEL_COUNT, UNIT_COUNT))
     with pytest.raises(
         SettingsError,
-        match=r"^setting epsilon: no noise reaches 1e-09 in 40 updates; use fewer epochs or a larger epsilon$",
+        match=r"^setting epsilon: no noise reaches 1e-09 in 40 updates; use fewer epochs or a larger "
+              r"epsilon$",
     ):
         calibrate_noise(0.05, 40, 1e-9, 1e-12)
 
@@ -279,7 +281,8 @@ def test_what_is_private():
         ({"steps": 0}, "^setting epochs: less than one update; use more epochs or a smaller batch_size$"),
         (
             {"bands": 0},
-            r"^setting bands: 0 is not between 1 and the smaller of updates \(40\) and units over batch \(20\)$",
+            r"^setting bands: 0 is not between 1 and the smaller of updates \(40\) and units over batch "
+            r"\(20\)$",
         ),
         ({"bands": 21}, r"units over batch \(20\)"),
         ({"bands": 4, "steps": 3}, r"smaller of updates \(3\)"),
@@ -287,7 +290,8 @@ def test_what_is_private():
         ({"expected_batch_size": 1001}, "setting batch_size: 1001"),
         (
             {"delta": 1e-3},
-            "^setting delta: 0.001 is not below 1/n = 0.001; with that probability one unit could be published whole$",
+            "^setting delta: 0.001 is not below 1/n = 0.001; with that probability one unit could be"
+            " published whole$",
         ),
         ({"delta": 0.0}, "setting delta: 0 "),
     ],
@@ -479,7 +483,9 @@ def test_what_is_too_large_to_compose_is_infinite():
 
 @pytest.mark.parametrize("group", [2, 3])
 def test_a_group_is_a_mixture_of_how_many_of_it_are_drawn(group):
-    """The hockey-stick divergence of the mixture, integrated numerically, one update, is what the ledger composes."""
+    """The hockey-stick divergence of the mixture, integrated numerically, one update, is what the ledger
+    composes.
+    """
     from scipy.stats import binom, norm
 
     probability, noise, delta = 0.3, 2.0, 1e-3
@@ -529,7 +535,9 @@ def test_laplace_mechanisms_compose_as_the_accountants(kind, event):
 def test_a_laplace_mechanism_of_several_changes_is_composed_by_its_epsilon_alone(
     kind, relation, group, changes
 ):
-    """1/scale for each change and no delta: at any delta it is at most their sum, and at a small one nearly that."""
+    """1/scale for each change and no delta: at any delta it is at most their sum, and at a small one
+    nearly that.
+    """
     spent = composed([{"kind": kind, "noise_multiplier": 4.0}], 1e-9, relation=relation, group=group)
     assert changes / 4 - 1e-3 <= spent <= changes / 4 + 0.03
     event = dp_event.LaplaceDpEvent(4.0) if kind == "laplace" else dp_event.DiscreteLaplaceDpEvent(0.25, 1)
@@ -580,7 +588,8 @@ def test_neighbours():
     ):
         Neighbours("swap")
     with pytest.raises(
-        PrivacyError, match=r"^a group of 2 units is only accounted for under add_or_remove_one, not replace_one$"
+        PrivacyError,
+        match=r"^a group of 2 units is only accounted for under add_or_remove_one, not replace_one$",
     ):
         Neighbours("replace_one", 2)
 
@@ -1004,7 +1013,8 @@ def test_a_folder_without_its_identity_is_bound_to_no_run(tmp_path):
     folder = tmp_path / "run" / "private"
     with pytest.raises(
         PrivacyError,
-        match=f"^{folder}: of a finished run, and private/identity.json is missing, which says which run it was",
+        match=f"^{folder}: of a finished run, and private/identity.json is missing, which says which run it "
+              f"was",
     ):
         privacy.bind_run(folder, IDENTITY, finished=True)
     with pytest.raises(

@@ -1,4 +1,5 @@
-"""What the audit of rows sees beside copies: things that one unit has for itself, near copies, and what it says that it could not see."""
+"""What the audit of rows sees beside copies: things that one unit has for itself, near copies, and what it
+says that it could not see."""
 
 import json
 import math
@@ -37,7 +38,9 @@ def each_fifth_replaced(text, rng, vocabulary):
 
 @pytest.fixture(scope="module")
 def people():
-    """2,000 training, 500 held-out and 2,000 fresh texts, each with a name and number of its own, and those of the training rows."""
+    """2,000 training, 500 held-out and 2,000 fresh texts, each with a name and number of its own, and
+    those of the training rows.
+    """
     rng, texts = np.random.default_rng(0), [row["text"] for row in reviews(2 * TRAIN + HELD, seed=1)]
     texts = [texts[i] for i in rng.permutation(len(texts))]
     who = [invented(rng) for _ in texts]
@@ -50,7 +53,9 @@ def people():
 
 @pytest.fixture(scope="module")
 def reports(people):
-    """Reports on the fresh texts, with 2.5 % of them under other people's names, and with 3 % near copies among them."""
+    """Reports on the fresh texts, with 2.5 % of them under other people's names, and with 3 % near copies
+    among them.
+    """
     train, held, fresh, unsigned, who = people
     rng, vocabulary = np.random.default_rng(1), " ".join(fresh).split()
     carrying = [*signed(unsigned[:50], who), *fresh[50:]]
@@ -302,7 +307,10 @@ def test_near_copies_are_measured_by_the_texts_of_other_units(rows_each):
 
 
 def test_texts_in_common_use_are_not_near_copies():
-    form = "please be informed that your order number {} was sent on its way to you this very morning by our partner"
+    form = (
+        "please be informed that your order number {} was sent on its way to you this very morning "
+        "by our partner"
+    )
     real, ours = ([form.format(i) for i in range(start, start + 100)] for start in (0, 100))
     own = [row["text"] for row in reviews(400, seed=3)]
     found = words.near_copies(

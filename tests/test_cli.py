@@ -1,4 +1,5 @@
-"""The command line: what is refused, in one line and before anything is written; and a whole sweep through the real template."""
+"""The command line: what is refused, in one line and before anything is written; and a whole sweep through
+the real template."""
 
 import base64
 import csv
@@ -301,7 +302,10 @@ def test_records_are_printed_by_name_and_listed_without(dpsynth):
 
 def test_help_imports_nothing_slow():
     slow = ("jax", "keras", "tensorflow", "pandas", "papermill")
-    probe = f"import sys; from dpsynth.cli import main; main(['--help']); print([m for m in {slow} if m in sys.modules])"
+    probe = (
+        f"import sys; from dpsynth.cli import main; main(['--help']); print([m for m in {slow} if m "
+        f"in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]"
     assert all(
@@ -532,7 +536,9 @@ def test_check_tells_how_test_rows_are_written_differently(dpsynth, tmp_path):
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """Three experiments on the built-in set, run by a process of its own in a folder of its own: (folder of the runs, process)."""
+    """Three experiments on the built-in set, run by a process of its own in a folder of its own: (folder
+    of the runs, process).
+    """
     home = tmp_path_factory.mktemp("sweep")
     kinds = {
         "dp_ft": {"epsilon": 2, "canaries": 60, "audit_fraction": 0.25, "num_samples": 24},
@@ -625,7 +631,9 @@ def test_folders_hold_what_they_should(sweep):
 
 
 def spellings(secret):
-    """bytes by which a secret could be told: itself, hexadecimal, decimal, base64 at each offset, and as Python and JSON write bytes."""
+    """bytes by which a secret could be told: itself, hexadecimal, decimal, base64 at each offset, and as
+    Python and JSON write bytes.
+    """
     inside = repr(secret)[2:-1]
     digits = ",".join(map(str, secret))
     coded = [base64.b64encode(bytes(k) + secret)[(0, 2, 3)[k] : -4] for k in range(3)]
@@ -872,7 +880,9 @@ def test_more_rows_from_the_adapter_alone(sweep, dpsynth, refused):
 
 
 def test_stages_by_hand_end_like_the_notebook(sweep, dpsynth, refused, tmp_path):
-    """The same secret gives the same adapter and rows, whether the notebook or the command line runs the stages."""
+    """The same secret gives the same adapter and rows, whether the notebook or the command line runs the
+    stages.
+    """
     made, folder = sweep[0] / "dp_ft", tmp_path / "dp_ft"
     (folder / "private").mkdir(parents=True)
     for name in ("settings.yaml", "private/secret"):

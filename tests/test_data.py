@@ -116,7 +116,8 @@ BROKEN = {
     "short.tsv": ('text\tlabel\n"two\nlines"\t0\nA joy.\n', "short.tsv, line 4: expected 2 fields, saw 1"),
     "open.csv": (
         'text,label\nDull.,0\n"A joy.,1\nFine.,1\n',
-        "open.csv, line 3: broken row (unexpected end of data); if quotes are part of the texts, set quoting: none",
+        "open.csv, line 3: broken row (unexpected end of data); if quotes are part of the texts, set"
+        " quoting: none",
     ),
     "latin.csv": (
         b"text,label\nDull.,0\ncaf\xe9,1\n",
@@ -140,11 +141,13 @@ BROKEN = {
     "unlabelled.csv": ("text,label\nDull.,\n", "unlabelled.csv, line 2, column label: missing"),
     "columns.csv": (
         "review,stars\nDull.,1\n",
-        "columns.csv: no column 'text' among its 2; set text_column; if its first line is a row, set header: none and name columns by position, 0 to 1",
+        "columns.csv: no column 'text' among its 2; set text_column; if its first line is a row, set"
+        " header: none and name columns by position, 0 to 1",
     ),
     "target.csv": (
         "text,stars\nDull.,1\n",
-        "target.csv: no column 'label' among its 2; set label_column; if its first line is a row, set header: none and name columns by position, 0 to 1",
+        "target.csv: no column 'label' among its 2; set label_column; if its first line is a row, set"
+        " header: none and name columns by position, 0 to 1",
     ),
     "bad.jsonl": (
         '{"text": "a", "label": 1}\n\n{"text": }\n',
@@ -199,7 +202,8 @@ BROKEN = {
     ),
     "a.txt": (
         "text,label\n",
-        "a.txt: unknown kind of file; expected .csv, .tsv, .json, .jsonl, .parquet, .xlsx, also packed (.gz, .bz2, .xz, .zip, .zst)",
+        "a.txt: unknown kind of file; expected .csv, .tsv, .json, .jsonl, .parquet, .xlsx, also packed"
+        " (.gz, .bz2, .xz, .zip, .zst)",
     ),
     "a.csv.gz": ("text,label\n", "a.csv.gz: cannot be unpacked; it is damaged, or not what its ending says"),
 }
@@ -298,7 +302,8 @@ def test_a_stray_quote_never_merges_rows(tmp_path, case, ending):
     settings = Settings(data=path, label_column="label" if "label" in header else "", columns="ignore")
     said = message(settings)
     assert said.startswith(
-        f"{path}, line {first}: a quoted field goes on to line {last} and has the form of 6 rows; set quoting: none"
+        f"{path}, line {first}: a quoted field goes on to line {last} and has the form of 6 rows; set"
+        f" quoting: none"
     )
     apart = load(settings.model_copy(update={"quoting": "none"}))
     assert sorted(apart.train.texts + apart.test.texts) == sorted(UNQUOTED)
@@ -762,7 +767,10 @@ def test_demo():
 
 
 def test_slow_libraries_are_imported_only_on_demand():
-    code = "import sys, dpsynth.data; print({'tensorflow', 'tensorflow_datasets', 'datasets', 'keras', 'jax'} & set(sys.modules))"
+    code = (
+        "import sys, dpsynth.data; print({'tensorflow', 'tensorflow_datasets', 'datasets', "
+        "'keras', 'jax'} & set(sys.modules))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment()
     )

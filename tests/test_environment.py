@@ -1,4 +1,5 @@
-"""What is set around a process: Keras' backend, JAX's numbers and platform, the encoding of stdout, and how it is called."""
+"""What is set around a process: Keras' backend, JAX's numbers and platform, the encoding of stdout, and how
+it is called."""
 
 import io
 import os

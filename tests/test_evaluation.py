@@ -238,7 +238,9 @@ minilm = pytest.mark.skipif(evaluation.minilm_folder() is None, reason=f"needs {
 
 
 def plain_bert(folder, ids):
-    """The vector of one text, computed with numpy from the weights in a Hugging Face folder: BERT as its paper has it."""
+    """The vector of one text, computed with numpy from the weights in a Hugging Face folder: BERT as its
+    paper has it.
+    """
     from safetensors.numpy import load_file
     from scipy.special import erf
 
@@ -342,20 +344,24 @@ import json, pathlib, sys
 import numpy as np
 folder = pathlib.Path(sys.argv[1])
 from safetensors.numpy import save_file
-config = {"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
-          "intermediate_size": 16, "hidden_dropout_prob": 0.1, "max_position_embeddings": 16, "type_vocab_size": 2}
+config = {"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 30, "hidden_size": 8,
+          "num_hidden_layers": 1, "num_attention_heads": 2,
+          "intermediate_size": 16, "hidden_dropout_prob": 0.1, 
+          "max_position_embeddings": 16, "type_vocab_size": 2}
 rng, w = np.random.default_rng(0), {}
 shapes = {"word_embeddings": 30, "position_embeddings": 16, "token_type_embeddings": 2}
 w |= {f"embeddings.{name}.weight": rng.normal(size=(n, 8)) for name, n in shapes.items()}
 layer = "encoder.layer.0."
-dense = {"attention.self.query": (8, 8), "attention.self.key": (8, 8), "attention.self.value": (8, 8), "attention.output.dense": (8, 8),
+dense = {"attention.self.query": (8, 8), "attention.self.key": (8, 8), "attention.self.value": (8, 8),
+         "attention.output.dense": (8, 8),
          "intermediate.dense": (16, 8), "output.dense": (8, 16)}
 for name, shape in dense.items():
     w |= {f"{layer}{name}.weight": rng.normal(size=shape), f"{layer}{name}.bias": np.zeros(shape[0])}
 for name in ("embeddings.", f"{layer}attention.output.", f"{layer}output."):
     w |= {f"{name}LayerNorm.weight": np.ones(8), f"{name}LayerNorm.bias": np.zeros(8)}
 w |= {"pooler.dense.weight": np.zeros((8, 8)), "pooler.dense.bias": np.zeros(8)}
-save_file({name: np.ascontiguousarray(value, np.float32) for name, value in w.items()}, folder / "model.safetensors")
+arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in w.items()}
+save_file(arrays, folder / "model.safetensors")
 (folder / "config.json").write_text(json.dumps(config))
 if sys.argv[2] == "without":
     for name in [name for name in sys.modules if name.partition(".")[0] == "safetensors"]:
@@ -370,7 +376,10 @@ except Exception as error:
 
 
 def test_a_hugging_face_folder_loads_with_what_is_required_and_nothing_more(tmp_path, repo):
-    """Each `hf://` preset is such a folder. Without safetensors, which is therefore required, none of them loads."""
+    """Each `hf://` preset is such a folder.
+
+    Without safetensors, which is therefore required, none of them loads.
+    """
     import configparser
 
     answers = []
@@ -510,7 +519,9 @@ class Refusal(Exception):
 
 
 def fake_vertex(monkeypatch, refusals=()):
-    """A google.genai whose service refuses with these codes before it answers; returns the list of requests."""
+    """A google.genai whose service refuses with these codes before it answers; returns the list of
+    requests.
+    """
     requests, refusals = [], list(refusals)
 
     def embed_content(model, contents, config):
@@ -631,7 +642,8 @@ def test_only_the_advice_of_faiss_is_held_back(monkeypatch, capfd):
     def compute_mauve(**arguments):
         os.write(
             2,
-            b"WARNING clustering 10 points to 2 centroids: please provide at least 78 training points\nsomething else\n",
+            b"WARNING clustering 10 points to 2 centroids: please provide at least 78 training points\n"
+            b"something else\n",
         )
         return types.SimpleNamespace(mauve=0.5)
 
@@ -725,7 +737,9 @@ def verdict_of(**numbers):
 
 
 def spam(found, wrongly, ranks):
-    """Utility on 866 messages and 134 of spam, of a classifier that says spam `found` and `wrongly` times and ranks with this much noise."""
+    """Utility on 866 messages and 134 of spam, of a classifier that says spam `found` and `wrongly` times
+    and ranks with this much noise.
+    """
     truth = np.repeat(["ham", "spam"], [866, 134])
     said = truth.copy()
     said[866 + found :], said[:wrongly] = "ham", "spam"
@@ -985,7 +999,8 @@ def test_what_was_sent_is_said_and_training_rows_are_not_sent_unasked(fake):
 
 def test_a_utility_of_guessing_is_among_the_warnings(fake):
     test = records(150, seed=1)
-    texts, labels = records(30).texts * 2, ["negative"] * 30 + ["positive"] * 30  # each text under both labels
+    # each text under both labels
+    texts, labels = records(30).texts * 2, ["negative"] * 30 + ["positive"] * 30
     metrics = evaluation.evaluate(texts, labels, test, SMALL, None)
     assert (
         metrics["utility_interval"][0] < 0.5
@@ -1032,7 +1047,8 @@ def test_the_ceiling_is_of_disjoint_halves_and_beside_the_score(fake):
 def test_importing_it_stays_light():
     code = (
         "import sys, dpsynth.evaluation; "
-        "print({'mauve', 'faiss', 'torch', 'sentence_transformers', 'keras_hub', 'tensorflow'} & set(sys.modules))"
+        "print({'mauve', 'faiss', 'torch', 'sentence_transformers', 'keras_hub', 'tensorflow'} &"
+        " set(sys.modules))"
     )
     assert (
         subprocess.run(

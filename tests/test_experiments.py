@@ -77,7 +77,7 @@ print("progress", file=sys.stderr)
 
 @pytest.fixture
 def template(tmp_path, monkeypatch):
-    """Make a template out of code and let the runner use it; preflight is left out, as it looks at real data."""
+    """Make a template out of code and let the runner use it; no preflight, which looks at real data."""
 
     def make(code, parameters=None, tags=("parameters",)):
         cells = [
@@ -111,7 +111,8 @@ def config(folder, name, **values):
 
 def test_every_value_arrives_as_it_is(template, tmp_path):
     template(
-        "(folder / 'seen.json').write_text(json.dumps([sys.executable, os.getcwd(), {n: repr(globals()[n]) for n in %r}]))"
+        "(folder / 'seen.json').write_text(json.dumps([sys.executable, os.getcwd(), {n: repr(globals()[n]) "
+        "for n in %r}]))"
         % list(Settings.model_fields)
     )
     hard = "{label} \"quoted\" 'single' \\ back\\nslash\n\ttabbed\r\n– é 漢 \U0001f600 = # {braces} %d ${x} `x`\u2028end"
@@ -181,7 +182,8 @@ ENDINGS = """
 import time
 again = len(calls.read_text()) > 1
 if experiment == "b_fails" and not again: raise ValueError("no such thing\\nsecond line")
-if experiment == "c_refuses": raise __import__("dpsynth.settings").settings.DataError("train.csv, row 3: no label")
+if experiment == "c_refuses":
+    raise __import__("dpsynth.settings").settings.DataError("train.csv, row 3: no label")
 if experiment == "d_dies" and not again: os.kill(os.getpid(), 9)
 if experiment == "e_sleeps" and not again: time.sleep(600)
 """
@@ -227,7 +229,8 @@ def test_memory_settings_may_change_and_do_not_start_a_done_run_again(template, 
     path = config(tmp_path / "c", "a", epsilon=3)
     run_sweep([path], tmp_path / "runs")
     assert [
-        r["status"] for r in run_sweep([path], tmp_path / "runs", ["microbatch_size=2", "sample_batch_size=3"])
+        r["status"]
+        for r in run_sweep([path], tmp_path / "runs", ["microbatch_size=2", "sample_batch_size=3"])
     ] == ["done"]
     assert (tmp_path / "runs" / "a" / "calls").read_text() == "x"
 
@@ -280,7 +283,10 @@ def test_two_experiments_of_one_name_are_refused(template, tmp_path):
         run_sweep([config(tmp_path / "c", "a"), config(tmp_path / "d", "a")], tmp_path / "runs")
 
 
-SHADOWED = "import dpsynth, sys; (folder / 'seen').write_text(dpsynth.__file__ + str('' in sys.path or os.getcwd() in sys.path))"
+SHADOWED = (
+    "import dpsynth, sys; (folder / 'seen').write_text(dpsynth.__file__ + str('' in sys.path "
+    "or os.getcwd() in sys.path))"
+)
 
 
 def test_the_kernel_has_the_package_of_its_caller_whatever_lies_in_the_working_directory(
@@ -347,7 +353,8 @@ from dpsynth import progress
 from dpsynth.runs import timed
 import time
 progress.TICK = 0.1
-with timed(folder, "fit"), progress.Progress("fine-tune", 32, facts=lambda now: f"epsilon={now}", show=False) as bar:
+told = progress.Progress("fine-tune", 32, facts=lambda now: f"epsilon={now}", show=False)
+with timed(folder, "fit"), told as bar:
     while bar.done < 32:
         time.sleep(0.1)
         bar.update()
@@ -442,7 +449,10 @@ def test_a_run_that_was_finished_meanwhile_is_not_run_again(template, tmp_path, 
 
 
 def test_the_lock_ends_with_its_process_however_it_ends(tmp_path):
-    code = "import sys; from dpsynth.runs import locked\nwith locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    code = (
+        "import sys; from dpsynth.runs import locked\nwith locked(sys.argv[1]): print('held', "
+        "flush=True); sys.stdin.read()"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
@@ -464,7 +474,9 @@ def test_run_folders_are_checked_before_anything_runs(template, tmp_path, monkey
     (tmp_path / "runs" / spoilt).write_text("")
     lines = []
     with pytest.raises(SettingsError, match=f"{tmp_path / 'runs' / spoilt}.*: cannot be written"):
-        run_sweep([config(tmp_path / "c", "a"), config(tmp_path / "c", "b")], tmp_path / "runs", say=lines.append)
+        run_sweep(
+            [config(tmp_path / "c", "a"), config(tmp_path / "c", "b")], tmp_path / "runs", say=lines.append
+        )
     assert not lines and not (tmp_path / "runs" / "b").exists()
 
 
@@ -523,7 +535,10 @@ def test_an_interrupted_run_leaves_no_time_of_an_update(tmp_path, monkeypatch):
     )
 
 
-MEASURED = "from dpsynth.runs import forget_scores, record\nforget_scores(folder)\nrecord(folder, mauve_mean=0.7)"  # as evaluation does
+MEASURED = (  # as evaluation does
+    "from dpsynth.runs import forget_scores, record\nforget_scores(folder)\nrecord(folder, "
+    "mauve_mean=0.7)"
+)
 
 
 def test_what_only_evaluation_reads_may_change(template, tmp_path):
@@ -535,9 +550,13 @@ def test_what_only_evaluation_reads_may_change(template, tmp_path):
     write_status(prepare_folder(read_configs([path])[0], folder), "done")
     write_json(folder / "metrics.json", {"mauve_mean": 0.8, "mauve2_mean": 0.9, "steps": 5})
     other = ["second_embedder=", "num_mauve_trials=3", "utility=false"]
-    assert is_done(Run(read_configs([path])[0], folder)) and not is_done(Run(read_configs([path], other)[0], folder))
+    assert is_done(Run(read_configs([path])[0], folder)) and not is_done(
+        Run(read_configs([path], other)[0], folder)
+    )
     for repeat in range(2):
-        assert [r["status"] for r in run_sweep([path], tmp_path / "runs", other, say=lambda line: None)] == ["done"]
+        assert [r["status"] for r in run_sweep([path], tmp_path / "runs", other, say=lambda line: None)] == [
+            "done"
+        ]
         assert (folder / "calls").read_text() == "x" and read_settings(folder) == read_configs([path], other)[
             0
         ]
@@ -837,7 +856,8 @@ def test_a_table_ends_with_what_is_learnt_from_the_rows_and_has_the_line_of_gues
     for form in ("table", "markdown"):
         lines = results_table(rows, form).splitlines()
         assert lines[-1].startswith(
-            "* dp_ft: from these rows a classifier learns nothing about the label: balanced accuracy 0.510, 95 % interval 0.480 to 0.540"
+            "* dp_ft: from these rows a classifier learns nothing about the label: balanced accuracy 0.510,"
+            " 95 % interval 0.480 to 0.540"
         )
         header, ours = (
             next(

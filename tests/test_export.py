@@ -1,5 +1,5 @@
-"""Exported models: other libraries compute and tokenize what dpsynth does, the certificate goes with them, and
-what cannot be exported is refused before anything is written."""
+"""Exported models: other libraries compute and tokenize what dpsynth does, the certificate goes with them,
+and what cannot be exported is refused before anything is written."""
 
 import json
 import shutil

@@ -20,13 +20,18 @@ def in_a_process(code):
 
 
 def test_the_import_is_quick_and_loads_no_library():
-    """The least of three is compared, so that a busy machine is no failure; Python's own start is not counted."""
+    """The least of three is compared, so that a busy machine is no failure; Python's own start is not
+    counted.
+    """
     code = (
         "import sys, time; began = time.perf_counter(); import dpsynth; print(time.perf_counter() - began);"
-        "print({'jax', 'keras', 'tensorflow', 'numpy', 'pandas', 'pydantic', 'scipy'} & {*sys.modules} or 'none')"
+        "print({'jax', 'keras', 'tensorflow', 'numpy', 'pandas', 'pydantic', 'scipy'} & {*sys.modules} or"
+        " 'none')"
     )
     said = [in_a_process(code).split("\n") for _ in range(3)]
-    assert min(float(seconds) for seconds, *_ in said) < 0.5 and {loaded for _, loaded, *_ in said} == {"none"}
+    assert min(float(seconds) for seconds, *_ in said) < 0.5 and {loaded for _, loaded, *_ in said} == {
+        "none"
+    }
 
 
 def test_settings_and_errors_load_no_model_library():

@@ -1,4 +1,5 @@
-"""Files are replaced as a whole, are on disk before they have their name, and nothing half-written is left."""
+"""Files are replaced as a whole, are on disk before they have their name, and nothing half-written is
+left."""
 
 import json
 import os
@@ -31,7 +32,9 @@ WRITERS = {
 
 
 def calls_of(monkeypatch, work):
-    """Names of the calls of `work` that reach the disk or change names, with the file's own name, in their order."""
+    """Names of the calls of `work` that reach the disk or change names, with the file's own name, in
+    their order.
+    """
     seen, names = [], {}
     with monkeypatch.context() as patch:
         real = {name: getattr(os, name) for name in ("open", "fsync", "replace", "link")}

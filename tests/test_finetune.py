@@ -51,7 +51,9 @@ def test_scores_in_chunks_give_the_losses_and_gradients_of_all_at_once(micro, st
     )
 
     def found(alone, scores):
-        """Losses of rows side by side, and gradients of one row alone and of a unit of three; whether scores are computed twice."""
+        """Losses of rows side by side, and gradients of one row alone and of a unit of three; whether
+        scores are computed twice.
+        """
         monkeypatch.setattr("dpsynth.finetune.loss.one_by_one", lambda: alone)
         monkeypatch.setattr(
             "dpsynth.finetune.loss.ALONE_SCORES" if alone else "dpsynth.finetune.loss.CHUNK_SCORES", scores

@@ -1,4 +1,5 @@
-"""Formats: what a row becomes as text and what text becomes as a row, made in one place and asked by everyone."""
+"""Formats: what a row becomes as text and what text becomes as a row, made in one place and asked by
+everyone."""
 
 import pathlib
 import re
@@ -79,5 +80,7 @@ def test_training_and_sampling_ask_the_format_alone(tmp_path):
 
 def test_one_place_makes_the_format(repo):
     for path in sorted((repo / "dpsynth").rglob("*.py")):
-        made = re.search(r"\bTextFormat\(|settings\.prompt\b.*(replace|format)", path.read_text(encoding="utf-8"))
+        made = re.search(
+            r"\bTextFormat\(|settings\.prompt\b.*(replace|format)", path.read_text(encoding="utf-8")
+        )
         assert not made or path.relative_to(repo / "dpsynth") == pathlib.Path("formats/making.py"), path

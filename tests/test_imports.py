@@ -378,7 +378,9 @@ def test_a_package_that_is_not_what_was_looked_at_leaves_nothing(package, tmp_pa
 def test_one_process_makes_the_preset_and_the_other_waits(package, tmp_path, monkeypatch):
     times = []
     monkeypatch.setattr(
-        imports.packages, "_make_preset", lambda name, bundle, vocabulary, target: (times.append(name), target.mkdir())
+        imports.packages,
+        "_make_preset",
+        lambda name, bundle, vocabulary, target: (times.append(name), target.mkdir()),
     )
     held = (
         tmp_path

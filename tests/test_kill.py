@@ -1,8 +1,10 @@
-"""`dpsynth run`, killed at five random moments and started again, releases the bytes that an undisturbed run with its secret releases.
+"""`dpsynth run`, killed at five random moments and started again, releases the bytes that an undisturbed run
+with its secret releases.
 
-The runs are real ones: a runner, and a kernel that is a session of its own. A `sitecustomize` for their processes slows the work, so that a
-random moment is in the stage it is meant for, lets a checkpoint be written each second instead of each half minute, and makes ten blocks of
-what would be one; nothing is changed in how work is stored and resumed. What is not killed is run from this process.
+The runs are real ones: a runner, and a kernel that is a session of its own. A `sitecustomize` for their
+processes slows the work, so that a random moment is in the stage it is meant for, lets a checkpoint be
+written each second instead of each half minute, and makes ten blocks of what would be one; nothing is changed
+in how work is stored and resumed. What is not killed is run from this process.
 """
 
 import os
@@ -66,7 +68,8 @@ def rows(module):
 def mauve(module):
     slow(module, "mauve_score", 1.0)
 
-CHANGES = {"dpsynth.finetune.loop": loop, "dpsynth.finetune.trainer": trainer, "dpsynth.sampling.decode": decode,
+CHANGES = {"dpsynth.finetune.loop": loop, "dpsynth.finetune.trainer": trainer,
+           "dpsynth.sampling.decode": decode,
            "dpsynth.sampling.rows": rows, "dpsynth.evaluation.mauve": mauve}
 
 class Paced(SourceFileLoader):
@@ -195,7 +198,9 @@ def make(tmp_path, monkeypatch):
 
 
 def kill_the_runner_alone(run, dpsynth):
-    """The kernel is stopped meanwhile, as it would end itself when it finds out: until then, however long, it holds the run."""
+    """The kernel is stopped meanwhile, as it would end itself when it finds out: until then, however
+    long, it holds the run.
+    """
     kernel = run.kernel()
     kernel.suspend()
     run.runner.kill()

@@ -1,4 +1,5 @@
-"""What is told before money is spent: public numbers, what they mean, and only who asks sees what was counted in the rows."""
+"""What is told before money is spent: public numbers, what they mean, and only who asks sees what was counted
+in the rows."""
 
 import re
 
@@ -39,7 +40,9 @@ SHORT = {
 
 @pytest.fixture
 def configs(tmp_path, monkeypatch):
-    """Two configurations of the same experiment on rows of the same number that have nothing in common, in two folders."""
+    """Two configurations of the same experiment on rows of the same number that have nothing in common,
+    in two folders.
+    """
     monkeypatch.chdir(tmp_path)
     rows = {
         "one": [(f"a short one {i}", "positive") for i in range(60)],

@@ -1,4 +1,5 @@
-"""Every notebook runs from top to bottom, in a process of its own, in a folder that is not the repository's."""
+"""Every notebook runs from top to bottom, in a process of its own, in a folder that is not the
+repository's."""
 
 import pathlib
 

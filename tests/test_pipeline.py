@@ -39,7 +39,9 @@ def test_a_model_that_cannot_be_sampled_is_refused_before_it_is_paid_for(monkeyp
 def no_network(monkeypatch):
     monkeypatch.setattr("dpsynth.evaluation.embedders._require", lambda *names: None)
     monkeypatch.setattr(models.hubs, "in_hub_cache", lambda repository: False)
-    monkeypatch.setattr(models.hubs, "_refusal", lambda repository: ConnectionError("Name or service not known"))
+    monkeypatch.setattr(
+        models.hubs, "_refusal", lambda repository: ConnectionError("Name or service not known")
+    )
 
 
 def test_training_rows_are_not_sent_to_a_service_unasked():
@@ -78,7 +80,9 @@ MECHANISM = Mechanism(num_units=1000, expected_batch_size=64, steps=10, noise_mu
 
 
 def planned(settings):
-    """Bytes that XLA plans for what is neither weights nor batch, while a microbatch is summed; nothing runs."""
+    """Bytes that XLA plans for what is neither weights nor batch, while a microbatch is summed; nothing
+    runs.
+    """
     model = load_model("tiny")
     setup_tuning(model, settings)
     summed = (

@@ -223,7 +223,9 @@ def test_the_order_of_the_files_does_not_matter(tables):
 
 
 def people(seed, units=60, each=12):
-    """Rows of people who have a level of their own, whole people held out, and fresh rows of others: `(rows, units)` for `audit_files`."""
+    """Rows of people who have a level of their own, whole people held out, and fresh rows of others:
+    `(rows, units)` for `audit_files`.
+    """
     rng = np.random.default_rng(seed)
     who, level = np.repeat(rng.permutation(units), each), rng.normal(size=(2 * units, 3))
     rows, fresh = (
@@ -542,7 +544,9 @@ def members(seed, rows=150):
 
 
 def written_as(frame, path):
-    """The rows in a file of this kind; in Parquet days are times, in CSV and JSONL there is a byte order mark."""
+    """The rows in a file of this kind; in Parquet days are times, in CSV and JSONL there is a byte order
+    mark.
+    """
     if path.suffix == ".parquet":
         frame.assign(day=pd.to_datetime(frame["day"]), pay=frame["pay"].astype(float)).to_parquet(path)
     else:
@@ -871,7 +875,9 @@ def test_null_canary_audits_raise_few_false_alarms():
 
 
 def randomised_response(seed, epsilon, count=400):
-    """Scores that say each coin with probability e^epsilon / (1 + e^epsilon), else the opposite; and the coins."""
+    """Scores that say each coin with probability e^epsilon / (1 + e^epsilon), else the opposite; and the
+    coins.
+    """
     rng = np.random.default_rng(seed)
     included, truthful = rng.random((2, count)) < np.array([[0.5], [1 / (1 + math.exp(-epsilon))]])
     return (included == truthful).astype(float), included
@@ -1527,7 +1533,9 @@ def test_rows_that_were_dealt_by_their_text_are_judged_by_text(tmp_path):
             Records(pd.DataFrame({"text": texts[:300]}), "synthetic", ("",), {}),
             tmp_path / "release" / "synthetic.jsonl",
         )
-        return runs.audit_rows(Run(settings, tmp_path), from_frame(pd.DataFrame({"text": texts[300:]}), settings))
+        return runs.audit_rows(
+            Run(settings, tmp_path), from_frame(pd.DataFrame({"text": texts[300:]}), settings)
+        )
 
     reports = [report(seed) for seed in range(6)]
     assert all(found.verdict == "passes" for found in reports)  # each row for itself: 4 of 6 fail

@@ -59,7 +59,9 @@ def certified(folder):
 
 
 def certificate_of(changes, told, num_units=40):
-    """The certificate that this run would have with other settings; what does not follow from them is that of the run."""
+    """The certificate that this run would have with other settings; what does not follow from them is
+    that of the run.
+    """
     settings, composed = COUNTED.model_copy(update=changes), {**told["composed"], "epsilon": 0.0}
     other = make_certificate(
         make_mechanism(settings, num_units),

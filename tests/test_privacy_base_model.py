@@ -38,7 +38,10 @@ def test_overlap_with_a_corpus_is_estimated_and_stated(tmp_path):
         max(0, n) for n in json.loads((tmp_path / "dp" / "private" / "counts.json").read_text())["overlaps"]
     )
     assert abs(count - 30) < 20 and others < 20
-    told = f"about {count} of about {count + others} units of 50 words or more share a run of 50 with corpus.jsonl"
+    told = (
+        f"about {count} of about {count + others} units of 50 words or more share a run of 50 with "
+        f"corpus.jsonl"
+    )
     assert told in certificate["base_model"]["contamination"]
     assert "units that overlap the corpus" in [a["what"] for a in certificate["accesses"]]
 

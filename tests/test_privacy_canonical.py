@@ -1,4 +1,5 @@
-"""Line 16: rows and persons are recognised in a canonical form, in the ledger and in units; an older ledger keeps what it knows."""
+"""Line 16: rows and persons are recognised in a canonical form, in the ledger and in units; an older ledger
+keeps what it knows."""
 
 import gzip
 import json
@@ -52,11 +53,22 @@ def ledger(tmp_path):
 # the form
 
 
-@pytest.mark.parametrize("spellings", [
-    ("1", "1.0", "01.0", "+1", "1e0", "10E-1", " 1 ", "1.", "١", "１"), ("-1", "-1.0", "\u22121", "-01"), ("0", "-0", "0.00", "0e7"), ("0.5", ".5", "5e-1"),
-    ("100000", "1e5", "1E+5"), ("Ann", "ann ", "\tANN", "Ａｎｎ", "ann\ufe0f", "a\u200bnn", "ann."), ("José", "Jose\u0301", "JOSÉ"), ("!!!", " !!! "),
-    ("it was fine", "It was fine.", "It  was\r\nfine!", "\u201cIt was fine\u201d"), ("straße", "STRASSE"), ("1" + 5000 * "0", "1" + 5000 * "0" + ".0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spellings",
+    [
+        ("1", "1.0", "01.0", "+1", "1e0", "10E-1", " 1 ", "1.", "١", "１"),
+        ("-1", "-1.0", "\u22121", "-01"),
+        ("0", "-0", "0.00", "0e7"),
+        ("0.5", ".5", "5e-1"),
+        ("100000", "1e5", "1E+5"),
+        ("Ann", "ann ", "\tANN", "Ａｎｎ", "ann\ufe0f", "a\u200bnn", "ann."),
+        ("José", "Jose\u0301", "JOSÉ"),
+        ("!!!", " !!! "),
+        ("it was fine", "It was fine.", "It  was\r\nfine!", "\u201cIt was fine\u201d"),
+        ("straße", "STRASSE"),
+        ("1" + 5000 * "0", "1" + 5000 * "0" + ".0"),
+    ],
+)
 def test_one_value_has_one_form_however_it_is_written(spellings):
     assert len({canonical(text) for text in spellings}) == 1
 
@@ -114,10 +126,19 @@ def test_the_form_of_a_form_is_itself():
 
 TEXTS = ["It was fine, Zoë said.", "Two goals\nafter rain", "12", "?!", "Nothing else"]
 REWRITTEN = {
-    "blanks": [f"  {text} " for text in TEXTS], "case": [text.upper() for text in TEXTS], "line ends": [text.replace("\n", "\r\n") for text in TEXTS],
-    "decomposed": [unicodedata.normalize("NFD", text) for text in TEXTS], "a full stop less": [text.rstrip(".") for text in TEXTS],
-    "a number in another type": ["It was fine, Zoë said.", "Two goals\nafter rain", "12.0", "?!", "Nothing else"],
-}  # fmt: skip
+    "blanks": [f"  {text} " for text in TEXTS],
+    "case": [text.upper() for text in TEXTS],
+    "line ends": [text.replace("\n", "\r\n") for text in TEXTS],
+    "decomposed": [unicodedata.normalize("NFD", text) for text in TEXTS],
+    "a full stop less": [text.rstrip(".") for text in TEXTS],
+    "a number in another type": [
+        "It was fine, Zoë said.",
+        "Two goals\nafter rain",
+        "12.0",
+        "?!",
+        "Nothing else",
+    ],
+}
 
 
 @pytest.mark.parametrize("how", REWRITTEN)
@@ -239,7 +260,9 @@ OLD_PEOPLE = ["Ann", "ann ", "bob", "1", "1.0", "Cem"]
 
 @pytest.fixture
 def old(tmp_path):
-    """A ledger of version 3: 4 spent on `visits` under a cap of 5, and 2 on `people`, whose unit is `user`."""
+    """A ledger of version 3: 4 spent on `visits` under a cap of 5, and 2 on `people`, whose unit is
+    `user`.
+    """
     path = tmp_path / "ledger.sqlite"
     path.write_bytes(gzip.decompress(ASSET.read_bytes()))
     path.with_name("ledger.sqlite.key").write_bytes(bytes.fromhex(KEY))
@@ -301,7 +324,9 @@ def test_units_of_an_old_ledger_keep_their_spending_and_fall_together(old):
 
 
 def test_what_an_old_and_a_new_spelling_had_spent_comes_together(old):
-    """The bytes of a new spelling were never in the old ledger, so it is a new row, until the old one comes and is seen to be the same."""
+    """The bytes of a new spelling were never in the old ledger, so it is a new row, until the old one
+    comes and is seen to be the same.
+    """
     shouted = register(old, records(["ANNA went home!", "new"]))
     assert old.spent(shouted) == 0
     spend(old, shouted, 0.5, "since")

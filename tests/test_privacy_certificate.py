@@ -136,7 +136,9 @@ OTHERS = {
     int: lambda old: [old + 1, 0, -1, float(old)],
     float: lambda old: [old / 2, -old, 0.0],
 }
-HARMLESS = {  # what may be stated otherwise without saying more than is so, or what nothing else says: the hashes and the signature of the manifest do
+# what may be stated otherwise without saying more than is so, or what nothing else says: the hashes and the
+# signature of the manifest do
+HARMLESS = {
     "name": "which run this is",
     "choices/tuned_on": "what the operator says",
     "base_model/name": "which model it is",
@@ -154,7 +156,8 @@ HARMLESS = {  # what may be stated otherwise without saying more than is so, or 
     "choices/dtype": "how exact the base weights are",
     "composed": "what the ledger held",
     "base_model/found": "noised counts, released as such",
-    "base_model/import": "which file it came from: what dpsynth knows of a name is asked for in a test of its own",
+    "base_model/import": "which file it came from: what dpsynth knows of a name is asked for in a test of "
+                         "its own",
     "audit": "what the audit found: a refutation counts, the rest is not relied upon",
     "mechanism/clip": "norms of 1 either way",
 }
@@ -238,7 +241,10 @@ def parameters(certificate):
 
 
 def test_no_field_can_be_changed_alone_unless_nothing_follows_from_it(monkeypatch):
-    """Field by field: changed, taken away, something added. Recomputing takes long, and other tests are about it: here less than before is too little."""
+    """Field by field: changed, taken away, something added.
+
+    Recomputing takes long, and other tests are about it: here less than before is too little.
+    """
     import dpsynth.certificate
 
     some = IMDB.model_copy(update={"bands": "4", "canaries": 60})
@@ -656,7 +662,8 @@ def test_releases_without_privacy_are_said_beside_the_composition(tmp_path):
     certificate = full_certificate()
     write_certificate(certificate, tmp_path)
     assert (
-        "over 3 run(s), and 4 that protect other units: what those cost is not in it, and 2 release(s) WITHOUT privacy: with those there is no guarantee, by the owner's ledger"
+        "over 3 run(s), and 4 that protect other units: what those cost is not in it, and 2 release(s)"
+        " WITHOUT privacy: with those there is no guarantee, by the owner's ledger"
         in certificate.markdown()
     )
     assert "cannot be recomputed from this certificate alone" in certificate["composed"]["basis"]

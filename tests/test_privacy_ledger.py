@@ -1,4 +1,5 @@
-"""What the ledger promises: composition per unit, caps, states, and that no kill and no race loses, doubles or overdraws a charge."""
+"""What the ledger promises: composition per unit, caps, states, and that no kill and no race loses, doubles
+or overdraws a charge."""
 
 import collections
 import dataclasses
@@ -358,7 +359,9 @@ def spend_in_parts(ledger, dataset, run_id):
 
 
 def released_after(folder, april, may):
-    """What is said outside after one run on each of two lists of rows, while the rows of May have a past under another name."""
+    """What is said outside after one run on each of two lists of rows, while the rows of May have a past
+    under another name.
+    """
     ledger = Ledger(folder / "ledger.sqlite")
     spend(ledger, ledger.register("elsewhere", rows(range(100)), DELTA), pure(4.0), "else")
     for run_id, content in (("a", april), ("b", may)):
@@ -604,7 +607,8 @@ def test_cap_refuses_before_it_is_crossed_and_says_everything(ledger, film):
     spend(ledger, film, pure(2.0), "a")
     with pytest.raises(
         BudgetError,
-        match=r"'film': epsilon 2 is spent.*asks 1, together 3 at delta 1e-05, over the cap 2.5; use a smaller",
+        match=r"'film': epsilon 2 is spent.*asks 1, together 3 at delta 1e-05, over the cap 2.5; use a "
+              r"smaller",
     ) as caught:
         ledger.plan("b", film, pure(1.0))
     assert "\n" not in str(caught.value) and len(ledger.releases(film)) == 1
@@ -784,7 +788,9 @@ def test_only_reservations_known_to_be_dead_are_freed(ledger, film, change, free
 
 
 def test_charging_needs_no_accountant(ledger):
-    """A run without a cap, or with remembered answers, is charged without the two seconds that dp_accounting takes to import."""
+    """A run without a cap, or with remembered answers, is charged without the two seconds that
+    dp_accounting takes to import.
+    """
     code = """
 import sys
 from dpsynth.ledger import Ledger
@@ -824,7 +830,10 @@ def test_asking_registers_nothing_and_makes_no_ledger(tmp_path):
 
 def test_newcomers_are_asked_about_like_registered_rows(ledger, film):
     spend(ledger, film, pure(0.5), "old")
-    both = [NewDataset("left", rows(range(90, 200)), DELTA), NewDataset("right", rows(range(150, 300)), DELTA)]
+    both = [
+        NewDataset("left", rows(range(90, 200)), DELTA),
+        NewDataset("right", rows(range(150, 300)), DELTA),
+    ]
     asked = ledger.totals_after([(newcomer, pure(1.0)) for newcomer in both])
     assert [dataset.name for dataset in ledger.datasets()] == ["film"] and len(ledger.releases(film)) == 1
     known = [ledger.register(newcomer.name, newcomer.units, newcomer.delta) for newcomer in both]
@@ -1121,7 +1130,8 @@ def test_command_on_an_empty_ledger_and_with_copies(monkeypatch, tmp_path):
     assert "contributed all 2 of one, epsilon is 1" in ledger_command("copied")
 
 
-# many processes, killed at random: the functions below run in a process of their own, which has imported nothing that must not fork
+# many processes, killed at random: the functions below run in a process of their own, which has imported
+# nothing that must not fork
 
 SLOTS, KILLS, CHARGE = 16, 110, pure(0.1)
 DATASETS = {
@@ -1147,7 +1157,10 @@ def fork(work, *arguments):
 
 
 def charge(path, log, slot, generation):
-    """Charge run after run until every data set is full. Even slots resume the runs of their predecessors, odd slots start new ones."""
+    """Charge run after run until every data set is full.
+
+    Even slots resume the runs of their predecessors, odd slots start new ones.
+    """
     ledger, full = Ledger(path), set()
     first = max(0, len(log.read_text().splitlines()) - 2) if slot % 2 == 0 and log.exists() else 0
     with open(log, "a", buffering=1) as file:
@@ -1167,7 +1180,10 @@ def charge(path, log, slot, generation):
 
 
 def storm(path, logs):
-    """16 processes charge one ledger; at random times one is killed and another takes its place. Returns the number of kills."""
+    """16 processes charge one ledger; at random times one is killed and another takes its place.
+
+    Returns the number of kills.
+    """
     chance, kills = random.Random(1), 0
     generations = collections.Counter()
     running = {slot: fork(charge, path, logs / str(slot), slot, 0) for slot in range(SLOTS)}
@@ -1185,7 +1201,9 @@ def storm(path, logs):
 
 
 def prepare(path, room, cap):
-    """The data sets, their caps, and every answer of the accountant that will be needed: what is tested is the file."""
+    """The data sets, their caps, and every answer of the accountant that will be needed: what is tested
+    is the file.
+    """
     ledger = Ledger(path)
     for name, units in DATASETS.items():
         ledger.register(name, units, DELTA)
@@ -1226,7 +1244,8 @@ def test_sixteen_processes_and_a_hundred_kills(tmp_path):
         )
         counts = dict(
             db.execute(
-                "SELECT name, COUNT(started) FROM datasets JOIN releases ON dataset = datasets.id GROUP BY name"
+                "SELECT name, COUNT(started) FROM datasets JOIN releases ON dataset = datasets.id GROUP BY"
+                " name"
             )
         )
     db.close()

@@ -76,7 +76,8 @@ def test_a_run_without_privacy_is_charged_and_certificates_of_the_same_data_say_
     (line,) = spending([survey(RUN)], tmp_path)
     assert "1 run(s) on frame bring what is spent to epsilon 8" in line or "epsilon 7.99" in line
     assert re.search(
-        r"0 earlier run\(s\) included; these charge (8|7.99\d) of it, and it has no cap; and 1 run\(s\) WITHOUT privacy on frame: with those "
+        r"0 earlier run\(s\) included; these charge (8|7.99\d) of it, and it has no cap; and 1 run\(s\) "
+        r"WITHOUT privacy on frame: with those "
         "there is no guarantee$",
         line,
     )
@@ -105,7 +106,11 @@ def test_a_certificate_composes_runs_of_its_own_unit_and_counts_the_others(tmp_p
     rows = groups_of_rows(["a", "b", "c"])
     said = []
     for settings in (RUN, by_user):
-        finetune_run(Run(settings, tmp_path / settings.experiment), from_frame(rows, settings, test=rows[:3].assign(user="x")), progress=False)
+        finetune_run(
+            Run(settings, tmp_path / settings.experiment),
+            from_frame(rows, settings, test=rows[:3].assign(user="x")),
+            progress=False,
+        )
         certificate = read_certificate(tmp_path / settings.experiment / "release" / "certificate.json")
         composed = certificate["composed"]
         assert composed["epsilon"] == pytest.approx(certificate["epsilon"], rel=1e-3)
@@ -212,13 +217,15 @@ def test_what_is_charged_is_said_before_and_what_is_left_on_a_terminal_only(
     announce(Run(RUN, tmp_path / "dp_ft"), data.train)
     public, *private = capsys.readouterr().err.splitlines()
     assert re.fullmatch(
-        r"privacy: dp_ft will charge epsilon (8|7.99\d) at delta 1e-05 to frame in the ledger of this folder of runs",
+        r"privacy: dp_ft will charge epsilon (8|7.99\d) at delta 1e-05 to frame in the ledger of this folder "
+        r"of runs",
         public,
     )
     if terminal:
         assert (
             re.fullmatch(
-                r"privacy: 1 run\(s\) on frame bring what is spent to epsilon 1[01]\S* at delta 1e-05, 1 earlier run\(s\) included; these charge "
+                r"privacy: 1 run\(s\) on frame bring what is spent to epsilon 1[01]\S* at delta 1e-05, 1 "
+                r"earlier run\(s\) included; these charge "
                 r"(8|7.99\d) of it, and (9|9.0\d+|8.99\d) of the cap 20 is then left",
                 private[0],
             )
@@ -252,7 +259,8 @@ def test_rows_that_have_spent_more_than_the_certificate_composes_are_told_on_a_t
     warn_of_untold(Run(RUN, folder))
     out, err = capsys.readouterr()
     assert out == "" and re.fullmatch(
-        r"for you only: rows of frame have spent epsilon 1[01]\S* at delta 1e-05 in all; the certificate composes (8|7.99\d), "
+        r"for you only: rows of frame have spent epsilon 1[01]\S* at delta 1e-05 in all; the certificate "
+        r"composes (8|7.99\d), "
         r"of what was released as frame with the unit row; `dpsynth ledger` lists the rest\n",
         err,
     )

@@ -1,4 +1,5 @@
-"""Line 14: what is released is what the certificate speaks of, and nothing that was damaged, shortened or exchanged passes for it."""
+"""Line 14: what is released is what the certificate speaks of, and nothing that was damaged, shortened or
+exchanged passes for it."""
 
 import json
 import os

@@ -15,12 +15,16 @@ from dpsynth.settings import SettingsError
 @pytest.mark.parametrize("generator", ["prompt", "real_train"])
 def test_what_is_not_fine_tuned_is_not_trained(tmp_path, generator):
     with pytest.raises(SettingsError, match="generator"):
-        finetune_run(Run(RUN.model_copy(update={"generator": generator}), tmp_path / "dp"), splits(), progress=False)
+        finetune_run(
+            Run(RUN.model_copy(update={"generator": generator}), tmp_path / "dp"), splits(), progress=False
+        )
     assert not (tmp_path / "dp").exists()
 
 
 def test_a_model_trained_without_privacy_says_so_beside_its_weights(tmp_path):
-    finetune_run(Run(RUN.model_copy(update={"epsilon": math.inf}), tmp_path / "run"), splits(), progress=False)
+    finetune_run(
+        Run(RUN.model_copy(update={"epsilon": math.inf}), tmp_path / "run"), splits(), progress=False
+    )
     assert (tmp_path / "run" / "release" / "NOT_PRIVATE.md").exists()
     assert "without differential privacy" in (tmp_path / "run" / "release" / "NOT_PRIVATE.md").read_text()
     assert not (tmp_path / "run" / "release" / "certificate.json").exists()
@@ -70,5 +74,7 @@ def test_rows_of_a_fine_tuned_model_are_marked_if_it_was_trained_without_privacy
 
 
 def test_without_privacy_there_is_no_certificate(tmp_path):
-    finetune_run(Run(RUN.model_copy(update={"epsilon": math.inf}), tmp_path / "plain"), splits(), progress=False)
+    finetune_run(
+        Run(RUN.model_copy(update={"epsilon": math.inf}), tmp_path / "plain"), splits(), progress=False
+    )
     assert not (tmp_path / "plain" / "release" / "certificate.json").exists()

@@ -21,7 +21,9 @@ from dpsynth.state import file_hash
 
 
 def without_hashes(file):
-    """A file's content without the hashes of what is released with it, which follow from that alone; any other hash stays."""
+    """A file's content without the hashes of what is released with it, which follow from that alone; any
+    other hash stays.
+    """
     content, release = file.read_bytes(), file.parent
     if release.name == "release":
         known = [

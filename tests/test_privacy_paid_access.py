@@ -120,7 +120,9 @@ def test_a_private_number_of_units_needs_a_delta_that_does_not_follow_from_it():
 
 
 def people(settings):
-    """Twelve people with four rows each, of both labels; three of them repeat a text of 60 words in all their rows."""
+    """Twelve people with four rows each, of both labels; three of them repeat a text of 60 words in all
+    their rows.
+    """
     long = " ".join(f"word{i}" for i in range(60))
     rows = pd.DataFrame(
         [
@@ -214,7 +216,9 @@ def some(count, settings=HIDDEN):
 
 
 def told_before_a_run(settings, count, folder, capfd):
-    """All that somebody sees who checks and begins a run on so many rows: lines, output, what the ledger says of the rows."""
+    """All that somebody sees who checks and begins a run on so many rows: lines, output, what the ledger
+    says of the rows.
+    """
     data = some(count, settings)
     found = Survey(settings, load=lambda settings: data)
     lines = spending([found], folder)
@@ -268,7 +272,8 @@ def test_whether_a_run_goes_on_depends_on_the_paid_estimate_alone(
     assert [release.title for release in ledger.charged(ledger.datasets()[0])] == ["dp_ft: counts"]
     if not goes_on:
         assert str(refused.value) == (
-            "setting batch_size: 30 is more than the 29 training units (the number of units is the estimate that this run "
+            "setting batch_size: 30 is more than the 29 training units (the number of units is the estimate"
+            " that this run "
             "was charged for)"
         )
 
@@ -291,7 +296,9 @@ def test_an_audit_asks_for_enough_units_by_the_estimate(tmp_path):
         (tmp_path / "release" / "certificate.json").write_text(
             json.dumps({"num_units": estimate}), encoding="utf-8"
         )
-        assert {enough_rows(Run(HIDDEN, tmp_path), splits_of(count)) for count in (5, 19, 20, 400)} == {enough}
+        assert {enough_rows(Run(HIDDEN, tmp_path), splits_of(count)) for count in (5, 19, 20, 400)} == {
+            enough
+        }
     assert [enough_rows(Run(RUN, tmp_path), splits_of(count)) for count in (19, 20)] == [False, True]
     assert any("whether a run was refused" in line for line in NOT_COVERED)
 
@@ -319,7 +326,9 @@ def test_label_shares_are_shares_whatever_the_noise_did():
 
 def test_an_exact_number_of_units_that_was_paid_to_be_hidden_is_in_no_file(tmp_path):
     settings = RUN.model_copy(update={"unit_count": "private", "delta": 1e-3, "access_share": 0.2})
-    fit_stage(Run(settings, tmp_path / "dp"), load_stage(Run(settings, tmp_path / "dp"), splits(settings=settings)))
+    fit_stage(
+        Run(settings, tmp_path / "dp"), load_stage(Run(settings, tmp_path / "dp"), splits(settings=settings))
+    )
     metrics = json.loads((tmp_path / "dp" / "metrics.json").read_text())
     assert "train_units" not in metrics and 40 not in metrics.values()
     (tmp_path / "dp" / "private" / "counts.json").unlink()

@@ -1,4 +1,5 @@
-"""Line 14, the private half: what a run keeps under `private/` belongs to that run, and nothing else is read."""
+"""Line 14, the private half: what a run keeps under `private/` belongs to that run, and nothing else is
+read."""
 
 import json
 import math
@@ -175,7 +176,9 @@ def test_a_file_under_the_name_of_another_is_refused(tmp_path):
 
 
 def killed_at(monkeypatch, call, work):
-    """Do some work that is killed at the n-th call that changes names or waits for the disk; returns whether it was."""
+    """Do some work that is killed at the n-th call that changes names or waits for the disk; returns
+    whether it was.
+    """
     left = [call]
 
     def count(whole):
@@ -271,7 +274,9 @@ KEPT = {"identity.json", "tokens", "checkpoint.npz", "canary_coins", "counts.jso
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """The folder of a run that was stopped after four of its updates, and the model as it is before training."""
+    """The folder of a run that was stopped after four of its updates, and the model as it is before
+    training.
+    """
     with pytest.MonkeyPatch.context() as patch:
         loaded = dpsynth.finetune.prepare_with_hash(FULL)
         folder = stopped(patch, FULL, splits(settings=FULL), tmp_path_factory.mktemp("runs") / "dp", after=4)
@@ -332,7 +337,8 @@ def test_what_can_be_made_again_gives_the_same_bytes(begun, tmp_path):
     )
 
 
-# what a run draws follows from its secret and from every part of its identity, and from nothing that is public
+# what a run draws follows from its secret and from every part of its identity, and from nothing that is
+# public
 
 
 def test_a_run_is_another_run_where_any_part_of_its_identity_is_another(tmp_path):

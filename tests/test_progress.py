@@ -1,4 +1,5 @@
-"""What is told while one waits: on a clock, in steps of several updates, and nothing else computed from private rows."""
+"""What is told while one waits: on a clock, in steps of several updates, and nothing else computed from
+private rows."""
 
 import re
 import subprocess
@@ -34,7 +35,9 @@ def test_each_told_step_covers_several_updates_of_this_attempt(total, begun):
 
 
 def test_what_is_shown_does_not_depend_on_how_long_each_update_took():
-    """Two trainings whose updates took very different times, but in groups as long: the same line at each tick."""
+    """Two trainings whose updates took very different times, but in groups as long: the same line at each
+    tick.
+    """
     even, uneven = ([0.0, 8, 16, 24, 32], [0.0, 9.9, 17.1, 27.9, 32])
     lines = []
     for counts in (even, uneven):
@@ -70,7 +73,9 @@ PUBLIC = r"fine-tune, (0|8|16|24) of 24 updates, sigma=1 epsilon=[\d.]+/20(, abo
 
 
 def test_a_training_tells_updates_noise_and_epsilon_and_nothing_else(micro, store, tmp_path, monkeypatch):
-    """Neither a count of clipped gradients, nor a loss, nor how large a batch was, nor a figure of a single update."""
+    """Neither a count of clipped gradients, nor a loss, nor how large a batch was, nor a figure of a
+    single update.
+    """
     states = []
     monkeypatch.setattr(progress, "TICK", 0.02)
     token = progress.REPORT.set(states.append)
@@ -139,7 +144,8 @@ def test_results_watch_shows_how_far_and_ends_with_the_runs(tmp_path, monkeypatc
     )
     other = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
     write_json(
-        folder / "status.json", {"state": "running", "reason": "", "started": progress.now(), "pid": other.pid}
+        folder / "status.json",
+        {"state": "running", "reason": "", "started": progress.now(), "pid": other.pid},
     )
     assert read_status(folder)["reason"] == "fit, 16 of 40 updates, epsilon=1/8, about 2 minutes left"
 

@@ -91,7 +91,9 @@ CLEAN_UP = "folder.cleanup()"
 
 
 def says_nothing(source):
-    """Whether nothing is to be seen of a cell by its nature: only imports and definitions, an assertion, or a folder that is removed."""
+    """Whether nothing is to be seen of a cell by its nature: only imports and definitions, an assertion,
+    or a folder that is removed.
+    """
     tree = ast.parse(re.sub(r"^\s*[%!].*", "", source, flags=re.M))
     quiet = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
     asserts = any(isinstance(node, ast.Assert) for node in ast.walk(tree))
@@ -99,7 +101,9 @@ def says_nothing(source):
 
 
 def unexecuted(notebook):
-    """Sources of the cells of a notebook that lack their output; all of its code cells if it has none at all."""
+    """Sources of the cells of a notebook that lack their output; all of its code cells if it has none at
+    all.
+    """
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     cells = [
         c
@@ -297,9 +301,14 @@ def test_no_undefined_or_unused_names(repo):
     )
 
 
-@pytest.mark.parametrize("module", ["dpsynth.runs.sweep", "dpsynth.runs.table", "dpsynth.evaluation.usefulness"])
+@pytest.mark.parametrize(
+    "module", ["dpsynth.runs.sweep", "dpsynth.runs.table", "dpsynth.evaluation.usefulness"]
+)
 def test_a_table_of_results_waits_for_no_model_library(module):
-    code = f"import sys, {module}; print({{'jax', 'keras', 'sklearn', 'tensorflow'}} & {{*sys.modules}} or 'none')"
+    code = (
+        f"import sys, {module}; print({{'jax', 'keras', 'sklearn', 'tensorflow'}} & "
+        f"{{*sys.modules}} or 'none')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "none", done.stdout + done.stderr
 

@@ -71,7 +71,7 @@ def rows_of(settings):
     return train.texts, train.labels.tolist()
 
 
-# ---- labels are what they are, whoever wrote them ------------------------------------------------------------------------
+# ---- labels are what they are, whoever wrote them --------------------------------------------
 
 WRITTEN = {
     "csv of floats": lambda t: write("a.csv", t.assign(label=t.label.astype(float)).to_csv(index=False)),
@@ -119,8 +119,20 @@ def test_a_label_is_read_as_every_writer_has_it(writer, names):
     assert rows_of(make_settings({"data": path, "epsilon": 1, "label_names": names})) == (TEXTS, LABELS)
 
 
-@pytest.mark.parametrize("values", [[False, True], np.array([False, True]), pd.array([False, True], "boolean"), [np.False_, np.True_], ["false", "TRUE"],
-                                    pd.Categorical([False, True]), np.array([0, 1], "float32"), ["0.0", "1.0"], [b"0", b"1"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "values",
+    [
+        [False, True],
+        np.array([False, True]),
+        pd.array([False, True], "boolean"),
+        [np.False_, np.True_],
+        ["false", "TRUE"],
+        pd.Categorical([False, True]),
+        np.array([0, 1], "float32"),
+        ["0.0", "1.0"],
+        [b"0", b"1"],
+    ],
+)
 def test_a_label_of_a_frame_is_read_as_that_of_a_file(values):
     frame = pd.DataFrame({"text": ["a", "b"], "label": values})
     assert from_frame(frame, Settings(), test=frame).train.labels.tolist() == [0, 1]
@@ -162,8 +174,16 @@ def test_names_with_commas_that_were_not_quoted_are_shown_one_by_one():
     assert said.endswith("not one of 'Arts', 'Crafts & Sewing', 'Books'; write names with commas as a list")
 
 
-@pytest.mark.parametrize("text, names", [("[a, b]", ("a", "b")), ("[1, 2]", ("1", "2")), ("[yes, no]", ("yes", "no")), ("[true, false]", ("true", "false")),
-                                         ("\n- 'x: y'\n- \"- z\"", ("x: y", "- z"))])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        ("[a, b]", ("a", "b")),
+        ("[1, 2]", ("1", "2")),
+        ("[yes, no]", ("yes", "no")),
+        ("[true, false]", ("true", "false")),
+        ("\n- 'x: y'\n- \"- z\"", ("x: y", "- z")),
+    ],
+)
 def test_names_may_be_a_list_in_yaml(text, names):
     write("x.yaml", f"label_names: {text}\nlabel_prior: [1, 3]\n")
     assert load_settings("x.yaml").labels == names and load_settings("x.yaml").prior() == (0.25, 0.75)
@@ -174,7 +194,7 @@ def test_a_list_of_names_that_is_none_is_one_line(names):
     assert "label_names" in refusal(make_settings, {"label_names": names}, kind=SettingsError)
 
 
-# ---- files ------------------------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------
 
 SIGNS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
 
@@ -209,8 +229,12 @@ def test_quotes_may_be_part_of_the_texts():
     )
 
 
-PACKED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
-          ".zst": lambda content: bytes(pa.compress(content, "zstd", asbytes=True))}  # fmt: skip
+PACKED = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: bytes(pa.compress(content, "zstd", asbytes=True)),
+}
 
 
 def zipped(content, *names):
@@ -276,7 +300,7 @@ def test_excel_needs_its_extra(monkeypatch):
     )
 
 
-# ---- rows without a text or a label -----------------------------------------------------------------------------------------
+# ---- rows without a text or a label ----------------------------------------------------------
 
 GAPS = {1: {"text": ""}, 2: {"text": None}, 3: {"label": None}, 4: {"text": "  "}}
 
@@ -295,8 +319,11 @@ def test_gaps_are_left_out_on_request_and_move_no_other_row(kind, unit):
     for gaps in ({}, GAPS):
         frame = with_gaps(gaps)
         if kind != "frame":
-            path = {"csv": lambda: write("x.csv", frame.to_csv(index=False)), "parquet": lambda: frame.astype("string").to_parquet("x.parquet") or "x.parquet",
-                    "jsonl": lambda: write("x.jsonl", frame.to_json(orient="records", lines=True))}[kind]()  # fmt: skip
+            path = {
+                "csv": lambda: write("x.csv", frame.to_csv(index=False)),
+                "parquet": lambda: frame.astype("string").to_parquet("x.parquet") or "x.parquet",
+                "jsonl": lambda: write("x.jsonl", frame.to_json(orient="records", lines=True)),
+            }[kind]()
             splits.append(load(settings.model_copy(update={"data": path})))
         else:
             splits.append(from_frame(frame, settings))
@@ -339,12 +366,16 @@ def test_a_row_is_named_as_its_file_has_it():
     ]
 
 
-# ---- columns that no setting names ------------------------------------------------------------------------------------------
+# ---- columns that no setting names -----------------------------------------------------------
 
 LEFT = {
-    "csv": lambda t: write("x.csv", t.to_csv(index=False)), "tsv": lambda t: write("x.tsv", t.to_csv(index=False, sep="\t")),
-    "json": lambda t: write("x.json", t.to_json(orient="records")), "jsonl": lambda t: write("x.jsonl", t.to_json(orient="records", lines=True)),
-    "parquet": lambda t: t.to_parquet("x.parquet") or "x.parquet", "xlsx": lambda t: excel("x.xlsx", t)}  # fmt: skip
+    "csv": lambda t: write("x.csv", t.to_csv(index=False)),
+    "tsv": lambda t: write("x.tsv", t.to_csv(index=False, sep="\t")),
+    "json": lambda t: write("x.json", t.to_json(orient="records")),
+    "jsonl": lambda t: write("x.jsonl", t.to_json(orient="records", lines=True)),
+    "parquet": lambda t: t.to_parquet("x.parquet") or "x.parquet",
+    "xlsx": lambda t: excel("x.xlsx", t),
+}
 
 
 @pytest.mark.parametrize("kind", LEFT)
@@ -380,7 +411,7 @@ def test_check_and_run_and_fit_tell_which_columns_are_left_out(dpsynth, refused,
             Synthesizer("run", epsilon=8, columns="ignore").fit(given, "rows")
 
 
-# ---- tables in memory -------------------------------------------------------------------------------------------------------
+# ---- tables in memory ------------------------------------------------------------------------
 
 TABLE = pd.DataFrame({"text": TEXTS, "label": LABELS})
 
@@ -402,10 +433,19 @@ class Stream:
 
 TABLES = {
     "stream of Arrow": Stream,
-    "list of dicts": lambda t: t.to_dict("records"), "tuple of dicts": lambda t: tuple(t.to_dict("records")), "dict of lists": lambda t: t.to_dict("list"),
-    "dict of arrays": lambda t: {name: t[name].to_numpy() for name in t}, "dict of Series": lambda t: dict(t.items()), "Arrow table": pa.Table.from_pandas,
-    "Arrow batch": pa.RecordBatch.from_pandas, "datasets": dataset, "Polars": polars, "extension types": lambda t: t.convert_dtypes(),
-    "Arrow types": lambda t: t.convert_dtypes(dtype_backend="pyarrow"), "categories": lambda t: t.astype("category")}  # fmt: skip
+    "list of dicts": lambda t: t.to_dict("records"),
+    "tuple of dicts": lambda t: tuple(t.to_dict("records")),
+    "dict of lists": lambda t: t.to_dict("list"),
+    "dict of arrays": lambda t: {name: t[name].to_numpy() for name in t},
+    "dict of Series": lambda t: dict(t.items()),
+    "Arrow table": pa.Table.from_pandas,
+    "Arrow batch": pa.RecordBatch.from_pandas,
+    "datasets": dataset,
+    "Polars": polars,
+    "extension types": lambda t: t.convert_dtypes(),
+    "Arrow types": lambda t: t.convert_dtypes(dtype_backend="pyarrow"),
+    "categories": lambda t: t.astype("category"),
+}
 
 
 @pytest.mark.parametrize("kind", TABLES)
@@ -431,7 +471,7 @@ def test_fit_takes_columns_that_are_numbers(caught):
     assert synthesizer._records(table, "rows").texts == table[0].tolist()
 
 
-# ---- no message quotes a row ------------------------------------------------------------------------------------------------
+# ---- no message quotes a row -----------------------------------------------------------------
 
 SECRET, NUMBER, DATE, KEY = "sesame77", 918273645, "1987-06-05", "keyword88"
 PLACE = "/home/sesame77/keyword88.csv"
@@ -476,14 +516,26 @@ LEAKS = {  # what is wrong -> file, content, settings
     "not UTF-8": ("a.csv", f"text,label\n{SECRET} caf".encode() + b"\xe9,1\n", {}),
     "empty text": ("a.csv", f"text,label,who\n,1,{SECRET}\n", {"unit": "who"}),
     "empty unit": ("a.csv", f"text,label,who\n{SECRET},1,\n", {"unit": "who"}),
-    "unit of a wrong type": ("a.jsonl", jsonl({"text": SECRET, "label": 1, "who": {KEY: [NUMBER]}}), {"unit": "who"}),
-    "unit that is half a number": ("a.jsonl", jsonl({"text": SECRET, "label": 1, "who": NUMBER + 0.5}), {"unit": "who"}),
+    "unit of a wrong type": (
+        "a.jsonl",
+        jsonl({"text": SECRET, "label": 1, "who": {KEY: [NUMBER]}}),
+        {"unit": "who"},
+    ),
+    "unit that is half a number": (
+        "a.jsonl",
+        jsonl({"text": SECRET, "label": 1, "who": NUMBER + 0.5}),
+        {"unit": "who"},
+    ),
     "one row": ("a.csv", f"text,label\n{SECRET},1\n", {}),
     "one unit": ("a.csv", f"text,label,who\n{KEY},1,{SECRET}\n{KEY},0,{SECRET}\n", {"unit": "who"}),
     "keys of another name": ("a.jsonl", jsonl({KEY: SECRET, "label": 1}), {}),
     "a key more": ("a.jsonl", jsonl({"text": "a", "label": 1, KEY: SECRET}, {"text": "b", "label": 1}), {}),
     "a key twice": ("a.jsonl", f'{{"text": "a", "label": 1, "{KEY}": 1, "{KEY}": "{SECRET}"}}\n', {}),
-    "a key twice in a list": ("a.json", f'[{{"text": "a", "label": 1, "{KEY}": 1, "{KEY}": "{SECRET}"}}]', {}),
+    "a key twice in a list": (
+        "a.json",
+        f'[{{"text": "a", "label": 1, "{KEY}": 1, "{KEY}": "{SECRET}"}}]',
+        {},
+    ),
     "a text instead of an object": ("a.jsonl", f'"{SECRET}"\n', {}),
     "an object instead of a list": ("a.json", json.dumps({KEY: SECRET}), {}),
     "broken JSON": ("a.jsonl", f'{{"text": "{SECRET}", {KEY}: 1}}\n', {}),
@@ -498,16 +550,27 @@ LEAKS = {  # what is wrong -> file, content, settings
     "dates in Parquet": ("a.parquet", parquet(text=pa.array([DATE]).cast(pa.date32()), label=[1]), {}),
     "bytes in Parquet": ("a.parquet", parquet(text=[SECRET.encode() + b"\xe9"], label=[1]), {}),
     "texts in Parquet that are no texts": (
-        "a.parquet", parquet(text=pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(np.array([0, 9], "<i4")), pa.py_buffer(b"sesame77\xe9")]),
-                             label=[1]), {}),
+        "a.parquet",
+        parquet(
+            text=pa.Array.from_buffers(
+                pa.string(), 1, [None, pa.py_buffer(np.array([0, 9], "<i4")), pa.py_buffer(b"sesame77\xe9")]
+            ),
+            label=[1],
+        ),
+        {},
+    ),
     "a text called Parquet": ("a.parquet", f"text,label\n{SECRET},1\n", {}),
     "a text called packed": ("a.csv.gz", f"text,label\n{SECRET},1\n", {}),
-    "a text called an archive": ("a.csv.zip", zipped(f"text,label\n{SECRET},x\n", f"{KEY}.csv", f"{SECRET}.csv"), {}),
+    "a text called an archive": (
+        "a.csv.zip",
+        zipped(f"text,label\n{SECRET},x\n", f"{KEY}.csv", f"{SECRET}.csv"),
+        {},
+    ),
     "packed and broken": ("a.csv.gz", gzip.compress(f"{SECRET},{KEY}\n".encode()), {}),
     "a text called Excel": ("a.xlsx", f"text,label\n{SECRET},1\n", {}),
     "a text without an ending": ("a", f"{SECRET}\n", {}),
     "gaps alone": ("a.csv", f"text,label\n{SECRET},\n{KEY},\n", {"missing": "drop"}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", LEAKS)
@@ -518,8 +581,12 @@ def test_no_reader_quotes_a_row(case, refused, capfd):
     write("x.yaml", yaml.safe_dump(settings))
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        told = [refused("check", "x.yaml"), refused("run", "x.yaml"), refusal(load, make_settings(settings)),
-                refusal(Synthesizer("run", **{**settings, "data": "demo", "experiment": "run"}).fit, name)]  # fmt: skip
+        told = [
+            refused("check", "x.yaml"),
+            refused("run", "x.yaml"),
+            refusal(load, make_settings(settings)),
+            refusal(Synthesizer("run", **{**settings, "data": "demo", "experiment": "run"}).fit, name),
+        ]
         files = ["--synthetic", name, "--train", name, "--holdout", name]
         told += [
             refused("audit", *files),
@@ -529,15 +596,45 @@ def test_no_reader_quotes_a_row(case, refused, capfd):
     assert not [(said, quoted(said)) for said in told if quoted(said)] and "a" in told[0]
 
 
-@pytest.mark.parametrize("given", [
-    [SECRET, KEY], [{"text": SECRET}, KEY], [[SECRET, 1]], {"text": SECRET}, {SECRET: [KEY]}, {"text": [SECRET], "label": [1, 0]}, {"text": {KEY: SECRET}},
-    pd.Series([SECRET, KEY], name=SECRET), pd.Series([SECRET]).array, np.array([[SECRET, KEY]]), {SECRET, KEY}, iter([SECRET]), (SECRET,), NUMBER, SECRET.encode(),
-    pa.table({KEY: [SECRET]}), pa.array([SECRET]), pa.table({"text": [SECRET], "label": [KEY]}), f"{SECRET}\n{KEY}", f"{SECRET} " * 999, None, [], {},
-    pd.DataFrame({SECRET: [KEY], "label": [1]}), pd.concat({SECRET: pd.DataFrame({KEY: [1]})}, axis=1), pd.DataFrame({"text": [SECRET] * 3, "label": [KEY, 1, 0]}),
-    pd.DataFrame([[SECRET, KEY, 1]], columns=["text", "text", "label"]), pd.DataFrame({"text": [pd.Timestamp(DATE)], "label": [1]}),
-    pd.DataFrame({"text": [pd.Interval(NUMBER, NUMBER + 1)], "label": 1}), pd.DataFrame({"text": [SECRET], "label": [1], KEY: [1]}),
-    pd.DataFrame({"text": pd.Categorical([SECRET]), "label": pd.Categorical([KEY])}), pd.DataFrame(), pd.DataFrame({"text": [], "label": []})],
-    ids=lambda given: type(given).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "given",
+    [
+        [SECRET, KEY],
+        [{"text": SECRET}, KEY],
+        [[SECRET, 1]],
+        {"text": SECRET},
+        {SECRET: [KEY]},
+        {"text": [SECRET], "label": [1, 0]},
+        {"text": {KEY: SECRET}},
+        pd.Series([SECRET, KEY], name=SECRET),
+        pd.Series([SECRET]).array,
+        np.array([[SECRET, KEY]]),
+        {SECRET, KEY},
+        iter([SECRET]),
+        (SECRET,),
+        NUMBER,
+        SECRET.encode(),
+        pa.table({KEY: [SECRET]}),
+        pa.array([SECRET]),
+        pa.table({"text": [SECRET], "label": [KEY]}),
+        f"{SECRET}\n{KEY}",
+        f"{SECRET} " * 999,
+        None,
+        [],
+        {},
+        pd.DataFrame({SECRET: [KEY], "label": [1]}),
+        pd.concat({SECRET: pd.DataFrame({KEY: [1]})}, axis=1),
+        pd.DataFrame({"text": [SECRET] * 3, "label": [KEY, 1, 0]}),
+        pd.DataFrame([[SECRET, KEY, 1]], columns=["text", "text", "label"]),
+        pd.DataFrame({"text": [pd.Timestamp(DATE)], "label": [1]}),
+        pd.DataFrame({"text": [pd.Interval(NUMBER, NUMBER + 1)], "label": 1}),
+        pd.DataFrame({"text": [SECRET], "label": [1], KEY: [1]}),
+        pd.DataFrame({"text": pd.Categorical([SECRET]), "label": pd.Categorical([KEY])}),
+        pd.DataFrame(),
+        pd.DataFrame({"text": [], "label": []}),
+    ],
+    ids=lambda given: type(given).__name__,
+)
 def test_fit_quotes_no_row(given, capfd):
     told = [refusal(Synthesizer("run", epsilon=8).fit, given, "rows"), *capfd.readouterr()]
     assert not [(said, quoted(said)) for said in told if quoted(said)]
@@ -545,8 +642,10 @@ def test_fit_quotes_no_row(given, capfd):
 
 
 def test_an_audit_names_no_column_that_may_be_a_row():
-    frames = {what: pd.DataFrame({"text": TEXTS, "label": LABELS, **more}) for what, more in
-              (("synthetic", {}), ("train", {SECRET: 1, "stars": 2}), ("holdout", {KEY: 1}))}  # fmt: skip
+    frames = {
+        what: pd.DataFrame({"text": TEXTS, "label": LABELS, **more})
+        for what, more in (("synthetic", {}), ("train", {SECRET: 1, "stars": 2}), ("holdout", {KEY: 1}))
+    }
     frames["train"] = frames["train"].rename(columns={"stars": "label2"})
     said = " ".join(audit.pool._left_out(frames, ["text"]))
     assert not quoted(said) and said.endswith(
@@ -588,8 +687,13 @@ def test_a_notebook_keeps_no_message_that_may_quote_a_row(tmp_path):
 
     from dpsynth.runs import remove_times
 
-    cell = nbformat.v4.new_code_cell("fit()", outputs=[nbformat.v4.new_output("error", ename=name, evalue=SECRET, traceback=[SECRET]) for name in
-                                                       ("KeyError", "DataError")])  # fmt: skip
+    cell = nbformat.v4.new_code_cell(
+        "fit()",
+        outputs=[
+            nbformat.v4.new_output("error", ename=name, evalue=SECRET, traceback=[SECRET])
+            for name in ("KeyError", "DataError")
+        ],
+    )
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "notebook.ipynb")
     remove_times(tmp_path / "notebook.ipynb")
     first, second = nbformat.read(tmp_path / "notebook.ipynb", 4).cells[0].outputs
@@ -600,7 +704,7 @@ def test_a_notebook_keeps_no_message_that_may_quote_a_row(tmp_path):
     )
 
 
-# ---- decisions --------------------------------------------------------------------------------------------------------------
+# ---- decisions -------------------------------------------------------------------------------
 
 
 def test_epsilon_is_a_decision_outside_the_demo(refused, caught):
@@ -667,10 +771,23 @@ def test_a_run_from_before_a_setting_is_read_as_it_was_made(tmp_path):
     assert read_settings(tmp_path) == Settings(columns="ignore")
 
 
-# ---- control tokens in texts ------------------------------------------------------------------------------------------------
+# ---- control tokens in texts -----------------------------------------------------------------
 
-SPELT = ["<unk>", "<bos> <eos>", "a<start_of_turn>user", "<end_of_turn>", "<img><img>", "<pad>x<pad>", "see <<start_of_image>>", "[PAD] [CLS]", "<0x41>",
-         "the <unk> said <unk>", "</s><s>", "<end_of_turn", "<|endoftext|>"]  # fmt: skip
+SPELT = [
+    "<unk>",
+    "<bos> <eos>",
+    "a<start_of_turn>user",
+    "<end_of_turn>",
+    "<img><img>",
+    "<pad>x<pad>",
+    "see <<start_of_image>>",
+    "[PAD] [CLS]",
+    "<0x41>",
+    "the <unk> said <unk>",
+    "</s><s>",
+    "<end_of_turn",
+    "<|endoftext|>",
+]
 
 
 def test_control_tokens_in_texts_are_letters_both_ways(micro):

@@ -430,7 +430,8 @@ def test_what_was_changed_while_a_sampling_was_interrupted_is_made_again(
         state.write_text(damaged)
         with pytest.raises(
             DataError,
-            match="sampling.json: damaged; restore it, or remove it and sample again, which gives the same rows",
+            match="sampling.json: damaged; restore it, or remove it and sample again, which gives the same "
+                  "rows",
         ):
             make(model, tmp_path / "changed")
     state.write_text(kept)

@@ -115,12 +115,16 @@ def test_imdb_configs_have_the_tutorials_values(repo, name):
 def test_prompt_with_examples_is_the_tutorials(repo):
     prompt = load_settings(repo / "configs" / "imdb" / "baseline_with_examples.yaml").prompt
     assert prompt.startswith(
-        "As an IMDb movie reviewer, generate a realistic, one paragraph movie review in the same format and similar style as the "
-        "examples below. Make up concrete names for characters or other details in your review. Only provide the review text.\n\n"
-        "Here are three examples of positive movie reviews:\n\n* `This is the kind of film for a snowy Sunday afternoon"
+        "As an IMDb movie reviewer, generate a realistic, one paragraph movie review in the same format and"
+        " similar style as the "
+        "examples below. Make up concrete names for characters or other details in your review. Only provide "
+        "the review text.\n\n"
+        "Here are three examples of positive movie reviews:\n\n"
+        "* `This is the kind of film for a snowy Sunday afternoon"
     )
     assert prompt.endswith(
-        "page 3 on the script.`\n\nNow it's your turn, generate one {label} movie review which is similar to the {label} examples above:"
+        "page 3 on the script.`\n\nNow it's your turn, generate one {label} movie review which is similar to "
+        "the {label} examples above:"
     )
     assert len(re.findall(r"^\* `.*`$", prompt, flags=re.M)) == 6
     assert (
@@ -270,9 +274,14 @@ def test_a_broken_file_is_one_line_that_names_it(tmp_path, text):
     assert "seed" not in text or ", line " in str(caught.value)
 
 
-@pytest.mark.parametrize("text, line", [
-    ("epsilon: 3\nseed: 1\n\n# note\nepsilon: 10\n", 5), ("epsilon: 3\n'epsilon': 3\n", 2), ("{epsilon: 3, epsilon: 10}", 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("epsilon: 3\nseed: 1\n\n# note\nepsilon: 10\n", 5),
+        ("epsilon: 3\n'epsilon': 3\n", 2),
+        ("{epsilon: 3, epsilon: 10}", 1),
+    ],
+)
 def test_a_setting_may_be_in_a_file_once(tmp_path, text, line):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(SettingsError) as caught:

@@ -1,4 +1,5 @@
-"""The frame of the side-by-side measurements: processes, limits, lengths, and what is computed from figures."""
+"""The frame of the side-by-side measurements: processes, limits, lengths, and what is computed from
+figures."""
 
 import json
 import sys

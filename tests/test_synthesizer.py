@@ -1,4 +1,5 @@
-"""The object around a run folder: what it refuses, what it chooses, what it stores, and what can be done with the folder later."""
+"""The object around a run folder: what it refuses, what it chooses, what it stores, and what can be done with
+the folder later."""
 
 import json
 import shutil
@@ -21,9 +22,20 @@ from dpsynth.settings import DataError, PrivacyError, Settings, SettingsError, d
 from dpsynth.synthesizer import Synthesizer
 
 SMALL = {
-    "model": MICRO, "tuning": "lora", "lora_rank": 1, "lora_targets": "value", "sequence_length": 32, "microbatch_size": 8, "epochs": 0.4, "epsilon": 8,
-    "validation_size": 4, "num_mauve_trials": 1, "embedder": "tiny", "embed_length": 32, "ledger": "runs",
-}  # fmt: skip
+    "model": MICRO,
+    "tuning": "lora",
+    "lora_rank": 1,
+    "lora_targets": "value",
+    "sequence_length": 32,
+    "microbatch_size": 8,
+    "epochs": 0.4,
+    "epsilon": 8,
+    "validation_size": 4,
+    "num_mauve_trials": 1,
+    "embedder": "tiny",
+    "embed_length": 32,
+    "ledger": "runs",
+}
 
 
 def table(rows=50):
@@ -50,7 +62,7 @@ def fitted(tmp_path_factory, corpus):
     )
 
 
-# ---- refused before anything is read ---------------------------------------------------------------------------------
+# ---- refused before anything is read ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("generator", ["prompt", "real_train", "real_test"])
@@ -122,12 +134,19 @@ def test_a_table_is_charged_under_its_name_in_whatever_folder_it_is_fitted(caugh
         assert caught.splits.train.name == called
 
 
-# ---- chosen and handed on -------------------------------------------------------------------------------------------
+# ---- chosen and handed on --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows, settings, size", [
-    (50, {}, 5), (5, {}, 1), (50, {"batch_size": 7}, 7), (11_000, {}, 1024), (11_000, {"profile": "smoke"}, 50),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows, settings, size",
+    [
+        (50, {}, 5),
+        (5, {}, 1),
+        (50, {"batch_size": 7}, 7),
+        (11_000, {}, 1024),
+        (11_000, {"profile": "smoke"}, 50),
+    ],
+)
 def test_the_batch_follows_from_the_number_of_units_unless_it_is_given(
     caught, tmp_path, rows, settings, size
 ):
@@ -202,7 +221,7 @@ def test_two_processes_do_not_fit_in_one_folder(caught, tmp_path):
     assert not (tmp_path / "private").exists()
 
 
-# ---- what later readers of the folder find ---------------------------------------------------------------------------
+# ---- what later readers of the folder find ---------------------------------------------------
 
 
 def test_a_frame_is_stored_privately_and_read_again(fitted):
@@ -253,7 +272,7 @@ def test_a_refused_fit_leaves_the_folder_as_it_was(fitted, corpus):
     assert [path.read_bytes() for path in files] == before
 
 
-# ---- sampling, reopening, evaluating ---------------------------------------------------------------------------------
+# ---- sampling, reopening, evaluating ---------------------------------------------------------
 
 
 def test_a_reopened_run_needs_settings_and_release_only(fitted, tmp_path):
@@ -289,7 +308,9 @@ def test_a_reopened_run_needs_settings_and_release_only(fitted, tmp_path):
 
 @pytest.fixture
 def named(caught, monkeypatch, tmp_path):
-    """A pretended fit on a table with columns of other names; what it samples is its training table, what it evaluates goes to `caught`."""
+    """A pretended fit on a table with columns of other names; what it samples is its training table, what
+    it evaluates goes to `caught`.
+    """
     rows = pd.DataFrame({"id": range(50), "review": table()["text"], "stars": ["bad", "good"] * 25})
 
     def pretend(model, settings, fmt, folder, progress, statement):

@@ -3,14 +3,16 @@
     python tools/audit_table.py --out runs/audit [--again] [--set key=value …] [--json FILE]
     python tools/audit_table.py --null 200 [--json FILE]
 
-Runs, on the built-in reviews with canaries among the training rows and as many rows kept out as are trained on: DP at ε = 1 and 8, the ε = 8 run
-with its noise switched off on purpose (it never gets a certificate, and is marked before it starts), training without DP, and without DP with every
-canary ten times. Finished runs are not repeated; with `--again` they are audited once more, by the code as it is now, without any training. Prints a
-Markdown table.
+Runs, on the built-in reviews with canaries among the training rows and as many rows kept out as are trained
+on: DP at ε = 1 and 8, the ε = 8 run with its noise switched off on purpose (it never gets a certificate, and
+is marked before it starts), training without DP, and without DP with every canary ten times. Finished runs
+are not repeated; with `--again` they are audited once more, by the code as it is now, without any training.
+Prints a Markdown table.
 
-With `--null` nothing is trained: so many audits, judged as those of runs are, of an ε of 0 that holds. Neither the training rows nor the coins had
-any influence on the rows, on the losses of the canaries (which are drawn) or on the batches and the noise; each audit has data, coins and a secret
-of its own. Printed is how many of them raise a false alarm.
+With `--null` nothing is trained: so many audits, judged as those of runs are, of an ε of 0 that holds.
+Neither the training rows nor the coins had any influence on the rows, on the losses of the canaries (which
+are drawn) or on the batches and the noise; each audit has data, coins and a secret of its own. Printed is how
+many of them raise a false alarm.
 """
 
 import argparse
@@ -67,13 +69,17 @@ RUNS = {
 
 
 SILENT = (
-    "# Not private\n\nThe noise of this run was switched off on purpose, to see an audit find it. Nothing bounds what the adapter and the rows "
-    "tell about the rows they were made from, whatever epsilon its settings name.\n\nThere is no certificate.\n"
+    "# Not private\n\nThe noise of this run was switched off on purpose, to see an audit find it. Nothing "
+    "bounds what the adapter and the rows "
+    "tell about the rows they were made from, whatever epsilon its settings name.\n\n"
+    "There is no certificate.\n"
 )
 
 
 def fit_silently(run, splits):
-    """As `fit_stage`, with no noise, no look back that would find this out, and no certificate; the folder is marked first."""
+    """As `fit_stage`, with no noise, no look back that would find this out, and no certificate; the
+    folder is marked first.
+    """
     (run.release_folder / "NOT_PRIVATE.md").write_text(SILENT, encoding="utf-8")
     with contextlib.ExitStack() as patches:
         for owner, name, nothing in (
@@ -214,7 +220,8 @@ def null_audit(seed):
         f"rows kept out: an epsilon above 0 is shown ({BOUND_ERROR:.1%})": found.report.epsilon_bound > 0,
         f"canaries in the model: an epsilon above 0 is shown ({BOUND_ERROR:.1%})": found.model.refutes(0.0),
         f"canaries in the rows: an epsilon above 0 is shown ({BOUND_ERROR:.1%})": found.rows.refutes(0.0),
-        f"replay: a promise is called broken ({ERROR - ROWS_ERROR - 3 * BOUND_ERROR:.1%})": not found.replay.passed,
+        f"replay: a promise is called broken "
+        f"({ERROR - ROWS_ERROR - 3 * BOUND_ERROR:.1%})": not found.replay.passed,
         f"division: called not random ({CHECK_LEVEL:.1%}; a warning)": found.report.division.p_value
         <= CHECK_LEVEL,
     }
@@ -227,7 +234,8 @@ def null(draws):
     for name, count in counts.items():
         low, high = exact_interval(count, draws)
         print(
-            f"{name}: {count} of {draws} false alarms ({count / draws:.1%}, 95 % interval {low:.1%} to {high:.1%})"
+            f"{name}: {count} of {draws} false alarms ({count / draws:.1%}, 95 % interval {low:.1%} to"
+            f" {high:.1%})"
         )
     return {"draws": draws, "alarms": counts}
 

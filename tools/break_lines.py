@@ -2,9 +2,10 @@
 
     python tools/break_lines.py [--only WORD] [--table]
 
-Works on a copy of the package and the tests in a temporary folder. Each entry names the line of the contract, what is broken, how (a text of a
-module and what it is replaced by), and the test that must fail; unbroken, all of them must pass. Exit code 1 if a break goes unnoticed. `--table` prints the list in Markdown
-without running anything.
+Works on a copy of the package and the tests in a temporary folder. Each entry names the line of the contract,
+what is broken, how (a text of a module and what it is replaced by), and the test that must fail; unbroken,
+all of them must pass. Exit code 1 if a break goes unnoticed. `--table` prints the list in Markdown without
+running anything.
 """
 
 import argparse
@@ -79,7 +80,8 @@ BREAKS = [
         2,
         "batches of a fixed size instead of Poisson samples",
         "privacy/mechanism",
-        'units = np.flatnonzero(\n            below(randomness.integers("batch", step, count), self.sampling_probability * self.bands)\n        )',
+        'units = np.flatnonzero(\n            below(randomness.integers("batch", step, count), '
+        'self.sampling_probability * self.bands)\n        )',
         'units = np.sort(np.argsort(randomness.integers("batch", step, count))[: self.expected_batch_size])',
         "test_privacy_poisson_sampling.py::test_batch_sizes_vary_and_average_to_the_expected_size",
     ),
@@ -104,7 +106,8 @@ BREAKS = [
         "an empty draw is skipped",
         "finetune/trainer",
         "        total = self.gradient_sum(self.session.batch())\n",
-        "        batch = self.session.batch()\n        if not len(batch):\n            self.session.step += 1\n            return\n"
+        "        batch = self.session.batch()\n        if not len(batch):\n"
+        "            self.session.step += 1\n            return\n"
         "        total = self.gradient_sum(batch)\n",
         "test_privacy_poisson_sampling.py::test_an_empty_draw_is_an_update_of_pure_noise",
     ),
@@ -274,7 +277,8 @@ BREAKS = [
         "privacy/session",
         'self._randomness.gaussians("noise", self.step, count)',
         'self._randomness.gaussians("noise", 0, count)',
-        "test_privacy_correlated_noise.py::test_correlated_noise_is_what_the_strategy_makes_of_independent_noise",
+        "test_privacy_correlated_noise.py::"
+        "test_correlated_noise_is_what_the_strategy_makes_of_independent_noise",
     ),
     Break(
         6,
@@ -289,7 +293,8 @@ BREAKS = [
         "noise of few distinct values",
         "privacy/randomness",
         "return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]",
-        "return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count].astype(np.float16).astype(np.float64)",
+        "return np.concatenate([radius * np.cos(angle), radius *"
+        " np.sin(angle)])[:count].astype(np.float16).astype(np.float64)",
         "test_privacy_noise.py::test_noise_tail_and_resolution",
     ),
     Break(
@@ -330,7 +335,8 @@ BREAKS = [
         "privacy/correlated",
         "range(steps if bands > 1 else 1)",
         "range(1)",
-        "test_privacy_correlated_noise.py::test_the_look_back_at_the_noise_knows_how_far_updates_are_correlated",
+        "test_privacy_correlated_noise.py::"
+        "test_the_look_back_at_the_noise_knows_how_far_updates_are_correlated",
     ),
     Break(
         9,
@@ -338,7 +344,8 @@ BREAKS = [
         "finetune/estimates",
         "return [found.overlapping, found.long_enough - found.overlapping]",
         "return [found.overlapping, found.rows - found.overlapping]",
-        "test_privacy_paid_access.py::test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged",
+        "test_privacy_paid_access.py::"
+        "test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged",
     ),
     Break(
         7,
@@ -410,7 +417,8 @@ BREAKS = [
         "privacy/verify",
         'access["sampling_probability"] * access["bands"])',
         'access["sampling_probability"])',
-        "test_privacy_correlated_noise.py::test_bands_are_accounted_as_fewer_larger_samples_and_chosen_by_public_numbers",
+        "test_privacy_correlated_noise.py::"
+        "test_bands_are_accounted_as_fewer_larger_samples_and_chosen_by_public_numbers",
     ),
     Break(
         8,
@@ -465,7 +473,8 @@ BREAKS = [
         "a length of a private row in the certificate",
         "finetune/run",
         "composed = training.account.composed(mechanism)\n",
-        'composed = training.account.composed(mechanism)\n        composed["releases"] = max(map(len, training.records.texts))\n',
+        "composed = training.account.composed(mechanism)\n"
+        '        composed["releases"] = max(map(len, training.records.texts))\n',
         "test_privacy_outputs.py::test_an_outlier_row_changes_no_released_byte_that_is_not_a_dp_output",
     ),
     Break(
@@ -490,7 +499,8 @@ BREAKS = [
         "data/checks",
         "        _refuse(where, raw.index, column, found)\n",
         "        pass\n",
-        "test_privacy_outputs.py::test_a_label_outside_the_public_set_stops_the_run_before_anything_is_charged_or_released",
+        "test_privacy_outputs.py::"
+        "test_a_label_outside_the_public_set_stops_the_run_before_anything_is_charged_or_released",
     ),
     Break(
         9,
@@ -546,7 +556,8 @@ BREAKS = [
         "finetune/estimates",
         "noisy_counts(exact[name](), access.noise_multiplier)",
         "noisy_counts(exact[name](), access.noise_multiplier / 100)",
-        "test_privacy_paid_access.py::test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged",
+        "test_privacy_paid_access.py::"
+        "test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged",
     ),
     Break(
         9,
@@ -554,7 +565,8 @@ BREAKS = [
         "finetune/estimates",
         "records.labels[units[:, 0]]",
         "records.labels",
-        "test_privacy_paid_access.py::test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged",
+        "test_privacy_paid_access.py::"
+        "test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged",
     ),
     Break(
         9,
@@ -562,7 +574,8 @@ BREAKS = [
         "finetune/estimates",
         'pd.Series(records.texts).groupby(records.units).agg("\\n".join)',
         "pd.Series(records.texts)",
-        "test_privacy_paid_access.py::test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged",
+        "test_privacy_paid_access.py::"
+        "test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged",
     ),
     Break(
         9,
@@ -570,7 +583,8 @@ BREAKS = [
         "finetune/estimates",
         "return [below, len(ours) - below]",
         "return [below, len(ours)]",
-        "test_privacy_paid_access.py::test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged",
+        "test_privacy_paid_access.py::"
+        "test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged",
     ),
     Break(
         9,
@@ -578,7 +592,8 @@ BREAKS = [
         "privacy/counts",
         'added=name == "units")',
         "added=False)",
-        "test_privacy_paid_access.py::test_what_follows_from_the_number_of_units_is_added_to_it_and_not_composed",
+        "test_privacy_paid_access.py::"
+        "test_what_follows_from_the_number_of_units_is_added_to_it_and_not_composed",
     ),
     Break(
         9,
@@ -586,7 +601,8 @@ BREAKS = [
         "privacy/verify",
         '1 if claim == "epsilon" else 2',
         "1",
-        "test_privacy_paid_access.py::test_what_follows_from_the_number_of_units_is_added_to_it_and_not_composed",
+        "test_privacy_paid_access.py::"
+        "test_what_follows_from_the_number_of_units_is_added_to_it_and_not_composed",
     ),
     Break(
         9,
@@ -600,8 +616,8 @@ BREAKS = [
         9,
         "a certificate with a number of units that nobody paid for verifies",
         "privacy/verify",
-        '(counted == [True], ',
-        '(counted != [], ',
+        "(counted == [True], ",
+        "(counted != [], ",
         "test_privacy_certificate.py::test_a_number_of_units_that_nobody_paid_for_does_not_verify",
     ),
     Break(
@@ -714,15 +730,18 @@ BREAKS = [
         "settings/flat",
         'if settings.unit_count == "private" and not settings.delta:',
         "if False:",
-        "test_privacy_paid_access.py::test_a_private_number_of_units_needs_a_delta_that_does_not_follow_from_it",
+        "test_privacy_paid_access.py::"
+        "test_a_private_number_of_units_needs_a_delta_that_does_not_follow_from_it",
     ),
     Break(
         17,
         "the preflight follows from a number of units that is private",
         "finetune/run",
         "        return None\n    return mechanism_of(settings, records, {})",
-        "        mechanism_of(settings, records, {})\n        return None\n    return mechanism_of(settings, records, {})",
-        "test_privacy_paid_access.py::test_before_it_is_paid_for_nothing_follows_from_a_number_of_units_that_is_private",
+        "        mechanism_of(settings, records, {})\n        return None\n"
+        "    return mechanism_of(settings, records, {})",
+        "test_privacy_paid_access.py::"
+        "test_before_it_is_paid_for_nothing_follows_from_a_number_of_units_that_is_private",
     ),
     Break(
         17,
@@ -730,7 +749,8 @@ BREAKS = [
         "runs/account",
         "delta, units = (settings.delta, HIDDEN) if hidden else",
         "delta, units = (settings.delta, records.public_units) if hidden else",
-        "test_privacy_paid_access.py::test_before_it_is_paid_for_nothing_follows_from_a_number_of_units_that_is_private",
+        "test_privacy_paid_access.py::"
+        "test_before_it_is_paid_for_nothing_follows_from_a_number_of_units_that_is_private",
     ),
     Break(
         17,
@@ -738,7 +758,8 @@ BREAKS = [
         "ledger/views",
         "hidden = dataset.units == HIDDEN  # their",
         "hidden = False  # their",
-        "test_privacy_paid_access.py::test_before_it_is_paid_for_nothing_follows_from_a_number_of_units_that_is_private",
+        "test_privacy_paid_access.py::"
+        "test_before_it_is_paid_for_nothing_follows_from_a_number_of_units_that_is_private",
     ),
     Break(
         17,
@@ -824,7 +845,8 @@ BREAKS = [
         16,
         "what two spellings had spent is lost but for one",
         "ledger/datasets",
-        '    db.execute("INSERT INTO moves SELECT hash, cell, hash FROM units WHERE hash IN (SELECT hash FROM moves)")\n',
+        '    db.execute("INSERT INTO moves SELECT hash, cell, hash FROM units WHERE hash IN (SELECT hash '
+        'FROM moves)")\n',
         '    db.execute("DELETE FROM units WHERE hash IN (SELECT hash FROM moves)")\n',
         "test_privacy_canonical.py::test_what_an_old_and_a_new_spelling_had_spent_comes_together",
     ),
@@ -840,8 +862,8 @@ BREAKS = [
         10,
         "a table is called after its folder",
         "synthesizer",
-        "name = self.settings.data_name if name is None else name",
-        "name = self.folder.name",
+        "name = settings.data_name if name is None else name",
+        "name = settings.experiment",
         "test_synthesizer.py::test_a_table_is_charged_under_its_name_in_whatever_folder_it_is_fitted",
     ),
     Break(
@@ -858,7 +880,8 @@ BREAKS = [
         "runs/status",
         "    if sys.stderr.isatty():\n",
         "    if True:\n",
-        "test_privacy_ledger_of_runs.py::test_rows_that_have_spent_more_than_the_certificate_composes_are_told_on_a_terminal_and_nowhere_else",
+        "test_privacy_ledger_of_runs.py::"
+        "test_rows_that_have_spent_more_than_the_certificate_composes_are_told_on_a_terminal_and_nowhere_else",
     ),
     Break(
         3,
@@ -866,7 +889,8 @@ BREAKS = [
         "privacy/making",
         "return min(max(num_units, 1) ** -1.2, 1e-5, 0.1 / max(num_units, 1))",
         "return max(num_units, 2) ** -1.2",
-        "test_privacy_mechanism.py::test_the_default_delta_leaves_less_than_a_tenth_of_a_unit_to_be_published",
+        "test_privacy_mechanism.py::"
+        "test_the_default_delta_leaves_less_than_a_tenth_of_a_unit_to_be_published",
     ),
     Break(
         3,
@@ -874,7 +898,8 @@ BREAKS = [
         "privacy/making",
         "if delta * num_units > 0.1 * (1 + 1e-9)",
         "if delta * num_units > 1",
-        "test_privacy_certificate.py::test_how_many_units_a_large_delta_could_publish_is_told_wherever_the_claim_is",
+        "test_privacy_certificate.py::"
+        "test_how_many_units_a_large_delta_could_publish_is_told_wherever_the_claim_is",
     ),
     Break(
         10,
@@ -882,7 +907,8 @@ BREAKS = [
         "finetune/run",
         'account.charge("counts", accesses_event(count_accesses(settings).values()))',
         "pass",
-        "test_privacy_paid_access.py::test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged",
+        "test_privacy_paid_access.py::"
+        "test_counts_are_of_units_charged_before_and_drawn_with_the_noise_that_is_charged",
     ),
     Break(
         10,
@@ -890,7 +916,8 @@ BREAKS = [
         "runs/account",
         "if mechanism.private else [EXPOSED]",
         "if mechanism.private else []",
-        "test_privacy_ledger_of_runs.py::test_a_run_without_privacy_is_charged_and_certificates_of_the_same_data_say_so",
+        "test_privacy_ledger_of_runs.py::"
+        "test_a_run_without_privacy_is_charged_and_certificates_of_the_same_data_say_so",
     ),
     Break(
         10,
@@ -898,7 +925,8 @@ BREAKS = [
         "ledger/spending",
         "_count_runs(private) - _count_runs(same),\n        _count_runs(exposed),",
         "_count_runs(private) - _count_runs(same),\n        0,",
-        "test_privacy_ledger_of_runs.py::test_a_run_without_privacy_is_charged_and_certificates_of_the_same_data_say_so",
+        "test_privacy_ledger_of_runs.py::"
+        "test_a_run_without_privacy_is_charged_and_certificates_of_the_same_data_say_so",
     ),
     Break(
         10,
@@ -906,7 +934,8 @@ BREAKS = [
         "ledger/spending",
         "if release.unit in (unit, UNKNOWN_UNIT)]",
         "]",
-        "test_privacy_ledger_of_runs.py::test_a_certificate_composes_runs_of_its_own_unit_and_counts_the_others",
+        "test_privacy_ledger_of_runs.py::"
+        "test_a_certificate_composes_runs_of_its_own_unit_and_counts_the_others",
     ),
     Break(
         10,
@@ -914,7 +943,8 @@ BREAKS = [
         "runs/account",
         "return known is not None and known.charged",
         "return False",
-        "test_privacy_ledger_of_runs.py::test_a_run_without_privacy_is_charged_and_certificates_of_the_same_data_say_so",
+        "test_privacy_ledger_of_runs.py::"
+        "test_a_run_without_privacy_is_charged_and_certificates_of_the_same_data_say_so",
     ),
     Break(
         9,
@@ -1121,7 +1151,8 @@ BREAKS = [
         "coins of canaries keyed by the public seed",
         "finetune/run",
         "CanaryCoins.flip(settings.canaries, private, randomness)",
-        'CanaryCoins.flip(settings.canaries, private, Randomness(hashlib.sha256(b"%d" % settings.seed).digest(), "canaries"))',
+        'CanaryCoins.flip(settings.canaries, private, Randomness(hashlib.sha256(b"%d" %'
+        ' settings.seed).digest(), "canaries"))',
         "test_privacy_state.py::test_coins_of_canaries_follow_from_the_secret_and_not_from_the_public_seed",
     ),
     Break(
@@ -1226,7 +1257,8 @@ BREAKS = [
         "finetune/run",
         "        state.check_all()  # before anything is charged\n",
         "        pass\n",
-        "test_privacy_state.py::test_whatever_is_damaged_is_named_before_anything_is_charged_and_what_can_be_made_again_is",
+        "test_privacy_state.py::"
+        "test_whatever_is_damaged_is_named_before_anything_is_charged_and_what_can_be_made_again_is",
     ),
     Break(
         15,
@@ -1274,7 +1306,8 @@ BREAKS = [
         "runs/audit_run",
         '    bind_run(private, {"settings": result_settings(settings)}, finished=True)\n',
         "",
-        "test_privacy_audit_trust.py::test_settings_that_were_changed_after_the_run_are_not_audited_as_its_own",
+        "test_privacy_audit_trust.py::"
+        "test_settings_that_were_changed_after_the_run_are_not_audited_as_its_own",
     ),
     Break(
         17,
@@ -1353,7 +1386,8 @@ BREAKS = [
         "a row is compiled into a program that is kept",
         "finetune/trainer",
         "total, notes = self._sum(total, notes, self.trainable, self.frozen, self._batch(part, length))",
-        "total, notes = jax.jit(lambda *sums, rows={k: np.asarray(v) for k, v in self._batch(part, length).items()}: "
+        "total, notes = jax.jit(lambda *sums, rows={k: np.asarray(v) for k, v in self._batch(part, "
+        "length).items()}: "
         "self._sum(*sums, self.trainable, self.frozen, rows))(total, notes)",
         "test_models.py::test_kept_programs_hold_no_row",
     ),
@@ -1435,7 +1469,8 @@ BREAKS = [
         "audit/pool",
         "frame[name].abs() > LARGEST",
         "frame[name].abs() > np.inf",
-        "test_audit_words.py::test_infinite_and_huge_numbers_are_refused_and_the_file_the_column_and_the_row_are_named",
+        "test_audit_words.py::"
+        "test_infinite_and_huge_numbers_are_refused_and_the_file_the_column_and_the_row_are_named",
     ),
     Break(
         13,
@@ -1458,7 +1493,8 @@ BREAKS = [
         "the loss before the training is of training rows",
         "finetune/run",
         '"held_out_loss_untuned": loss(training.untuned)',
-        '"held_out_loss_untuned": held_out_loss(model, splits.train, training.format, settings, training.untuned)',
+        '"held_out_loss_untuned": held_out_loss(model, splits.train, training.format, settings,'
+        " training.untuned)",
         "test_privacy_outputs.py::test_the_loss_that_is_reported_is_of_test_rows",
     ),
     Break(
@@ -1467,7 +1503,8 @@ BREAKS = [
         "runs/stages",
         'run.private_folder / "embeddings",\n            sweep',
         'runs / ".embeddings",\n            sweep',
-        "test_privacy_outputs.py::test_vectors_of_rows_lie_in_private_folders_under_names_that_nobody_can_guess",
+        "test_privacy_outputs.py::"
+        "test_vectors_of_rows_lie_in_private_folders_under_names_that_nobody_can_guess",
     ),
     Break(
         11,
@@ -1475,7 +1512,8 @@ BREAKS = [
         "evaluation/cache",
         'digest = hmac.new(key, json.dumps([2, *embedder.key]).encode(), "sha256")',
         "digest = hashlib.sha256(json.dumps([2, *embedder.key]).encode())",
-        "test_privacy_outputs.py::test_vectors_of_rows_lie_in_private_folders_under_names_that_nobody_can_guess",
+        "test_privacy_outputs.py::"
+        "test_vectors_of_rows_lie_in_private_folders_under_names_that_nobody_can_guess",
     ),
     Break(
         11,
@@ -1641,7 +1679,8 @@ BREAKS = [
         10,
         "the caps of data sets that share units do not bind",
         "ledger/releases",
-        "AND id IN (\n  SELECT theirs.dataset FROM memberships AS mine JOIN memberships AS theirs USING (cell)\n  WHERE mine.dataset = ?) ORDER BY id",
+        "AND id IN (\n  SELECT theirs.dataset FROM memberships AS mine JOIN memberships AS theirs USING "
+        "(cell)\n  WHERE mine.dataset = ?) ORDER BY id",
         "AND id = ? ORDER BY id",
         "test_privacy_ledger.py::test_rows_and_groups_of_them_share_a_budget",
     ),

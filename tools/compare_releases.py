@@ -3,9 +3,9 @@
     python tools/compare_releases.py OLD NEW
 
 OLD and NEW are checkouts. In each, in a process of its own, a private fine-tuning runs with the same secret:
-canaries, a column as the unit, and shares of the labels that are estimated. Batches and noise are keyed by the
-hash of the code, so that hash is held fixed in both; so are the estimated counts, whose noise comes from the
-system. Prints the SHA-256 of every released file, and exits with 1 if one differs.
+canaries, a column as the unit, and shares of the labels that are estimated. Batches and noise are keyed by
+the hash of the code, so that hash is held fixed in both; so are the estimated counts, whose noise comes from
+the system. Prints the SHA-256 of every released file, and exits with 1 if one differs.
 """
 
 import argparse
@@ -39,9 +39,12 @@ folder = pathlib.Path(sys.argv[1])
 (folder / "private").mkdir(parents=True)
 (folder / "private" / "secret").write_bytes(bytes(range(32)))
 rows = [{**row, "user": f"user {i % 150}"} for i, row in enumerate(reviews(300, seed=1))]
-settings = Settings(experiment="dp_ft", model="tiny", tuning="lora", lora_rank=2, sequence_length=48, batch_size=24, epochs=1,
-                    epsilon=8, unit="user", canaries=40, label_prior="private", label_names="negative,positive",
-                    prompt="[{label}]:", num_samples=12, num_mauve_samples=6, validation_size=0, data_name="compared", ledger="runs")
+settings = Settings(experiment="dp_ft", model="tiny", tuning="lora", lora_rank=2, sequence_length=48,
+                    batch_size=24, epochs=1,
+                    epsilon=8, unit="user", canaries=40, label_prior="private",
+                    label_names="negative,positive",
+                    prompt="[{label}]:", num_samples=12, num_mauve_samples=6, validation_size=0,
+                    data_name="compared", ledger="runs")
 splits = from_frame(pd.DataFrame(rows)[["text", "label", "user"]], settings, name="compared")
 run = (Run(settings, folder),) if Run else (settings, folder)
 sample_stage(*run, splits, fit_stage(*run, splits))
@@ -74,7 +77,8 @@ def main():
         old, new = found
         for name in sorted({*old, *new}):
             print(
-                f"{'equal ' if old.get(name) == new.get(name) else 'DIFFER'} {name} {new.get(name, 'missing')[:16]}"
+                f"{'equal ' if old.get(name) == new.get(name) else 'DIFFER'} {name} "
+                f"{new.get(name, 'missing')[:16]}"
             )
     print(json.dumps({"files": len(old), "equal": old == new}))
     sys.exit(old != new)

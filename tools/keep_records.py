@@ -2,10 +2,12 @@
 
     python tools/keep_records.py runs/demo dpsynth/assets/records/demo
 
-Copies of every run in a folder of runs its settings, status, numbers, its certificate or the note that it is not private, and the first 50 rows
-where they are synthetic. Nothing is copied from `private/`, where the rows are real. `dpsynth results` reads such a record like the runs
-themselves. A run that is not done, or an experiment that the record would lose, is an error, and then nothing is changed. With `--add`, for a sweep
-that takes days or several machines, runs that are not done are left out and experiments that only the record has stay in it.
+Copies of every run in a folder of runs its settings, status, numbers, its certificate or the note that it is
+not private, and the first 50 rows where they are synthetic. Nothing is copied from `private/`, where the rows
+are real. `dpsynth results` reads such a record like the runs themselves. A run that is not done, or an
+experiment that the record would lose, is an error, and then nothing is changed. With `--add`, for a sweep
+that takes days or several machines, runs that are not done are left out and experiments that only the record
+has stay in it.
 """
 
 import argparse
@@ -43,7 +45,9 @@ def keep(run, target):
 
 
 def keep_all(runs, target, add=False):
-    """Replace the record `target` by that of the runs in a folder, or add those that are done to it; returns the names of the experiments."""
+    """Replace the record `target` by that of the runs in a folder, or add those that are done to it;
+    returns the names of the experiments.
+    """
     found = sorted(path.parent for path in runs.glob("*/settings.yaml"))
     undone = [run.name for run in found if read_json(run / "status.json").get("state") != "done"]
     if add:

@@ -1,4 +1,5 @@
-"""Bring the `parameters` cell of the template notebook up to date with the settings, and the copy of the template in the package with it."""
+"""Bring the `parameters` cell of the template notebook up to date with the settings, and the copy of the
+template in the package with it."""
 
 import pathlib
 import shutil

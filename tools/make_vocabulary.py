@@ -2,9 +2,10 @@
 
     python tools/make_vocabulary.py MODEL.gguf --data DATA --out dpsynth/assets/english.npz
 
-`MODEL.gguf` is any Gemma 3 file. `DATA` holds `novels100/novels.parquet` and `eltec_eng/novels.parquet` (public-domain novels)
-and `wiki_en_slice/articles.parquet` (encyclopedia articles, CC BY-SA): 45 million tokens. Kept are the ASCII pieces that occur
-eight times or more, and what `keep_pieces` adds. The list holds numbers of pieces and no text.
+`MODEL.gguf` is any Gemma 3 file. `DATA` holds `novels100/novels.parquet` and `eltec_eng/novels.parquet`
+(public-domain novels) and `wiki_en_slice/articles.parquet` (encyclopedia articles, CC BY-SA): 45 million
+tokens. Kept are the ASCII pieces that occur eight times or more, and what `keep_pieces` adds. The list holds
+numbers of pieces and no text.
 """
 
 import argparse

@@ -1,6 +1,8 @@
-"""Bars of the side-by-side records: training, sampling and memory, one picture for each record, in benchmarks/plots/.
+"""Bars of the side-by-side records: training, sampling and memory, one picture for each record, in
+benchmarks/plots/.
 
-python tools/plot_benchmarks.py [RECORD.json …]      all of benchmarks/records/ that are side by side, unless some are named
+python tools/plot_benchmarks.py [RECORD.json …]      all of benchmarks/records/ that are side by side, unless
+some are named
 """
 
 import json

@@ -9,8 +9,8 @@ Three stages, each resumable and each skipped when its result is on disk:
     python tools/pretrain_tiny.py all --data DATA --work .cache/pretrain --out dpsynth/assets/tiny
 
 `DATA` holds `novels100/novels.parquet` and `eltec_eng/novels.parquet` (public-domain novels) and
-`wiki_en_slice/articles.parquet` (encyclopedia articles, CC BY-SA). The generated reviews of things other than films
-come from `dpsynth.demo` and need no file.
+`wiki_en_slice/articles.parquet` (encyclopedia articles, CC BY-SA). The generated reviews of things other than
+films come from `dpsynth.demo` and need no file.
 """
 
 import argparse
@@ -57,7 +57,7 @@ PAD, EOS, BOS = 0, 1, 2
 HELD_OUT_NOVELS, HELD_OUT_ARTICLES = 3, 300
 
 
-# ---- prepare -------------------------------------------------------------------------------------------------------
+# ---- prepare ---------------------------------------------------------------------------------
 
 
 def clean(text):
@@ -184,8 +184,9 @@ def prepare_reviews(work, count):
     (work / "reviews.json").write_text(json.dumps({"documents": len(texts), "tokens": tokens, "bytes": size}))
 
 
-# ---- train ---------------------------------------------------------------------------------------------------------
-# Training runs in PyTorch: compiled, it is more than twice as fast on CPUs as the same model under XLA. The forward pass
+# ---- train -----------------------------------------------------------------------------------
+# Training runs in PyTorch: compiled, it is more than twice as fast on CPUs as the same model under XLA. The
+# forward pass
 # below is keras_hub's Gemma3Backbone, written out; `export` checks that both give the same logits.
 
 
@@ -328,7 +329,9 @@ def make_optimizers(params, peak):
 
 
 def schedule(step, done, warmup=200, final=0.03):
-    """Warm-up, constant, then linear decay over the last 40 % of the tokens; `done` is the share of them that is seen."""
+    """Warm-up, constant, then linear decay over the last 40 % of the tokens; `done` is the share of them
+    that is seen.
+    """
     return min((step + 1) / warmup, 1.0, final + (1 - final) * (1 - done) / 0.4)
 
 
@@ -443,7 +446,9 @@ def train(work, tokens, length, rows, peak, stop_after):
 
 
 def phases(log, step, seen):
-    """[{updates, tokens_per_update}]: where a log says that the batch was changed; exact, as a line of it holds at most one change."""
+    """[{updates, tokens_per_update}]: where a log says that the batch was changed; exact, as a line of it
+    holds at most one change.
+    """
     found, last = [], {"step": 0, "tokens": 0}
     marks = [*log, {"step": step, "tokens": seen}]
     sizes = [
@@ -463,7 +468,7 @@ def phases(log, step, seen):
     return found
 
 
-# ---- export --------------------------------------------------------------------------------------------------------
+# ---- export ----------------------------------------------------------------------------------
 
 
 def to_keras(params, variables):

@@ -1,9 +1,12 @@
-"""Compare settings on the built-in reviews, before any real data is touched: hyper-parameters looked up on private rows would cost ε.
+"""Compare settings on the built-in reviews, before any real data is touched: hyper-parameters looked up on
+private rows would cost ε.
 
-    python tools/tune.py --json FILE 'lora8: {tuning: lora, lora_rank: 8}' 'all: {tuning: full, learning_rate: 0.001}' …
+    python tools/tune.py --json FILE 'lora8: {tuning: lora, lora_rank: 8}' 'all: {tuning: full, learning_rate:
+    0.001}' …
 
-Each argument is a name and the settings that differ from `COMMON`, in YAML. One after the other is trained, sampled and scored; a name that the file has
-already is not repeated. Prints a Markdown table of all that the file has.
+Each argument is a name and the settings that differ from `COMMON`, in YAML. One after the other is trained,
+sampled and scored; a name that the file has already is not repeated. Prints a Markdown table of all that the
+file has.
 """
 
 import argparse
@@ -18,7 +21,8 @@ from dpsynth.runs import evaluate_stage, fit_stage, load_stage, sample_stage
 from dpsynth.runs.run import Run
 from dpsynth.settings import make_settings
 
-# `tiny` and the plain accuracy are what the record in benchmarks/records was measured with: one table, one scale.
+# `tiny` and the plain accuracy are what the record in benchmarks/records was measured with: one table, one
+# scale.
 COMMON = {
     "data": "demo",
     "train_size": 8000,

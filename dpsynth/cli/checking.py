@@ -62,9 +62,10 @@ def findings(survey: Any) -> Iterator[tuple[str, str]]:
             yield "attacker", plan.attacker_sentence(survey.mechanism)
             for line in plan.advice(survey.mechanism):
                 yield "instead", line
-    yield from (("embedder", line) for line in slow_import("runs.surveys").describe_embedders(survey.settings))
+    for line in slow_import("runs.surveys").describe_embedders(survey.settings):
+        yield "embedder", line
 
-# %% ../../nbs/15_cli/04_checking.ipynb #254d1bed
+# %% ../../nbs/15_cli/04_checking.ipynb #10315625
 def describe_time(found: dict[str, Any], rows: str) -> str:
     """What `estimate` found about time, in words."""
     from dpsynth.progress import in_words
@@ -87,7 +88,7 @@ def describe_time(found: dict[str, Any], rows: str) -> str:
         f"the {rows}{most}; the evaluation comes on top"
     )
 
-
+# %% ../../nbs/15_cli/04_checking.ipynb #2529b267
 def costs(survey: Any, args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Yield (topic, text) on memory and time of a survey with a model."""
     if survey.tokenizer is None or survey.splits is None:

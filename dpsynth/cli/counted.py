@@ -70,7 +70,7 @@ def byte_share(survey: Any, most: int = 500) -> float:
     ]
     return sum(piece.startswith("<0x") for piece in pieces) / max(1, len(pieces))
 
-# %% ../../nbs/15_cli/03_counted.ipynb #747b5c21
+# %% ../../nbs/15_cli/03_counted.ipynb #fe29bf65
 def look_at_rows(survey: Any, out: str | pathlib.Path) -> Iterator[tuple[str, str]]:
     """Yield (topic, text) of what is counted in the training rows, after noting in the ledger that somebody
     looked.
@@ -98,7 +98,7 @@ def look_at_rows(survey: Any, out: str | pathlib.Path) -> Iterator[tuple[str, st
     )
     yield from _counted(survey)
 
-
+# %% ../../nbs/15_cli/03_counted.ipynb #5a717257
 def _counted(survey):
     """Yield (topic, text) of the counts."""
     settings, records = survey.settings, survey.splits.train

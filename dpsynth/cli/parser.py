@@ -181,7 +181,8 @@ def _add_model(verbs):
         nargs="+",
         default=[],
         metavar="FILE",
-        help="keep the pieces that these public texts use (.txt, or a column `text`); never give private rows",
+        help="keep the pieces that these public texts use (.txt, or a column `text`);"
+        " never give private rows",
     )
     pieces.add_argument(
         "--vocabulary",

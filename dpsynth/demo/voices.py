@@ -11,8 +11,9 @@ import re
 from .words import TABLES
 
 # %% ../../nbs/01a_demo/04_voices.ipynb #00698176
+_MANNER = ("length", "loud", "sloppy")
 VOICES = [  # weight, first, middle, last, length, loud, sloppy
-    (v["weight"], *(v[part].split() for part in ("first", "middle", "last")), v["length"], v["loud"], v["sloppy"])
+    (v["weight"], *(v[part].split() for part in ("first", "middle", "last")), *map(v.get, _MANNER))
     for v in TABLES["voices"]
 ]
 VWEIGHTS = [voice[0] for voice in VOICES]

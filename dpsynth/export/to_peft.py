@@ -75,7 +75,7 @@ def write_peft(model: LanguageModel, folder: pathlib.Path, settings: Settings) -
     pairs = {name: as_pair(layer) for name, layer in modules(model).items() if id(layer) in adapted}
     if len(pairs) != len(adapted_layers(model)):
         raise ModelError(
-            f"{model.name}: an adapter lies on a layer that peft does not know; use --to transformers"
+            f"{model.name}: a layer that peft does not know has an adapter; use --to transformers"
         )
     base = hugging_face_name(model.name)
     arrays = {

@@ -29,7 +29,7 @@ def _sentencepiece(proto):
     plain &= all(SPARE.fullmatch(p.piece) for p in model.pieces if p.type == UNUSED)
     if trainer.model_type != trainer.BPE or not plain or trainer.treat_whitespace_as_suffix:
         raise ModelError(
-            "the tokenizer is a SentencePiece model of another kind than BPE on texts as they are"
+            "the tokenizer cannot be exported: it is not a SentencePiece model of BPE on unchanged texts"
         )
     return model
 

@@ -139,7 +139,7 @@ def _llama3_rule(file, head, wavelength):
     _require(
         file,
         stored.shape == expected.shape and np.allclose(stored, expected, rtol=1e-3),
-        "its rotations are stretched otherwise than Llama 3.1's",
+        "its rotations are stretched in another way than Llama 3.1's",
     )
     return {**LLAMA3_RULE, "rope_frequency_adjustment_factor": factor}
 

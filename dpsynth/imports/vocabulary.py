@@ -99,7 +99,7 @@ def read_vocabulary(file: Gguf) -> Vocabulary:
     tokens, pre = file.fact(key + "tokens"), file.get(key + "pre", "default")
     if kind == "gpt2" and pre not in SPLITS:
         raise ModelError(
-            f"{file.path}: texts split as by {pre!r} cannot be imported; expected {', '.join(SPLITS)}"
+            f"{file.path}: its tokenizer splits texts by the rule {pre!r}; expected {', '.join(SPLITS)}"
         )
     types = np.array(file.get(key + "token_type", [NORMAL] * len(tokens)))
     scores = np.array(file.fact(key + "scores") if kind == "llama" else np.zeros(len(tokens)))

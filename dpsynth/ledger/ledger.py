@@ -220,7 +220,7 @@ class _ReleaseLedger(_DatasetLedger):
         return self._write(_finish, run_id)
 
     def abandon(self, run_id: str) -> Release:
-        """Give a run up. This frees its reservation if it never started, and is noted otherwise."""
+        """Give a run up. Its reservation is free if it never started; otherwise it is noted."""
         return self._write(_abandon, run_id)
 
     def release(self, run_id: str) -> Release | None:

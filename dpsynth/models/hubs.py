@@ -58,7 +58,7 @@ def _missing(error, has_token):
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, HFValidationError):
-        return ModelError, "no folder of this name is here, and it cannot be one of a Hugging Face repository"
+        return ModelError, "there is no such folder, and it cannot be the name of a Hugging Face repository"
     if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
         return ModelError, "Hugging Face has no such model" + (
             "" if has_token else ", or hides it: check the name, or set HF_TOKEN"

@@ -107,4 +107,5 @@ def as_names(value: Any) -> Any:
         return as_text(value)
     names = tuple(map(_name, value))
     plain = ",".join(names)
-    return plain if not _is_list(plain) and names_in(plain) == names else json.dumps(names, ensure_ascii=False)
+    as_they_are = not _is_list(plain) and names_in(plain) == names
+    return plain if as_they_are else json.dumps(names, ensure_ascii=False)

@@ -366,7 +366,7 @@ class Sampling(Theme):
         " separated by commas",
     )
 
-# %% ../../nbs/00_settings/03_themes.ipynb #59b28366
+# %% ../../nbs/00_settings/03_themes.ipynb #9254ac53
 class Embedding(Theme):
     """How texts become vectors."""
 
@@ -384,7 +384,7 @@ class Embedding(Theme):
     )
     embed_length: int = field(256, "tokens of each text that are embedded", affects="evaluation", ge=1)
 
-
+# %% ../../nbs/00_settings/03_themes.ipynb #770619dc
 class Measures(Theme):
     """What is measured, and how often."""
 
