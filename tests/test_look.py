@@ -1,6 +1,7 @@
 """What is told before money is spent: public numbers, what they mean, and only who asks sees what was counted
 in the rows."""
 
+import math
 import re
 
 import pandas as pd
@@ -11,7 +12,7 @@ from parts import MICRO, RUN, mechanism, splits
 from dpsynth import data, runs
 from dpsynth.runs import cost as costs
 from dpsynth.certificate import read_certificate
-from dpsynth.finetune import finetune_run
+from dpsynth.finetune import finetune_run, units_of_a_call
 from dpsynth.runs import Account
 from dpsynth.ledger import Ledger, was_looked_at
 from dpsynth.runs import (
@@ -181,9 +182,11 @@ def test_an_estimate_is_measured_and_reads_no_training_row(monkeypatch):
         ),
     )
     cost = costs.estimate(found)
-    full = costs.expected_microbatches(8, 8)
+    size = units_of_a_call(found.settings)
+    full = costs.expected_microbatches(8, size)
+    looks = 2 * math.ceil(min(found.settings.validation_size, len(found.splits.test)) / size)
     assert cost["per_update"] == pytest.approx(0.25 + 0.5 * full) and cost["training"] == pytest.approx(
-        1 + 3 + 2 * 0.5 / 3 + found.mechanism.steps * cost["per_update"]
+        1 + 3 + looks * 0.5 / 3 + found.mechanism.steps * cost["per_update"]
     )
     costs.measure(
         found.settings.model_copy(update={"epsilon": 3.0, "seed": 7, "epochs": 2.0}), 1, [32], [(32, 32)]
