@@ -349,7 +349,7 @@ def test_a_unit_of_gaps_alone_still_counts():
         and from_frame(frame, settings, test=frame).train.num_units == 10
     )
     assert "column user: missing" in refusal(from_frame, frame.assign(user=None), settings)
-    assert "no rows are left" in refusal(from_frame, frame.assign(text=None), settings)
+    assert "leaves out every row" in refusal(from_frame, frame.assign(text=None), settings)
 
 
 def test_a_row_is_named_as_its_file_has_it():
