@@ -35,7 +35,7 @@ from dpsynth.settings import (
     make_settings,
     parse_overrides,
 )
-from dpsynth.synthesizer import Synthesizer
+from dpsynth.synthesizer import Synthesizer, _records
 
 LABELS = [i % 2 for i in range(40)]
 TEXTS = [f"row {i}, a film" for i in range(40)]
@@ -468,7 +468,7 @@ def test_fit_takes_columns_that_are_numbers(caught):
         and load(read_settings("run")).train.texts == caught.splits.train.texts
     )
     synthesizer = Synthesizer("run2", text_column=0, label_column=1, epsilon=8).fit(table, "rows")
-    assert synthesizer._records(table, "rows").texts == table[0].tolist()
+    assert _records(synthesizer.settings, table, "rows").texts == table[0].tolist()
 
 
 # ---- no message quotes a row -----------------------------------------------------------------
