@@ -1582,10 +1582,10 @@ def test_a_run_with_its_noise_switched_off_fails_and_never_has_a_certificate(
     monkeypatch.setattr(
         audit_table,
         "fit_stage",
-        lambda settings, folder, splits: marked() and train(settings, folder, splits),
+        lambda run, splits: marked() and train(run, splits),
     )
     assert (
-        audit_table.fit_silently(RUN, folder, splits())
+        audit_table.fit_silently(Run(RUN, folder), splits())
         and marked()
         and not [*(folder / "release").glob("certificate*")]
     )
@@ -1626,12 +1626,13 @@ def test_the_null_audits_of_the_audit_table(audit_table, monkeypatch, capsys):
 def test_a_finished_run_is_audited_again_without_training(audit_table, tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(audit_table, "load", lambda settings: "splits")
-    monkeypatch.setattr(audit_table, "load_generator", lambda settings, folder: "model")
+    generator = types.SimpleNamespace(model="model")
+    monkeypatch.setattr(audit_table, "load_generator", lambda run: generator)
     monkeypatch.setattr(audit_table, "fit_stage", None)
     monkeypatch.setattr(
         audit_table,
         "audit_stage",
-        lambda settings, folder, splits, model: done.append((folder, splits, model)),
+        lambda run, splits, model: done.append((run.folder, splits, model)),
     )
     (tmp_path / "private").mkdir()
     for name, content in (

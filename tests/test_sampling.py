@@ -479,7 +479,7 @@ def test_other_settings_or_weights_are_refused(model, small_blocks, tmp_path, mo
         make(model, tmp_path, SETTINGS.model_copy(update={"temperature": 0.5}))
     values = model.trainable
     model.assign([value * 1.01 for value in values])
-    with pytest.raises(DataError, match="other weights"):
+    with pytest.raises(DataError, match="other model weights"):
         make(model, tmp_path)
     model.assign(values)
     assert (
