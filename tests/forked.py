@@ -24,6 +24,7 @@ def run_cells(sources, folder):
     from IPython.core.interactiveshell import InteractiveShell
 
     shell = InteractiveShell.instance()
+    shell.enable_gui = lambda gui=None: None  # `%matplotlib inline` asks for one
     for source in sources:
         result = shell.run_cell(source, store_history=False, silent=True)
         if error := result.error_before_exec or result.error_in_exec:
