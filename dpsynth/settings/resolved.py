@@ -37,7 +37,7 @@ def resolve(settings: Settings) -> Settings:
     values, spared = settings.model_dump(), UNCAPPED.get(settings.generator, ())
     spared = (
         (*spared, "train_size") if settings.unit_count == "private" else spared
-    )  # so many of them: that takes their exact number
+    )  # `train_size` would tell the exact number
     caps = {k: min(values[k] or cap, cap) for k, cap in SMOKE_CAPS.items() if k not in spared}
     return Settings(
         **{
