@@ -82,15 +82,16 @@ def test_sum_is_bit_equal_in_any_order(micro, store):
 
 
 def test_neither_the_size_of_microbatches_nor_the_order_changes_a_bit_of_the_sum(micro, store):
+    units = np.arange(13)  # one CPU takes 2, 3 and 4 of them a call, filled up by 1, 2 and 3
     sums = [
         flatten(
             trainer(micro, store, SETTINGS.model_copy(update={"microbatch_size": m})).gradient_sum(
-                np.arange(12)
+                units
             )
         )
-        for m in (1, 4, 7)
+        for m in (1, 3, 7)
     ]
-    sums.append(flatten(trainer(micro, store).gradient_sum(np.arange(12)[::-1].copy())))
+    sums.append(flatten(trainer(micro, store).gradient_sum(units[::-1].copy())))
     assert all((sums[0] == other).all() for other in sums[1:])
 
 
