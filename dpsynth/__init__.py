@@ -35,6 +35,20 @@ FACE = {  # name -> (module, its name there); none is the name of a module of th
 __all__ = [*FACE]
 
 
+def _names_of(package, modules):
+    """The `__getattr__` of a part whose modules are imported, in this order, once a name is asked for."""
+
+    def find(name):
+        if name in modules:
+            return importlib.import_module(f".{name}", package)
+        for module in () if name.startswith("__") else map(find, modules):
+            if name in module.__all__:
+                return getattr(module, name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return find
+
+
 def __getattr__(name):
     """What stands behind a name of the face."""
     if name not in FACE:

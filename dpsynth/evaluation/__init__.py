@@ -4,16 +4,8 @@ Names are looked up when they are asked for: a table of results needs the verdic
 neither Keras nor JAX.
 """
 
-import importlib
+from dpsynth import _names_of
 
 MODULES = ("usefulness", "batches", "texts", "mauve", "embedders", "cache", "metrics")  # the light ones first
 
-
-def __getattr__(name):
-    """A module of this part, or a public name of one."""
-    if name in MODULES:
-        return importlib.import_module(f".{name}", __name__)
-    for module in () if name.startswith("__") else map(__getattr__, MODULES):
-        if name in module.__all__:
-            return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = _names_of(__name__, MODULES)

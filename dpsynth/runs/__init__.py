@@ -3,7 +3,7 @@
 Names are looked up when they are asked for: a table of results needs neither Keras nor JAX.
 """
 
-import importlib
+from dpsynth import _names_of
 
 MODULES = (  # the light ones first
     "folder",
@@ -29,12 +29,4 @@ MODULES = (  # the light ones first
     "audit_run",
 )
 
-
-def __getattr__(name):
-    """A module of this part, or a public name of one."""
-    if name in MODULES:
-        return importlib.import_module(f".{name}", __name__)
-    for module in () if name.startswith("__") else map(__getattr__, MODULES):
-        if name in module.__all__:
-            return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = _names_of(__name__, MODULES)
