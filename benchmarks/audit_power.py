@@ -26,7 +26,7 @@ import numpy as np
 
 from dpsynth.audit import LEVEL, copy_test, exact_interval
 from dpsynth.demo import reviews
-from dpsynth.words import Words, folded, near_copies, own_identifiers, own_names
+from dpsynth.audit.words import Words, folded, near_copies, own_identifiers, own_names
 
 SIZES = ((2000, 500, 2000), (1200, 1200, 1200))  # training, held-out and synthetic rows
 ATTACKS = 13  # on a text

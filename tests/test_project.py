@@ -260,7 +260,7 @@ WRITTEN = (
     "configs/demo/dp_ft.yaml",
     "dpsynth/cli/__init__.py",
     "dpsynth/cli/__main__.py",
-    "nbs/15_cli/11_parser.ipynb",
+    "nbs/26_cli/11_parser.ipynb",
     "nbs/templates/experiment.ipynb",
 )
 
@@ -368,6 +368,45 @@ def circle_of(sources):
         return found
 
     return next(filter(None, (follow(name, []) for name in edges if name not in done)), [])
+
+
+def reading_order():
+    """Names of the modules that notebooks make, in the order in which the notebooks are read."""
+    paths = [p for p in (REPO / "nbs").rglob("*.ipynb") if p.relative_to(REPO / "nbs").parts[0][:2].isdigit()]
+    made = (nbformat.read(path, 4).cells for path in sorted(paths))
+    found = (re.search(r"#\| default_exp (\S+)", "\n".join(c.source for c in cells)) for cells in made)
+    return [f"dpsynth.{match[1]}" for match in found]
+
+
+def public_names(source):
+    """What `__all__` of a module lists."""
+    found = re.search(r"^__all__ = (\[.*?\])", source, re.M | re.S)
+    return ast.literal_eval(found[1]) if found else []
+
+
+def imported_before_it_is_read(order, sources):
+    """Pairs of a module and a later one that it imports, by name or through the package that hands it on."""
+    place = {name: at for at, name in enumerate(order)}
+    owner = {
+        f"{above}.{public}": name
+        for name in order
+        for above in (name, name.rpartition(".")[0])
+        if above != "dpsynth"
+        for public in public_names(sources[name])
+    }
+    for name in order:
+        found = {owner.get(n, n) for n in names_imported(name, sources[name])} & set(order)
+        yield from ((name, other) for other in sorted(found) if place[other] > place[name])
+
+
+def test_notebooks_are_numbered_in_the_order_in_which_they_build_on_each_other():
+    early = ("dpsynth.finetune.estimates", "dpsynth.audit.contamination")
+    assert list(imported_before_it_is_read(reading_order(), SOURCES)) == [early]
+    assert list(
+        imported_before_it_is_read(
+            ["dpsynth.b", "dpsynth.a"], {"dpsynth.a": "", "dpsynth.b": "from . import a"}
+        )
+    )
 
 
 def test_no_modules_import_each_other():

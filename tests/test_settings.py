@@ -405,7 +405,7 @@ def test_every_setting_is_documented_and_in_the_parameters_cell():
 
 
 def test_stored_table_of_the_documentation_is_todays(repo):
-    cells = nbformat.read(repo / "nbs" / "00_settings" / "06_resolved.ipynb", 4).cells
+    cells = nbformat.read(repo / "nbs" / "02_settings" / "06_resolved.ipynb", 4).cells
     (cell,) = [c for c in cells if c.cell_type == "code" and "Markdown(settings_table())" in c.source]
     assert [output.data["text/markdown"] for output in cell.outputs] == [settings_table()]
 

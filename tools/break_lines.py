@@ -1394,7 +1394,7 @@ BREAKS = [
     Break(
         "§4",
         "what two units have counts as one's own",
-        "words",
+        "audit/words",
         "    alone = holders(hashes, owners) == 1\n",
         "    alone = holders(hashes, owners) >= 1\n",
         "test_audit_words.py::test_what_two_units_have_is_nobodys_own",
@@ -1418,7 +1418,7 @@ BREAKS = [
     Break(
         "§4",
         "a text is its own near copy",
-        "words",
+        "audit/words",
         "            common.data[owners[rows] == owners[common.indices]] = 0\n",
         "            pass\n",
         "test_audit_words.py::test_near_copies_are_measured_by_the_texts_of_other_units",

@@ -8,3 +8,4 @@ from .pool import *
 from .replay import *
 from .report import *
 from .tests import *
+from .words import *
