@@ -17,7 +17,7 @@ from dpsynth.ledger import (
     EpsilonQuery,
     loss_grid,
     accesses_event,
-    compose as composed,
+    compose_events as composed,
     event_from_dict,
     group_privacy,
     known_names,

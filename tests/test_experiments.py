@@ -311,7 +311,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("damage", DAMAGED)
 @pytest.mark.parametrize("name", ["status.json", "metrics.json", ".clock.json", "settings.yaml"])
-def test_a_damaged_file_is_named_with_the_way_back(template, tmp_path, name, damage, capsys):
+def test_a_damaged_file_is_named_with_the_remedy(template, tmp_path, name, damage, capsys):
     from dpsynth.cli import main
 
     template("")
@@ -342,7 +342,7 @@ def test_a_damaged_file_is_named_with_the_way_back(template, tmp_path, name, dam
         (folder / file).unlink()
     assert [row["status"] for row in run_sweep([path], tmp_path / "runs", say=lambda line: None)] == [
         "done"
-    ]  # the way back is one
+    ]  # the remedy is one
 
 
 # status

@@ -387,7 +387,7 @@ def test_one_process_makes_the_preset_and_the_other_waits(package, tmp_path, mon
         / "cache"
         / "dpsynth"
         / "presets"
-        / f".small-{imports.FORMAT}-{BUNDLES['small'].sha256[:8]}-full.lock"
+        / f".small-{imports.PRESET_FORMAT}-{BUNDLES['small'].sha256[:8]}-full.lock"
     )
     held.parent.mkdir(parents=True)
     code = (

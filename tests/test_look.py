@@ -12,11 +12,17 @@ from parts import MICRO, RUN, mechanism, splits
 from dpsynth import data, runs
 from dpsynth.runs import cost as costs
 from dpsynth.certificate import read_certificate
-from dpsynth.finetune import finetune_run, units_of_a_call
+from dpsynth.finetune import finetune_run, units_per_call
 from dpsynth.runs import Account
 from dpsynth.ledger import Ledger, was_looked_at
 from dpsynth.runs import (
-    advice, attacker_sentence, changed, found_at_most, noise_to_signal, plan_rows, planned
+    advice,
+    attacker_sentence,
+    changed_mechanism,
+    found_at_most,
+    noise_to_signal,
+    plan_rows,
+    planned,
 )
 from dpsynth.runs.run import Run
 from dpsynth.settings import Settings, SettingsError
@@ -116,10 +122,12 @@ def test_advice_names_what_would_change():
     texts = advice(made)
     assert "at epsilon 4" in texts[0] and "batch_size of 100" in texts[1] and "400 updates" in texts[1]
     assert (
-        noise_to_signal(changed(made, batch_size=200)) < noise_to_signal(changed(made))
-        and changed(made, epsilon=2).noise_multiplier > changed(made).noise_multiplier
+        noise_to_signal(changed_mechanism(made, batch_size=200)) < noise_to_signal(changed_mechanism(made))
+        and changed_mechanism(made, epsilon=2).noise_multiplier > changed_mechanism(made).noise_multiplier
     )
-    assert found_at_most(changed(made, epsilon=2)) < found_at_most(changed(made, epsilon=4))
+    assert found_at_most(changed_mechanism(made, epsilon=2)) < found_at_most(
+        changed_mechanism(made, epsilon=4)
+    )
 
 
 def test_a_plan_for_a_number_reads_no_file(monkeypatch, dpsynth, refused, configs):
@@ -182,7 +190,7 @@ def test_an_estimate_is_measured_and_reads_no_training_row(monkeypatch):
         ),
     )
     cost = costs.estimate(found)
-    size = units_of_a_call(found.settings)
+    size = units_per_call(found.settings)
     full = costs.expected_microbatches(8, size)
     looks = 2 * math.ceil(min(found.settings.validation_size, len(found.splits.test)) / size)
     assert cost["per_update"] == pytest.approx(0.25 + 0.5 * full) and cost["training"] == pytest.approx(

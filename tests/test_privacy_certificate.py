@@ -27,7 +27,7 @@ from dpsynth.certificate import (
     write_certificate,
 )
 from dpsynth.imports import BUNDLES
-from dpsynth.ledger import accesses_event, compose, group_privacy
+from dpsynth.ledger import accesses_event, compose_events, group_privacy
 from dpsynth.privacy import make_mechanism
 from dpsynth.runs.run import Run
 from dpsynth.settings import PrivacyError, Settings, SettingsError
@@ -768,7 +768,7 @@ def test_groups_are_bounded_by_their_own_accounting():
         assert group["delta"] == certificate["delta"]
         assert (
             group["epsilon"]
-            == compose([accesses_event(certificate["accesses"])], group["delta"], group=group["units"])
+            == compose_events([accesses_event(certificate["accesses"])], group["delta"], group=group["units"])
             > certificate["epsilon"]
         )
     assert (

@@ -28,7 +28,7 @@ from dpsynth.ledger import (
     Neighbours,
     NewDataset,
     accesses_event,
-    compose,
+    compose_events,
     default_path,
     event_from_dict,
     group_privacy,
@@ -95,17 +95,19 @@ def accountant_epsilon(event, count, relation=ADD):
     ],
 )
 def test_composition_is_the_accountants(event):
-    assert compose(2 * [event], DELTA) == pytest.approx(accountant_epsilon(event, 2), abs=2e-3)
+    assert compose_events(2 * [event], DELTA) == pytest.approx(accountant_epsilon(event, 2), abs=2e-3)
     if event["kind"] in ("dp_sgd", "gaussian"):
-        assert compose([event], DELTA, "replace_one") == pytest.approx(
+        assert compose_events([event], DELTA, "replace_one") == pytest.approx(
             accountant_epsilon(event, 1, REPLACE), abs=2e-3
         )
 
 
 def test_two_equal_releases_are_one_of_twice_the_steps_and_less_than_the_sum():
-    both = compose([TRAINING, TRAINING], DELTA)
-    assert both == compose([{**TRAINING, "steps": 120}], DELTA) == compute_epsilon(0.05, 1.5, 120, DELTA)
-    assert compose([TRAINING], DELTA) < both < 1.6 * compose([TRAINING], DELTA)
+    both = compose_events([TRAINING, TRAINING], DELTA)
+    assert (
+        both == compose_events([{**TRAINING, "steps": 120}], DELTA) == compute_epsilon(0.05, 1.5, 120, DELTA)
+    )
+    assert compose_events([TRAINING], DELTA) < both < 1.6 * compose_events([TRAINING], DELTA)
 
 
 def test_banded_training_is_rounds_of_a_larger_sample():
@@ -115,58 +117,61 @@ def test_banded_training_is_rounds_of_a_larger_sample():
         0.2,
         1.5,
     )
-    assert compose([{**TRAINING, "bands": 4}], DELTA) == compute_epsilon(0.05, 1.5, 60, DELTA, bands=4)
+    assert compose_events([{**TRAINING, "bands": 4}], DELTA) == compute_epsilon(0.05, 1.5, 60, DELTA, bands=4)
 
 
 def test_parts_of_one_release_and_separate_releases_compose_alike():
     assert (
-        compose([[GAUSSIAN, pure(0.5)]], DELTA)
-        == compose([GAUSSIAN, pure(0.5)], DELTA)
-        > compose([GAUSSIAN], DELTA)
+        compose_events([[GAUSSIAN, pure(0.5)]], DELTA)
+        == compose_events([GAUSSIAN, pure(0.5)], DELTA)
+        > compose_events([GAUSSIAN], DELTA)
     )
 
 
 def test_stated_epsilons_add_only_where_they_must():
-    assert compose([pure(1.0)], DELTA) == pytest.approx(1.0, abs=5e-3)
-    assert compose(20 * [pure(0.1)], DELTA) < 1.9
+    assert compose_events([pure(1.0)], DELTA) == pytest.approx(1.0, abs=5e-3)
+    assert compose_events(20 * [pure(0.1)], DELTA) < 1.9
     leaky = {"kind": "epsilon_delta", "epsilon": 1.0, "delta": DELTA}
-    assert compose([leaky], DELTA) == pytest.approx(1.0, abs=5e-3)
-    assert compose(2 * [leaky], DELTA) == math.inf > compose(2 * [leaky], 3 * DELTA)
+    assert compose_events([leaky], DELTA) == pytest.approx(1.0, abs=5e-3)
+    assert compose_events(2 * [leaky], DELTA) == math.inf > compose_events(2 * [leaky], 3 * DELTA)
 
 
 @pytest.mark.parametrize("event", [{"kind": "laplace", "noise_multiplier": 2.0}, pure(0.5)])
 def test_a_replacement_is_two_changes(event):
-    assert compose([event], 1e-9, "replace_one") == pytest.approx(1.0, abs=5e-3)
+    assert compose_events([event], 1e-9, "replace_one") == pytest.approx(1.0, abs=5e-3)
 
 
 def test_a_count_that_others_were_chosen_by_is_added_and_not_composed():
     count = {"kind": "added", "epsilon": 0.5}
-    twice = compose(2 * [TRAINING], DELTA)
-    assert compose(2 * [TRAINING, count], DELTA) == pytest.approx(1.0 + twice)
-    assert 1.0 + twice > compose(2 * [TRAINING, pure(0.5)], DELTA) + 0.05
-    assert compose([[TRAINING, count]], DELTA, "replace_one") == pytest.approx(
-        1.0 + compose([TRAINING], DELTA, "replace_one")
+    twice = compose_events(2 * [TRAINING], DELTA)
+    assert compose_events(2 * [TRAINING, count], DELTA) == pytest.approx(1.0 + twice)
+    assert 1.0 + twice > compose_events(2 * [TRAINING, pure(0.5)], DELTA) + 0.05
+    assert compose_events([[TRAINING, count]], DELTA, "replace_one") == pytest.approx(
+        1.0 + compose_events([TRAINING], DELTA, "replace_one")
     )
-    assert compose([TRAINING, count], DELTA, group=3) == pytest.approx(
-        1.5 + compose([TRAINING], DELTA, group=3)
+    assert compose_events([TRAINING, count], DELTA, group=3) == pytest.approx(
+        1.5 + compose_events([TRAINING], DELTA, group=3)
     )
-    assert compose([count], 1e-9) == 0.5 and compose([count, {"kind": "not_private"}], DELTA) == math.inf
+    assert (
+        compose_events([count], 1e-9) == 0.5
+        and compose_events([count, {"kind": "not_private"}], DELTA) == math.inf
+    )
     with pytest.raises(dp_accounting.UnsupportedEventError):
         accountant_epsilon(count, 1)
 
 
 def test_groups():
-    assert compose([GAUSSIAN], DELTA, group=3) == pytest.approx(
-        compose([{**GAUSSIAN, "noise_multiplier": 4 / 3}], DELTA), rel=1e-2
+    assert compose_events([GAUSSIAN], DELTA, group=3) == pytest.approx(
+        compose_events([{**GAUSSIAN, "noise_multiplier": 4 / 3}], DELTA), rel=1e-2
     )
     always = {**TRAINING, "sampling_probability": 1.0, "noise_multiplier": 20.0}
-    assert compose([always], DELTA, group=2) == pytest.approx(
-        compose([{**always, "noise_multiplier": 10.0}], DELTA), rel=1e-2
+    assert compose_events([always], DELTA, group=2) == pytest.approx(
+        compose_events([{**always, "noise_multiplier": 10.0}], DELTA), rel=1e-2
     )
-    assert compose([pure(0.3)], DELTA, group=4) == pytest.approx(1.2, abs=0.03)
-    one, two = (compose([TRAINING], DELTA, group=k) for k in (1, 2))
+    assert compose_events([pure(0.3)], DELTA, group=4) == pytest.approx(1.2, abs=0.03)
+    one, two = (compose_events([TRAINING], DELTA, group=k) for k in (1, 2))
     assert 1.5 * one < two < 4 * one
-    assert compose([{**TRAINING, "bands": 2}], DELTA, group=2) == math.inf
+    assert compose_events([{**TRAINING, "bands": 2}], DELTA, group=2) == math.inf
 
 
 def test_group_privacy():
@@ -211,7 +216,7 @@ def test_no_noise_is_infinite_for_ever():
         {**GAUSSIAN, "noise_multiplier": 0},
         {"kind": "laplace", "noise_multiplier": 1e-9},
     ):
-        assert compose([event, pure(0.1)], DELTA) == math.inf
+        assert compose_events([event, pure(0.1)], DELTA) == math.inf
 
 
 @pytest.mark.parametrize(
@@ -399,7 +404,7 @@ def test_what_may_be_published_is_what_was_charged_under_the_name(ledger, film):
 
 def test_caps_and_what_may_be_published_add_what_others_were_chosen_by(ledger, film):
     count, training = {"kind": "added", "epsilon": 0.5}, TRAINING
-    added, composed = (compose([training, part], DELTA) for part in (count, pure(0.5)))
+    added, composed = (compose_events([training, part], DELTA) for part in (count, pure(0.5)))
     assert composed < added
     ledger.set_cap(film, (added + composed) / 2)
     spend(ledger, film, count, "a counts")
@@ -411,11 +416,11 @@ def test_caps_and_what_may_be_published_add_what_others_were_chosen_by(ledger, f
     spend(ledger, film, training, "a training")
     spend_in_parts(ledger, film, "b")
     spend(ledger, film, count, "c counts")
-    rest = compose([training, pure(0.5), pure(1.0)], DELTA)
+    rest = compose_events([training, pure(0.5), pure(1.0)], DELTA)
     assert ledger.released_as("film", DELTA) == (pytest.approx(1.0 + rest), 3, 0, 0)
     assert ledger.spent(film) == pytest.approx(1.0 + rest)
     assert ledger.spent(film, relation="replace_one") == pytest.approx(
-        2.0 + compose([training, pure(0.5), pure(1.0)], DELTA, "replace_one")
+        2.0 + compose_events([training, pure(0.5), pure(1.0)], DELTA, "replace_one")
     )
 
 
@@ -568,7 +573,7 @@ def test_a_resumed_run_is_charged_once(ledger, film):
     for _ in range(3):
         ledger.plan("r", film, GAUSSIAN)
         ledger.start("r")
-    assert len(ledger.releases(film)) == 1 and ledger.spent(film) == compose([GAUSSIAN], DELTA)
+    assert len(ledger.releases(film)) == 1 and ledger.spent(film) == compose_events([GAUSSIAN], DELTA)
     ledger.set_cap(film, ledger.spent(film))
     ledger.plan("r", film, GAUSSIAN)
     assert ledger.start("r").state == "started"
@@ -608,7 +613,7 @@ def test_cap_refuses_before_it_is_crossed_and_says_everything(ledger, film):
     with pytest.raises(
         BudgetError,
         match=r"'film': epsilon 2 is spent.*asks 1, together 3 at delta 1e-05, over the cap 2.5; use a "
-              r"smaller",
+        r"smaller",
     ) as caught:
         ledger.plan("b", film, pure(1.0))
     assert "\n" not in str(caught.value) and len(ledger.releases(film)) == 1
@@ -622,10 +627,10 @@ def test_cap_refuses_before_it_is_crossed_and_says_everything(ledger, film):
 
 
 def test_an_exact_cap_is_met_and_the_least_excess_is_not(ledger, film):
-    ledger.set_cap(film, compose([GAUSSIAN], DELTA))
+    ledger.set_cap(film, compose_events([GAUSSIAN], DELTA))
     ledger.plan("a", film, GAUSSIAN)
     ledger.abandon("a")
-    ledger.set_cap(film, math.nextafter(compose([GAUSSIAN], DELTA), 0))
+    ledger.set_cap(film, math.nextafter(compose_events([GAUSSIAN], DELTA), 0))
     with pytest.raises(BudgetError):
         ledger.plan("a", film, GAUSSIAN)
 
@@ -682,7 +687,9 @@ def test_a_sweep_is_stated_before(ledger, film):
         1,
         DELTA,
     ) and total.epsilon == pytest.approx(2.0, abs=5e-3)
-    assert ledger.totals_after([(film, GAUSSIAN)], 1e-7)[0].epsilon == compose([GAUSSIAN, pure(0.5)], 1e-7)
+    assert ledger.totals_after([(film, GAUSSIAN)], 1e-7)[0].epsilon == compose_events(
+        [GAUSSIAN, pure(0.5)], 1e-7
+    )
     assert ledger.totals_after([]) == [] and len(ledger.releases(film)) == 1
     ledger.set_cap(film, 1.9)
     with pytest.raises(
@@ -1215,7 +1222,7 @@ def prepare(path, room, cap):
 
 def test_sixteen_processes_and_a_hundred_kills(tmp_path):
     room = 50
-    cap = (compose(room * [CHARGE], DELTA) + compose((room + 1) * [CHARGE], DELTA)) / 2
+    cap = (compose_events(room * [CHARGE], DELTA) + compose_events((room + 1) * [CHARGE], DELTA)) / 2
     path, logs = tmp_path / "ledger.sqlite", tmp_path / "logs"
     logs.mkdir()
     prepare(path, room, cap)

@@ -183,7 +183,7 @@ def test_the_manifest_tells_rows_seeds_and_hashes_of_what_is_released_only(run):
         "sample-5-2/synthetic.parquet",
     ],
 )
-def test_damage_is_one_line_that_names_the_file_and_the_way_back(run, refused, name, monkeypatch):
+def test_damage_is_one_line_that_names_the_file_and_the_remedy(run, refused, name, monkeypatch):
     monkeypatch.setattr(
         "dpsynth.manifest.release.verify", lambda certificate: {}
     )  # what its numbers say is another question
@@ -327,7 +327,7 @@ def test_rows_that_were_cut_off_are_not_counted_as_done(run, refused, lines):
     assert f"{run / 'release' / MANIFEST}: is missing" in refused("evaluate", run)
     (run / "kept").rename(run / "release" / MANIFEST)
     for name in ("synthetic.jsonl", "sampling.json"):
-        (run / "release" / name).unlink()  # the way back that it names
+        (run / "release" / name).unlink()  # the remedy that it names
     sample_stage(Run(SETTINGS, run), None, load_generator(Run(SETTINGS, run)))
     assert path.read_text(encoding="utf-8") == whole and verify_release(run)
 
@@ -349,7 +349,7 @@ def test_what_was_fitted_is_written_again_from_the_checkpoint(run, made):
         shutil.rmtree(run)
         shutil.copytree(made, run)
         DAMAGES["half"](run / "release" / name)
-        (run / "release" / "adapter.npz").unlink(missing_ok=True)  # the way back that it names
+        (run / "release" / "adapter.npz").unlink(missing_ok=True)  # the remedy that it names
         fit_stage(Run(SETTINGS, run), splits(settings=SETTINGS))
         assert {p.name: p.read_bytes() for p in (run / "release").glob("*.*")} == {
             p.name: p.read_bytes() for p in (made / "release").glob("*.*")

@@ -15,7 +15,7 @@ from dpsynth.certificate import NOT_COVERED, verify
 from dpsynth.data import from_frame
 from dpsynth.finetune import finetune_run, label_shares
 from dpsynth.runs import Account
-from dpsynth.ledger import RUNS_LEDGER, Ledger, accesses_event, compose as compose_events, ledger_command
+from dpsynth.ledger import RUNS_LEDGER, Ledger, accesses_event, compose_events, ledger_command
 from dpsynth.runs import Survey, announce, enough_rows, fit_stage, load_stage, spending
 from dpsynth.privacy import Access, calibrate_noise, compose, count_accesses, make_mechanism, noisy_counts
 from dpsynth.runs.run import Run

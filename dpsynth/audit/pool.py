@@ -147,7 +147,7 @@ def _unread(column, kind):
     return np.flatnonzero(READ_AS[kind](column).isna() & ~_gaps(column))
 
 
-def _kind(column):
+def _column_kind(column):
     """`number` or `time` if all values can be read as such, else `category`, as are long whole numbers."""
     there = not _gaps(column).all() and not _long(column).any()
     return next((kind for kind in READ_AS if there and not len(_unread(column, kind))), "category")
@@ -178,7 +178,7 @@ def _check_alike(name, columns, kind):
     """Raise DataError unless three columns, a dict, are written alike; `kind`: of the training rows."""
     train = columns["train"]
     for what in ("synthetic", "holdout"):
-        of = _kind(columns[what]) if kind == "category" else kind
+        of = _column_kind(columns[what]) if kind == "category" else kind
         if kind != "category" and len(_unread(columns[what], kind)):
             _refuse(name, what, columns[what], kind, "train")
         if kind == "category" and of in READ_AS and 2 * len(_unread(train, of)) > (~_gaps(train)).sum():
@@ -190,7 +190,7 @@ def _alike(name, columns, is_text):
 
     Raises DataError where a value cannot be read as what the training rows have.
     """
-    kind = "text" if is_text else _kind(columns["train"])
+    kind = "text" if is_text else _column_kind(columns["train"])
     if not is_text:
         _check_alike(name, columns, kind)
     read = _as_texts if is_text else READ_AS.get(kind, _as_categories)

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from ..ledger import LARGEST_EPSILON, accesses_event, compose, group_privacy
+from ..ledger import LARGEST_EPSILON, accesses_event, compose_events, group_privacy
 from ..privacy import Access, Mechanism, discretization_interval, profile
 
 # %% ../../nbs/15_certificate/02_curves.ipynb #29d61826
@@ -52,7 +52,9 @@ def group_guarantee(mechanism: Mechanism, units: int) -> dict:
     `Mechanism`.
     """
     delta, event = mechanism.delta, accesses_event(mechanism.accesses)
-    epsilon = compose([event], delta, group=units) if mechanism.epsilon <= LARGEST_EPSILON else math.inf
+    epsilon = (
+        compose_events([event], delta, group=units) if mechanism.epsilon <= LARGEST_EPSILON else math.inf
+    )
     epsilon, delta = (
         (epsilon, delta) if epsilon < math.inf else group_privacy(mechanism.epsilon, delta, units)
     )
@@ -67,6 +69,6 @@ def holds_for_group(certificate: dict, group: dict) -> bool:
     if epsilon * (1 - 1e-9) <= group["epsilon"] and delta * (1 - 1e-9) <= group["delta"]:
         return True
     return (
-        compose([accesses_event(certificate["accesses"])], group["delta"], group=group["units"])
+        compose_events([accesses_event(certificate["accesses"])], group["delta"], group=group["units"])
         <= group["epsilon"] + 1e-3
     )

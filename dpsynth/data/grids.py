@@ -55,7 +55,7 @@ DAMAGED = (
 )
 
 # %% ../../nbs/06_data/03_grids.ipynb #23302428
-def _kind(path):
+def _ending(path):
     """The ending that says what a file is, in small letters, without the ending of its packing."""
     endings = [ending.lower() for ending in path.suffixes]
     return "".join(endings[-2:-1] if endings[-1:] and endings[-1] in UNPACK else endings[-1:])
@@ -126,7 +126,7 @@ def _separator(path, text, settings):
     """
     if settings.sep != "auto":
         return SEPARATORS[settings.sep]
-    usual = "\t" if _kind(path) == ".tsv" else ","
+    usual = "\t" if _ending(path) == ".tsv" else ","
     return max(
         sorted(SEPARATORS.values(), key=lambda sign: sign != usual),
         key=lambda sign: _fit(text[:FIRST], sign, settings),
@@ -256,7 +256,7 @@ def _grid(path, settings):
     Raises:
         DataError: naming the line, if the file is empty, or cannot be taken apart.
     """
-    if _kind(path) == ".xlsx":
+    if _ending(path) == ".xlsx":
         rows, separator = _sheet_rows(path), None
     else:
         text = _read_text(path)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .checks import _checked, _columns, _noted, _require
-from .grids import UNPACK, _check_width, _content, _grid, _kind, _read_grid, _read_text
+from .grids import UNPACK, _check_width, _content, _ending, _grid, _read_grid, _read_text
 from ..settings import DataError, Settings
 
 # %% ../../nbs/06_data/04_readers.ipynb #0654fbe1
@@ -162,7 +162,7 @@ def _known_file(path, instead=""):
         raise DataError("data: not the name of a file") from None
     if not there:
         raise DataError(f"{path}: no such file{instead}")
-    if path.is_dir() or _kind(path) not in READERS:
+    if path.is_dir() or _ending(path) not in READERS:
         what = "a folder" if path.is_dir() else "unknown kind of file"
         raise DataError(f"{path}: {what}; expected {', '.join(READERS)}, also packed ({', '.join(UNPACK)})")
     return path
@@ -176,7 +176,7 @@ def _read_file(path, settings):
     """
     path = _known_file(path, "; data is `demo`, `tfds:NAME`, `hf:NAME` or a file")
     try:
-        return _checked(READERS[_kind(path)](path, settings), path, settings)
+        return _checked(READERS[_ending(path)](path, settings), path, settings)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from None
 
@@ -197,7 +197,7 @@ def refuse_twice(names: Iterable, where: str | os.PathLike) -> None:
 # %% ../../nbs/06_data/04_readers.ipynb #fdf2ce70
 def _table(path):
     """`(DataFrame of all columns, None)` of a file, or for CSV, TSV and Excel `(None, its grid)`."""
-    kind = _kind(path)
+    kind = _ending(path)
     if kind == ".json":
         return pd.DataFrame(_json_rows(path)), None
     if kind == ".jsonl":

@@ -11,7 +11,7 @@ import pathlib
 import numpy as np
 from safetensors.numpy import save_file
 
-from .families import FAMILIES, state_dict
+from .families import BACKBONES, state_dict
 from .tokenizer_files import write_tokenizer
 from ..files import write_json
 from ..models import LanguageModel
@@ -40,7 +40,7 @@ def write_arrays(arrays: dict[str, np.ndarray], path: pathlib.Path) -> None:
 # %% ../../nbs/25_export/04_to_transformers.ipynb #20c318db
 def write_transformers(model: LanguageModel, folder: pathlib.Path, settings: Settings) -> None:
     """Write config.json, generation_config.json, model.safetensors and the tokenizer, adapters merged."""
-    *_, config = FAMILIES[type(model.causal_lm.backbone).__name__]
+    *_, config = BACKBONES[type(model.causal_lm.backbone).__name__]
     special = {"bos_token_id": model.start_id, "eos_token_id": model.end_id, "pad_token_id": model.pad_id}
     write_json(folder / "config.json", {**config(model.causal_lm.backbone), **special})
     write_json(folder / "generation_config.json", generation_config(model, settings))

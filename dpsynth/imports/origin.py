@@ -9,7 +9,7 @@ __all__ = ['STATED', 'provenance', 'describe_import', 'goes_together', 'is_a_cho
 import pathlib
 
 from ..files import load_json
-from .conversion import FACTS, describe_vocabulary
+from .conversion import IMPORT_FACTS, describe_vocabulary
 from .packages import BUNDLES, packaged_preset
 from ..settings import ModelError
 
@@ -23,7 +23,7 @@ def provenance(name: str) -> dict | None:
     Raises:
         ModelError: the folder's `import.json` is damaged.
     """
-    path = pathlib.Path(packaged_preset(name) or name) / FACTS
+    path = pathlib.Path(packaged_preset(name) or name) / IMPORT_FACTS
     if name == "tiny" or not path.is_file():
         return None
     damaged = "damaged, or of an earlier version; import the model again"

@@ -20,7 +20,7 @@ from dpsynth.manifest.entries import (
     entry,
     manifest_of,
     read_manifest,
-    way_back,
+    release_remedy,
 )
 from ..settings import DataError, SettingsError
 from ..state import file_hash
@@ -36,7 +36,7 @@ def statement_of(release: str | pathlib.Path) -> str | None:
     try:
         return statement(read_certificate(path))
     except SettingsError as error:
-        raise DataError(f"{error}; {way_back(path)}") from None
+        raise DataError(f"{error}; {release_remedy(path)}") from None
 
 
 def statement(certificate: dict) -> str:
@@ -49,11 +49,11 @@ def check_file(path: pathlib.Path, known: str | None, where: str) -> pathlib.Pat
     does.
     """
     if known is None:
-        raise DataError(f"{path}: {where} does not list it, so it cannot be checked; {way_back(path)}")
+        raise DataError(f"{path}: {where} does not list it, so it cannot be checked; {release_remedy(path)}")
     if not path.exists():
-        raise DataError(f"{path}: is missing; {way_back(path)}")
+        raise DataError(f"{path}: is missing; {release_remedy(path)}")
     if file_hash(path) != known:
-        raise DataError(f"{path}: is not the file whose SHA-256 stands in {where}; {way_back(path)}")
+        raise DataError(f"{path}: is not the file whose SHA-256 stands in {where}; {release_remedy(path)}")
     return path
 
 
@@ -67,7 +67,7 @@ def check_listed(paths: list[pathlib.Path], statement: str | None) -> pathlib.Pa
     if content["statement"] != statement:
         raise DataError(
             f"{paths[0]}: {manifest.name} says that it belongs to another certificate than the one that lies"
-            f" there; {way_back(paths[0])}"
+            f" there; {release_remedy(paths[0])}"
         )
     for path in paths:
         check_file(path, content["files"].get(path.name, {}).get("sha256"), manifest.name)
@@ -86,7 +86,7 @@ def checked_fit(release: str | pathlib.Path, name: str, private: bool) -> pathli
         return check_listed([path], None)
     certificate = path.with_name("certificate.json")
     if not certificate.exists():
-        raise DataError(f"{certificate}: is missing; {way_back(certificate)}")
+        raise DataError(f"{certificate}: is missing; {release_remedy(certificate)}")
     statement_of(release)  # it can be read
     return check_file(path, read_certificate(certificate)["files"].get(name), "certificate.json")
 

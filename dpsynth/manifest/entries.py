@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'CERTIFICATE', 'FITTED', 'EXPORTED', 'SAMPLED', 'content_hash', 'seal', 'read_sealed', 'manifest_of',
-           'signature_of', 'way_back', 'read_manifest', 'entry', 'add_to_manifest']
+           'signature_of', 'release_remedy', 'read_manifest', 'entry', 'add_to_manifest']
 
 # %% ../../nbs/16_manifest/01_entries.ipynb #b3eb67f5
 import hashlib
@@ -29,15 +29,15 @@ def seal(content: dict) -> dict:
     return {**content, "sha256": content_hash(content)}
 
 
-def read_sealed(path: str | pathlib.Path, way_back: str) -> dict:
-    """The content of a JSON file that `seal` made; `way_back` says what to do where it is damaged.
+def read_sealed(path: str | pathlib.Path, remedy: str) -> dict:
+    """The content of a JSON file that `seal` made; `remedy` says what to do where it is damaged.
 
     Raises DataError.
     """
-    content = load_json(path, f"damaged; {way_back}")
+    content = load_json(path, f"damaged; {remedy}")
     known = content.pop("sha256", None) if isinstance(content, dict) else None
     if known is None or content_hash(content) != known:
-        raise DataError(f"{path}: damaged; {way_back}")
+        raise DataError(f"{path}: damaged; {remedy}")
     return content
 
 # %% ../../nbs/16_manifest/01_entries.ipynb #afc009f1
@@ -61,7 +61,7 @@ def signature_of(manifest: pathlib.Path) -> pathlib.Path:
     return manifest.with_name(f"{manifest.name}.sig")
 
 # %% ../../nbs/16_manifest/01_entries.ipynb #4e23afb1
-def way_back(path: str | pathlib.Path) -> str:
+def release_remedy(path: str | pathlib.Path) -> str:
     """What to do where a released file is damaged, missing or another."""
     path, folder = pathlib.Path(path), pathlib.Path(path).parent
     again = re.fullmatch(r"(?:synthetic|manifest)-(\d+)\.jsonl?", path.name)
@@ -75,11 +75,11 @@ def way_back(path: str | pathlib.Path) -> str:
         return "restore it, or remove the folder and export again"
     if folder.name not in ("release", "private"):
         return f"restore it, or remove the folder {folder} and sample again, which gives the same rows"
-    return _way_back_in_a_run(path, folder)
+    return _remedy_in_a_run(path, folder)
 
 
-def _way_back_in_a_run(path, folder):
-    """`way_back` of a file that the stages `fit` and `sample` of a run write."""
+def _remedy_in_a_run(path, folder):
+    """`release_remedy` of a file that the stages `fit` and `sample` of a run write."""
     sampled = (
         f"{folder / 'sampling.json'} and {folder / 'synthetic.jsonl'} and run `dpsynth sample"
         f" {folder.parent}`"
@@ -107,8 +107,10 @@ def read_manifest(path: pathlib.Path) -> dict:
     Raises DataError where it is missing, damaged or none.
     """
     if not path.exists():
-        raise DataError(f"{path}: is missing, so what lies beside it cannot be checked; {way_back(path)}")
-    content = read_sealed(path, way_back(path))
+        raise DataError(
+            f"{path}: is missing, so what lies beside it cannot be checked; {release_remedy(path)}"
+        )
+    content = read_sealed(path, release_remedy(path))
     files = content.get("files")
     if (
         content.get("format") != 1
@@ -116,7 +118,7 @@ def read_manifest(path: pathlib.Path) -> dict:
         or not isinstance(files, dict)
         or not all(map(_is_entry, files.items()))
     ):
-        raise DataError(f"{path}: not a manifest of a release; {way_back(path)}")
+        raise DataError(f"{path}: not a manifest of a release; {release_remedy(path)}")
     return content
 
 

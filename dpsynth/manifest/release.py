@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from ..certificate import read_certificate, verify
 from ..files import replacing
 from .comparing import check_file, statement
-from .entries import MANIFEST, read_manifest, signature_of, way_back
+from .entries import MANIFEST, read_manifest, release_remedy, signature_of
 from .keys import check_signatures, read_private_key, read_public_key
 from ..privacy import told_delta
 from ..settings import DataError, SettingsError
@@ -90,7 +90,7 @@ def compare_release(
         if content["statement"] != statement(certificate):
             raise DataError(
                 f"{manifest}: belongs to another certificate than {release / 'certificate.json'};"
-                f" {way_back(manifest)}"
+                f" {release_remedy(manifest)}"
             )
         listed |= {
             manifest.parent / name: (told["sha256"], manifest.name)
@@ -109,12 +109,12 @@ def check_derived(release: pathlib.Path, certificate: dict, listed: Sequence[pat
     """
     page = release / "certificate.md"
     if page.exists() and page.read_bytes() != certificate.markdown().encode():
-        raise DataError(f"{page}: says something else than certificate.json; {way_back(page)}")
+        raise DataError(f"{page}: says something else than certificate.json; {release_remedy(page)}")
     for path in (path for path in listed if path.suffix == ".parquet" and path.exists()):
         lines = path.with_suffix(".jsonl")
         rows = [json.loads(line) for line in lines.read_bytes().splitlines()] if lines.exists() else None
         if rows is not None and pq.read_table(path).to_pylist() != rows:
-            raise DataError(f"{path}: has other rows than {lines.name}; {way_back(path)}")
+            raise DataError(f"{path}: has other rows than {lines.name}; {release_remedy(path)}")
 
 # %% ../../nbs/16_manifest/04_release.ipynb #dc840910
 def verify_release(path: str | pathlib.Path, key: str | pathlib.Path | None = None) -> Verified:
@@ -170,7 +170,7 @@ def sign_release(path: str | pathlib.Path, key: str | pathlib.Path) -> list[path
     verify_release(release)
     if not (release / MANIFEST).exists():
         raise DataError(
-            f"{release / MANIFEST}: is missing, so there is nothing to sign; {way_back(release / MANIFEST)}"
+            f"{release / MANIFEST}: is missing, so there is nothing to sign; {release_remedy(release / MANIFEST)}"
         )
     signatures = {
         signature_of(manifest): private.sign(manifest.read_bytes()) for manifest in manifests(release)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNREAD', 'UNMEASURED', 'KERNEL', 'seconds_of', 'IdleTrainer', 'invented_row', 'measure_training', 'play_block',
            'looks_needed', 'measure_sampling', 'Pace', 'measure_here', 'serve', 'measure', 'expected_microbatches',
-           'update_seconds', 'token_lengths', 'unit_lengths', 'held_out_seconds', 'sampling_seconds', 'estimate']
+           'update_seconds', 'token_lengths', 'lengths_of_units', 'held_out_seconds', 'sampling_seconds', 'estimate']
 
 # %% ../../nbs/23_runs/11_cost.ipynb #77f6fe8e
 import dataclasses
@@ -28,7 +28,7 @@ from scipy import stats
 from ..data import Records, TokenStore
 from ..files import write_json
 from ..finetune import (
-    Trainer, bucket_lengths, rows_of_units, some_rows, units_of_a_call)
+    Trainer, bucket_lengths, rows_of_units, some_rows, unit_lengths, units_per_call)
 from ..formats import Format, make_format
 from ..generators import make_generator, reference_rows
 from ..models import LanguageModel
@@ -71,7 +71,7 @@ def measure_training(
     """`(microbatch, update, compiling)`: seconds of a microbatch of rows of each length, by length, of an
     update beside its microbatches, and of what comes before the first ones."""
     most = 1 if settings.unit == "row" else settings.max_records_per_unit
-    size = units_of_a_call(settings)
+    size = units_per_call(settings)
     mechanism = Mechanism(
         num_units=size * 64,
         expected_batch_size=1,
@@ -315,7 +315,7 @@ def update_seconds(pace: Pace, settings: Settings, lengths: Iterable[int]) -> fl
     """Seconds of an update whose units are as long as these, in tokens with the prompt."""
     buckets = bucket_lengths(settings.sequence_length)
     place = np.searchsorted(buckets, np.minimum(lengths, buckets[-1]))
-    size = units_of_a_call(settings)
+    size = units_per_call(settings)
     means = settings.batch_size * np.bincount(place, minlength=len(buckets)) / len(place)
     return pace.update + sum(
         expected_microbatches(mean, size) * pace.microbatch.get(bucket, 0.0)
@@ -329,7 +329,7 @@ def token_lengths(survey: Any, records: Records, most: int = 1000) -> np.ndarray
     return np.array([len(ids) + 1 for ids in survey.tokenizer(rows.texts)]) + survey.prompt_length
 
 
-def unit_lengths(survey: Any, records: Records) -> np.ndarray:
+def lengths_of_units(survey: Any, records: Records) -> np.ndarray:
     """int[n]: of at most so many of the units, the tokens of the longest of their rows that take part:
     they decide the shape of a unit.
     """
@@ -337,13 +337,13 @@ def unit_lengths(survey: Any, records: Records) -> np.ndarray:
         return token_lengths(survey, records)
     rows = rows_of_units(records.units, survey.settings.max_records_per_unit, survey.settings.seed)
     lengths = token_lengths(survey, records, most=len(records))
-    return np.append(lengths, 0)[rows].max(1)
+    return unit_lengths(lengths, rows, survey.settings.sequence_length)
 
 # %% ../../nbs/23_runs/11_cost.ipynb #16a72594
 def held_out_seconds(pace: Pace, settings: Settings, rows: int) -> float:
     """Seconds of the loss on at most so many test rows, before and after the training. A forward pass is a
     third of a gradient."""
-    size = units_of_a_call(settings)
+    size = units_per_call(settings)
     each = pace.microbatch.get(settings.sequence_length, 0.0) / 3
     return 2 * math.ceil(min(settings.validation_size, rows) / size) * each
 
@@ -368,7 +368,7 @@ def estimate(survey: Any, looked: bool = False) -> dict:
     """
     settings = survey.settings
     records = survey.splits.train if looked else reference_rows(settings, survey.splits)
-    rows, units = token_lengths(survey, records), unit_lengths(survey, records)
+    rows, units = token_lengths(survey, records), lengths_of_units(survey, records)
     needed = lambda lengths: looks_needed(settings, lengths, survey.prompt_length)
     looks, most = needed(rows), needed(np.array([settings.sequence_length]))
     kinds = list({**looks, **most})

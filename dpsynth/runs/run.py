@@ -15,7 +15,7 @@ from typing import Self
 from ..files import write_text
 from ..formats import Format, make_format
 from ..ledger import RUNS_LEDGER, Ledger, release_id
-from ..manifest import check_listed, checked_fit, statement_of, way_back
+from ..manifest import check_listed, checked_fit, release_remedy, statement_of
 from ..privacy import load_secret, stored_run
 from .account import Account
 from .folder import locked, prepare_folder, read_json, read_settings
@@ -35,7 +35,7 @@ def read_rows(path: pathlib.Path) -> tuple[list[str], list[str]]:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         return [row["text"] for row in rows], [row.get("label", "") for row in rows]
     except (ValueError, KeyError, TypeError, AttributeError):  # no JSON or UTF-8, or no rows
-        raise DataError(f"{path}: damaged; {way_back(path)}") from None
+        raise DataError(f"{path}: damaged; {release_remedy(path)}") from None
 
 
 def mark_not_private(settings: Settings, folder: pathlib.Path) -> None:

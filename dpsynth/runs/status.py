@@ -15,7 +15,7 @@ import psutil
 
 from ..files import write_json
 from ..progress import now, progress_line
-from .folder import read_facts, read_settings, way_back
+from .folder import read_facts, read_settings, run_remedy
 from .metrics import read_progress
 from ..settings import DataError
 
@@ -67,7 +67,7 @@ def read_status(folder: str | pathlib.Path) -> dict:
         or status["state"] == "running"
         and not {"pid", "started"} <= set(status)
     ):
-        raise DataError(f"{path}: damaged, it does not say how the run ended; {way_back(path)}")
+        raise DataError(f"{path}: damaged, it does not say how the run ended; {run_remedy(path)}")
     if status["state"] == "running" and not is_alive(status["pid"], status["started"]):
         return {**status, "state": "killed", "reason": "its process is gone; run again to resume"}
     if status["state"] == "running":
