@@ -26,7 +26,7 @@ import numpy as np
 
 from dpsynth.audit import LEVEL, copy_test, exact_interval
 from dpsynth.demo import reviews
-from dpsynth.audit.words import Words, folded, near_copies, own_identifiers, own_names
+from dpsynth.audit.words import Words, folded, near_copies, unique_identifiers, unique_names
 
 SIZES = ((2000, 500, 2000), (1200, 1200, 1200))  # training, held-out and synthetic rows
 ATTACKS = 13  # on a text
@@ -89,15 +89,15 @@ class Draw:
 
     def succeeds(self, kind, rows):
         """Whether the attack made for this kind, or any where nothing is planted, succeeds."""
-        able = lambda found: (found.found[found.able], self.member[found.able])
+        able = lambda found: (found.was_found[found.has_some], self.member[found.has_some])
         rest = lambda attack: able(attack(self.words, self.owner, Words.of(rows), self.units))
         attacks = {
             "copies": lambda: (np.isin(folded(self.words), folded(Words.of(rows))), self.member),
             "near copies": lambda: rest(near_copies),
             "names and numbers": lambda: rest(
-                lambda words, owner, ours, units: own_identifiers(self.real, owner, rows, units)
+                lambda words, owner, ours, units: unique_identifiers(self.real, owner, rows, units)
             ),
-            "names": lambda: rest(lambda *others: own_names(self.real, *others)),
+            "names": lambda: rest(lambda *others: unique_names(self.real, *others)),
         }
         tried = attacks.values() if kind == "nothing" else [attacks[kind]]
         return any(

@@ -72,7 +72,7 @@ def attack(report, word):
 
 def counts(found, member):
     """How many training and how many held-out units showed something."""
-    return int((found.found & member).sum()), int((found.found & ~member).sum())
+    return int((found.was_found & member).sum()), int((found.was_found & ~member).sum())
 
 
 # the setting in which only copies were seen
@@ -185,8 +185,10 @@ def test_names_and_numbers_that_come_from_everybody_alike_are_no_leak(train, hel
     p = []
     for _ in range(60):
         chosen = rng.choice(len(texts), (train + held) // 4, replace=False)
-        found = words.own_identifiers(texts, np.arange(len(texts)), [texts[i] for i in chosen], len(texts))
-        p.append(audit.copy_test("", found.found[found.able], member[found.able], level=0.01).p_value)
+        found = words.unique_identifiers(texts, np.arange(len(texts)), [texts[i] for i in chosen], len(texts))
+        p.append(
+            audit.copy_test("", found.was_found[found.has_some], member[found.has_some], level=0.01).p_value
+        )
     assert sum(counts(found, member)) == len(chosen) and np.mean(np.array(p) <= 0.05) <= 0.1 and min(p) > 1e-4
 
 
@@ -197,21 +199,28 @@ def test_the_new_attacks_pass_twenty_of_twenty_fresh_samples():
         texts = signed([texts[i] for i in rng.permutation(700)], [invented(rng) for _ in texts])
         owner, real, ours = np.arange(400), words.Words.of(texts[:400]), words.Words.of(texts[400:])
         found = [
-            words.own_identifiers(texts[:400], owner, texts[400:], 400),
-            words.own_names(texts[:400], real, owner, ours, 400),
-            words.own_runs(real, owner, ours, 400),
+            words.unique_identifiers(texts[:400], owner, texts[400:], 400),
+            words.unique_names(texts[:400], real, owner, ours, 400),
+            words.unique_ngrams(real, owner, ours, 400),
             words.near_copies(real, owner, ours, 400),
         ]
-        p = [audit.copy_test("", f.found[f.able], member[f.able], level=0.01).p_value for f in found]
+        p = [
+            audit.copy_test("", f.was_found[f.has_some], member[f.has_some], level=0.01).p_value
+            for f in found
+        ]
         alarms.append(min(p) <= audit.LEVEL / TEXT_ATTACKS)
     assert not any(alarms)
 
 
 def test_what_two_units_have_is_nobodys_own():
     texts = ["call 5551234", "call 555 1234", "call 5559999"]
-    both = words.own_identifiers(texts, np.arange(3), ["5551234 and 5559999"], 3)
-    one = words.own_identifiers(texts, np.array([0, 0, 1]), ["5551234"], 2)
-    assert both.able.tolist() == [False, False, True] == both.found.tolist() and one.found.tolist() == [
+    both = words.unique_identifiers(texts, np.arange(3), ["5551234 and 5559999"], 3)
+    one = words.unique_identifiers(texts, np.array([0, 0, 1]), ["5551234"], 2)
+    assert both.has_some.tolist() == [
+        False,
+        False,
+        True,
+    ] == both.was_found.tolist() and one.was_found.tolist() == [
         True,
         False,
     ]
@@ -253,8 +262,8 @@ def test_identifiers_have_one_form(text, wanted):
 )
 def test_names_are_found_in_any_case_and_as_whole_words(said, found):
     texts = ["It was Ada Quill who came", "It was Bo Dahl who came"]
-    result = words.own_names(texts, words.Words.of(texts), np.arange(2), words.Words.of([said]), 2)
-    assert result.able.all() and result.found.tolist() == [found, False]
+    result = words.unique_names(texts, words.Words.of(texts), np.arange(2), words.Words.of([said]), 2)
+    assert result.has_some.all() and result.was_found.tolist() == [found, False]
 
 
 def test_where_full_names_recur_by_chance_only_those_with_a_word_of_their_own_count():
@@ -268,9 +277,9 @@ def test_where_full_names_recur_by_chance_only_those_with_a_word_of_their_own_co
         for i, text in enumerate(common[:400])
     ]
     ours = [*common[400:], *(f"well, {text.split('with ')[1]}" for text in real[:30])]
-    found = words.own_names(real, words.Words.of(real), np.arange(400), words.Words.of(ours), 400)
-    assert found.what == "full names with a rare word" and found.able.sum() > 250
-    assert found.found[:30].sum() >= 28 and not found.found[30:].any()
+    found = words.unique_names(real, words.Words.of(real), np.arange(400), words.Words.of(ours), 400)
+    assert found.what == "full names with a rare word" and found.has_some.sum() > 250
+    assert found.was_found[:30].sum() >= 28 and not found.was_found[30:].any()
 
 
 def test_a_rare_phrase_is_found_and_its_length_is_that_of_the_texts():
@@ -280,11 +289,15 @@ def test_a_rare_phrase_is_found_and_its_length_is_that_of_the_texts():
     )
     real = [f"{text} {phrase()}" for text in free[:400]]
     ours = [f"{fresh} {text[-120:]}" for fresh, text in zip(free[400:], real[:40])]
-    found = words.own_runs(words.Words.of(real), np.arange(400), words.Words.of(ours), 400)
+    found = words.unique_ngrams(words.Words.of(real), np.arange(400), words.Words.of(ours), 400)
     notes = [f"patient {invented(rng)}" for _ in range(200)]
-    short = words.own_runs(words.Words.of(notes), np.arange(200), words.Words.of(notes[:9]), 200)
-    assert int(found.what.split()[2]) >= 8 and found.found[:40].mean() > 0.8 and found.found[40:].mean() < 0.1
-    assert short.what in ("runs of 2 words", "runs of 3 words") and counts(short, np.arange(200) < 9) == (
+    short = words.unique_ngrams(words.Words.of(notes), np.arange(200), words.Words.of(notes[:9]), 200)
+    assert (
+        int(found.what.split("-")[0]) >= 8
+        and found.was_found[:40].mean() > 0.8
+        and found.was_found[40:].mean() < 0.1
+    )
+    assert short.what in ("2-grams", "3-grams") and counts(short, np.arange(200) < 9) == (
         9,
         0,
     )
@@ -303,7 +316,11 @@ def test_near_copies_are_measured_by_the_texts_of_other_units(rows_each):
     ]  # the rows of a unit resemble each other
     ours = [*(each_fifth_replaced(text, rng, vocabulary) for text in real[::rows_each][:20]), *texts[300:480]]
     found = words.near_copies(words.Words.of(real), owner, words.Words.of(ours), 300)
-    assert found.able.mean() > 0.9 and found.found[:20].mean() > 0.8 and found.found[20:].mean() < 0.03
+    assert (
+        found.has_some.mean() > 0.9
+        and found.was_found[:20].mean() > 0.8
+        and found.was_found[20:].mean() < 0.03
+    )
 
 
 def test_texts_in_common_use_are_not_near_copies():
@@ -316,7 +333,7 @@ def test_texts_in_common_use_are_not_near_copies():
     found = words.near_copies(
         words.Words.of(real + own[:200]), np.arange(300), words.Words.of(ours + own[200:]), 300
     )
-    assert not found.found[:100].any() and found.found.sum() <= 5
+    assert not found.was_found[:100].any() and found.was_found.sum() <= 5
 
 
 def test_texts_are_read_in_parts(monkeypatch):
@@ -413,7 +430,7 @@ def test_columns_that_number_their_rows_or_recur_are_nobodys_own():
         for start in (0, 0, 300)
     ]
     pool = audit.make_pool(*numbered)
-    assert not audit.own_values(pool).able.any()
+    assert not audit.unique_values(pool).has_some.any()
 
 
 # numbers with which nothing can be computed

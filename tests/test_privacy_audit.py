@@ -462,11 +462,12 @@ def test_the_bound_from_pairs_stays_below_the_truth():
     assert np.mean([bound(0.0, seed) > 0 for seed in range(60)]) <= 0.1
 
 
-def test_runs_end_with_their_row_and_leave_one_out_forgets_the_row():
+def test_ngrams_end_with_their_row_and_leave_one_out_forgets_the_row():
     some = words.Words.of(["a b c", "d e", "", "a b"])
-    assert words.shares_run(some, words.Words.of(["x c d x a b c"]), 2).tolist() == [True, False, False, True]
+    other = words.Words.of(["x c d x a b c"])
+    assert words.shares_ngram(some, other, 2).tolist() == [True, False, False, True]
     one = words.Words.of(["some words that occur nowhere else", "the cat sat", "the cat sat"])
-    model = words.RunModel(one)
+    model = words.NgramModel(one)
     assert model.log_likelihood(one, without_own=True)[0] < model.log_likelihood(one)[0] - 1
     assert model.log_likelihood(one, without_own=True)[1] == pytest.approx(
         model.log_likelihood(one, without_own=True)[2]
@@ -479,7 +480,7 @@ def test_the_reference_model_sharpens_the_attack(texts):
     rewritten = [" ".join(w for w in text.split() if keep.random() < 0.8) for text in train[:40]]
     ours, real = words.Words.of(rewritten + fresh[40:]), words.Words.of(train + holdout)
     with_reference = audit.top_test("", words.text_membership(ours, real), member, level=0.01).p_value
-    without = audit.top_test("", words.RunModel(ours).log_likelihood(real), member, level=0.01).p_value
+    without = audit.top_test("", words.NgramModel(ours).log_likelihood(real), member, level=0.01).p_value
     assert with_reference < 1e-4 and without > 100 * with_reference
 
 

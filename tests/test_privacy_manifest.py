@@ -385,14 +385,14 @@ def test_a_release_is_signed_and_whoever_changes_it_is_found_out(run, dpsynth, r
     manifest = json.loads((release / MANIFEST).read_text())
     change_a_row(release / "synthetic.jsonl")
     assert "is not the file" in refused("verify", run, "--key", f"{key}.pub")
-    from dpsynth.manifest import seal
+    from dpsynth.manifest import with_checksum
 
     lines = (release / "synthetic.jsonl").read_text(encoding="utf-8").splitlines()
     pd.DataFrame([json.loads(line) for line in lines]).to_parquet(release / "synthetic.parquet", index=False)
     for name in ("synthetic.jsonl", "synthetic.parquet"):
         manifest["files"][name]["sha256"] = file_hash(release / name)
     manifest.pop("sha256")
-    (release / MANIFEST).write_text(json.dumps(seal(manifest)))  # whoever rewrites the hashes too
+    (release / MANIFEST).write_text(json.dumps(with_checksum(manifest)))  # whoever rewrites the hashes too
     assert dpsynth("verify", run).code == 0 and "not a signature" in refused(
         "verify", run, "--key", f"{key}.pub"
     )

@@ -178,7 +178,7 @@ def audit_canaries_in_rows(
     """`CanaryAudit` of an auditor who has the synthetic rows and no model, from the texts of all canaries and
     the coins, bool[m].
 
-    A model of runs of words is fitted on the synthetic rows, and each canary is scored against one of all
+    An n-gram model of words is fitted on the synthetic rows, and each canary is scored against one of all
     other canaries (`text_membership`).
 
     Raises:

@@ -19,7 +19,7 @@ CORPUS_TEXTS = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class Contamination:
-    """Overlap of private rows with a corpus, in runs of `n` words. Private: keep it under private/.
+    """Overlap of private rows with a corpus, in n-grams of words. Private: keep it under private/.
 
     Attributes:
         rows, long_enough: rows, and how many have at least `n` words; only those can overlap.
@@ -37,7 +37,7 @@ class Contamination:
 
 # %% ../../nbs/22_audit/09_contamination.ipynb #75a44d0a
 def corpus_overlap(texts, corpus_texts, n: int = 50) -> Contamination:
-    """Share of private rows that have a run of `n` words in common with a corpus.
+    """Share of private rows that have an n-gram in common with a corpus.
 
     The result is computed from private rows without noise: it belongs under private/. The certificate gets a
     noised count, which is paid for.
@@ -46,11 +46,11 @@ def corpus_overlap(texts, corpus_texts, n: int = 50) -> Contamination:
         texts: private texts. corpus_texts: any iterable of texts; it is read once, in parts.
     """
     words, read = Words.of(texts), 0
-    hashes, rows = words.whole_runs(n)
+    hashes, rows = words.row_ngrams(n)
     found = np.zeros(len(words.lengths), bool)
     for part in chunks(corpus_texts, CORPUS_TEXTS):
         read += len(part)
-        found[rows[np.isin(hashes, Words.of(part).whole_runs(n)[0])]] = True
+        found[rows[np.isin(hashes, Words.of(part).row_ngrams(n)[0])]] = True
     able, count = int((words.lengths >= n).sum()), int(found.sum())
     return Contamination(
         n, len(found), able, count, count / able if able else 0.0, exact_interval(count, able), read

@@ -52,7 +52,7 @@ def estimate_counts(settings, records, units, state, model, fmt) -> dict[str, li
 
 # %% ../../nbs/18_finetune/06_estimates.ipynb #0e4732a6
 def overlapping_units(settings, records) -> list[int]:
-    """[units with a run of 50 words in common with a text of `contamination_corpus`, other units of 50 words
+    """[units with a 50-gram in common with a text of `contamination_corpus`, other units of 50 words
     or more].
 
     Shorter units, which no such run fits into, are in neither. Private: both are released with noise.

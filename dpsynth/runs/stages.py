@@ -17,7 +17,7 @@ from ..data import Splits, load
 from ..evaluation import evaluate, private_folder
 from ..files import move, write_private
 from ..generators import Generator, make_generator, reference_rows
-from ..manifest import add_to_manifest, entry, manifest_of, read_sealed, statement_of
+from ..manifest import add_to_manifest, entry, manifest_of, read_checked, statement_of
 from ..models import check_environment
 from .metrics import forget_scores
 from .run import Run, read_rows
@@ -120,7 +120,7 @@ def sample_again(run: Run, rows: int, seed: int) -> pathlib.Path:
     again = run.with_prior().model_copy(update={"num_samples": rows, "seed": seed})
     state, belongs_to = scratch / "sampling.json", statement_of(release)
     if state.exists():
-        begun = read_sealed(state, f"remove the folder {scratch} and run again")["settings"]
+        begun = read_checked(state, f"remove the folder {scratch} and run again")["settings"]
         if begun.get("num_samples") != rows:
             shutil.rmtree(scratch)  # an interrupted call for another number of rows
     scratch.mkdir(exist_ok=True)

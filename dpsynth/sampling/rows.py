@@ -22,7 +22,7 @@ import pandas as pd
 from ..files import append, move, replacing
 from ..formats import Rejected
 from ..manifest import (
-    SAMPLED, add_to_manifest, check_listed, entry, manifest_of, read_sealed, seal, statement_of)
+    SAMPLED, add_to_manifest, check_listed, entry, manifest_of, read_checked, statement_of, with_checksum)
 from .choice import Choice, assign_prompts
 from .decode import Decoder, boundaries, progress_bar
 from ..settings import DataError, result_settings
@@ -109,13 +109,13 @@ def files_in(folder) -> Files:
 def save_state(files, state) -> None:
     """Replace the state file."""
     with replacing(files.state) as temporary:
-        temporary.write_text(json.dumps(seal(state), indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps(with_checksum(state), indent=1), encoding="utf-8")
 
 
 def read_state(files) -> dict:
     """What the state file holds. Raises DataError where it is damaged."""
     also = f" and {files.rows}" if files.rows.exists() else ""
-    return read_sealed(
+    return read_checked(
         files.state, f"restore it, or remove it{also} and sample again, which gives the same rows"
     )
 
