@@ -15,7 +15,7 @@ import threading
 import time
 
 # %% ../nbs/10_progress.ipynb #02a88407
-TICK = 10.0  # seconds between two looks at how far a stage is
+TICK = 10.0  # seconds between two questions how far a stage is
 GRAIN = 8  # updates that each told step covers at least
 
 
@@ -37,7 +37,7 @@ def in_words(seconds: float) -> str:
 
 # %% ../nbs/10_progress.ipynb #ce18ddc8
 def progress_line(state: dict) -> str:
-    """What is known of a stage, a dict as `Progress.look` gives it, in a line."""
+    """What is known of a stage, a dict as `Progress.state_at` gives it, in a line."""
     count = [f"{state['done']:,} of {state['total']:,} {state['unit']}"] if "total" in state else []
     left = [f"about {in_words(state['left'])} left"] if state.get("left") is not None else []
     return ", ".join([state.get("stage", ""), *count, *filter(None, [state.get("facts", "")]), *left])
@@ -95,7 +95,7 @@ class Progress:
         """Count steps that are done; tells nothing."""
         self.done += steps
 
-    def look(self, seconds):
+    def state_at(self, seconds):
         """What may be told at a tick so many seconds after the beginning; `left` is None without a mean."""
         now = told(self.done, self.total, self.begun, self.grain)
         if self._seen is None or self._seen[0] != now:
@@ -113,7 +113,7 @@ class Progress:
         }
 
     def _tell(self, seconds):
-        state = self.look(seconds)
+        state = self.state_at(seconds)
         if self._report:
             self._report(state)
         if self._show and is_live(sys.stderr):
@@ -137,7 +137,7 @@ class Progress:
         self._ended.set()
         self._thread.join()
         if self._report and kind is None:
-            self._report({**self.look(0.0), "left": None})
+            self._report({**self.state_at(0.0), "left": None})
         if self._show and is_live(sys.stderr):
-            last = live_line(progress_line({**self.look(0.0), "left": None})) if kind is None else ""
+            last = live_line(progress_line({**self.state_at(0.0), "left": None})) if kind is None else ""
             print(last, file=sys.stderr, flush=True)

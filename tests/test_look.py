@@ -181,9 +181,9 @@ def test_an_estimate_is_measured_and_reads_no_training_row(monkeypatch):
                 "load": 1.0,
                 "microbatch": {"32": 0.5},
                 "update": 0.25,
-                "looks": [0.125] * 9,
+                "rounds": [0.125] * 9,
                 "compiling": 3.0,
-                "compiling_looks": 0.0,
+                "compiling_rounds": 0.0,
                 "memory": 2**30,
                 "device_memory": 0,
             }
@@ -209,7 +209,7 @@ def test_a_trial_that_fails_is_a_line_of_the_check():
 
 
 def test_a_block_is_played_as_it_is_decoded(micro):
-    """Number of looks, for rows that all run to the limit."""
+    """Number of rounds, for rows that all run to the limit."""
     from dpsynth.sampling import Choice, Decoder
 
     settings = Settings(
@@ -222,8 +222,8 @@ def test_a_block_is_played_as_it_is_decoded(micro):
     )
     prompt = len(micro.prompt_ids("x"))
     decoder, seen = Decoder(micro, ["x"], Choice(), seed=0, max_length=40, slots=8, rows=20), []
-    look, micro_stops = decoder.look, micro.stop_ids
-    decoder.look = lambda *arguments: seen.append(arguments[-1]) or look(*arguments)
+    decode_round, micro_stops = decoder.decode_round, micro.stop_ids
+    decoder.decode_round = lambda *arguments: seen.append(arguments[-1]) or decode_round(*arguments)
     lengths = [prompt + sample.tokens for sample in decoder.block(0, [0] * 20)]
-    played = costs.looks_needed(settings, lengths, prompt)
+    played = costs.rounds_needed(settings, lengths, prompt)
     assert micro_stops and sum(played.values()) == pytest.approx(len(seen), abs=2)

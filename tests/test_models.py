@@ -498,5 +498,5 @@ def test_kept_programs_hold_no_row(programs, tmp_path):
         sample_stage(Run(settings, folder), rows, model)
         evaluate_stage(Run(settings, folder), rows)
         kept.append({path.name for path in programs.iterdir() if path.name.endswith("-cache")})
-    assert any("accumulate" in name for name in kept[0]) and any("look" in name for name in kept[0])
+    assert any("accumulate" in name for name in kept[0]) and any("decode_round" in name for name in kept[0])
     assert kept[0] == kept[1], kept[1] - kept[0]

@@ -69,7 +69,7 @@ def test_correlated_noise_is_what_the_strategy_makes_of_independent_noise():
 
 
 @pytest.mark.parametrize("steps, bands", [(40, 1), (300, 2), (64, 8)])
-def test_the_look_back_at_the_noise_knows_how_far_updates_are_correlated(steps, bands):
+def test_the_self_check_of_the_noise_knows_how_far_updates_are_correlated(steps, bands):
     w, drawn = noise_filter(steps, bands), np.random.default_rng(5).standard_normal((5000, steps))
     lower = np.array([[w[t - s] if s <= t else 0.0 for s in range(steps)] for t in range(steps)])
     ratios = np.sqrt(((drawn @ lower.T) ** 2).sum(1) / (lower**2).sum())

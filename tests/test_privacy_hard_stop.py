@@ -1,4 +1,4 @@
-"""Line 7: no update after the last, no second draw, no resuming of a changed run; and a look back at what was
+"""Line 7: no update after the last, no second draw, no resuming of a changed run; a self-check of what was
 done."""
 
 import json

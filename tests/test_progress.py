@@ -44,7 +44,7 @@ def test_what_is_shown_does_not_depend_on_how_long_each_update_took():
         bar = Progress("fine-tune", 32, facts=lambda now: f"epsilon={now}")
         for tick, done in enumerate(counts):
             bar.done = int(done)
-            lines.append(progress_line(bar.look(tick * 10.0)))
+            lines.append(progress_line(bar.state_at(tick * 10.0)))
     assert lines[:3] == lines[5:8] and lines[1].startswith(
         "fine-tune, 8 of 32 updates, epsilon=8, about 30 s left"
     )
@@ -52,13 +52,13 @@ def test_what_is_shown_does_not_depend_on_how_long_each_update_took():
 
 def test_time_left_is_a_mean_over_all_told_updates_and_rounded():
     bar = Progress("fine-tune", 400)
-    assert bar.look(0.0)["left"] is None
+    assert bar.state_at(0.0)["left"] is None
     bar.done = 7
-    assert bar.look(10.0)["left"] is None
+    assert bar.state_at(10.0)["left"] is None
     bar.done = 103
     assert (
-        bar.look(50.0)["left"] == pytest.approx((400 - 96) * 50 / 96, abs=5)
-        and bar.look(60.0)["left"] == bar.look(50.0)["left"] - 10
+        bar.state_at(50.0)["left"] == pytest.approx((400 - 96) * 50 / 96, abs=5)
+        and bar.state_at(60.0)["left"] == bar.state_at(50.0)["left"] - 10
     )
     assert [in_words(s) for s in (3, 44, 100, 725, 5 * 3600.0)] == [
         "10 s",

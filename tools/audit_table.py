@@ -77,7 +77,7 @@ SILENT = (
 
 
 def fit_silently(run, splits):
-    """As `fit_stage`, with no noise, no look back that would find this out, and no certificate; the
+    """As `fit_stage`, with no noise, no self-check that would find this out, and no certificate; the
     folder is marked first.
     """
     (run.release_folder / "NOT_PRIVATE.md").write_text(SILENT, encoding="utf-8")

@@ -331,12 +331,12 @@ BREAKS = [
     ),
     Break(
         8,
-        "the look back takes correlated updates for independent ones",
+        "the self-check takes correlated updates for independent ones",
         "privacy/correlated",
         "range(steps if bands > 1 else 1)",
         "range(1)",
         "test_privacy_correlated_noise.py::"
-        "test_the_look_back_at_the_noise_knows_how_far_updates_are_correlated",
+        "test_the_self_check_of_the_noise_knows_how_far_updates_are_correlated",
     ),
     Break(
         9,
@@ -349,7 +349,7 @@ BREAKS = [
     ),
     Break(
         7,
-        "a training without noise passes the look back",
+        "a training without noise passes the self-check",
         "finetune/loop",
         "    if not abs(session.realised_noise - 1) <= NOISE_ERRORS",
         "    if not abs(session.realised_noise - 1) <= 1e6",
@@ -357,7 +357,7 @@ BREAKS = [
     ),
     Break(
         7,
-        "an update too few passes the look back",
+        "an update too few passes the self-check",
         "finetune/loop",
         "    if session.step != mechanism.steps:\n        raise",
         "    if session.step > mechanism.steps:\n        raise",
@@ -1140,7 +1140,7 @@ BREAKS = [
     ),
     Break(
         7,
-        "an update without noise passes the look back if others make up for it",
+        "an update without noise passes the self-check if others make up for it",
         "finetune/loop",
         "    if session.noised != session.step:\n",
         "    if False:\n",

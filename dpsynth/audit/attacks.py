@@ -311,7 +311,7 @@ class Evidence:
     scores: np.ndarray
     distance: np.ndarray
     vectors: object  # makes them, when called
-    look: dict
+    to_inspect: dict
 
 # %% ../../nbs/22_audit/04_attacks.ipynb #13bb14f7
 def text_evidence(pool, max_rows: int) -> Evidence:
@@ -329,12 +329,12 @@ def text_evidence(pool, max_rows: int) -> Evidence:
         *unique_plans(pool, ours, looked),
     ]
     copied = (real.lengths >= LOOK_WORDS) & np.isin(folded(real), folded(ours))
-    look = {
+    to_inspect = {
         f"texts of at least {LOOK_WORDS} words": copied,
         f"rows with {looked.what} that no other row has": looked.was_found,
     }
     return Evidence(
-        "text", plans, scores, near.distance, functools.partial(_text_vectors, some[:CHECK_ROWS]), look
+        "text", plans, scores, near.distance, functools.partial(_text_vectors, some[:CHECK_ROWS]), to_inspect
     )
 
 # %% ../../nbs/22_audit/04_attacks.ipynb #88b75779

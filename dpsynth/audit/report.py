@@ -242,7 +242,7 @@ def _remarks(pool, division, twins):
 def _notices(pool, parts):
     """Lines about copied training rows that somebody should look at; rows are counted from 0."""
     lines = []
-    for what, copied in (item for part in parts for item in part.look.items()):
+    for what, copied in (item for part in parts for item in part.to_inspect.items()):
         found, held = np.sort(pool.position[copied & pool.member]), int((copied & ~pool.member).sum())
         if len(found) > held:
             lines.append(

@@ -160,13 +160,13 @@ def check(args: argparse.Namespace) -> None:
     check_template()
     surveys = slow_import("runs.surveys")
     print(f"  {'device':12} {slow_import('runs.stages').device_name()}")
-    look = surveys.remember()
+    load_once = surveys.remember()
     for settings in all_settings:
-        survey = surveys.survey(settings, lenient=True, data=not args.no_data, load=look)
+        survey = surveys.survey(settings, lenient=True, data=not args.no_data, load=load_once)
         guarantee = f"epsilon {settings.epsilon:g}" if settings.private else "NOT PRIVATE"
         print(f"{settings.experiment}: {settings.generator}, {guarantee}")
         looked = look_at_rows(survey, args.out) if args.look else ()
-        more = costs(survey, args), recommended(survey, args, look)
+        more = costs(survey, args), recommended(survey, args, load_once)
         for topic, finding in itertools.chain(findings(survey), looked, *more):
             print(f"  {topic:12} {finding}", flush=True)
         for line in survey.unknown:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNREAD', 'UNMEASURED', 'KERNEL', 'seconds_of', 'IdleTrainer', 'invented_row', 'measure_training', 'play_block',
-           'looks_needed', 'measure_sampling', 'Pace', 'measure_here', 'serve', 'measure', 'expected_microbatches',
+           'rounds_needed', 'measure_sampling', 'Pace', 'measure_here', 'serve', 'measure', 'expected_microbatches',
            'update_seconds', 'token_lengths', 'lengths_of_units', 'held_out_seconds', 'sampling_seconds', 'estimate']
 
 # %% ../../nbs/23_runs/11_cost.ipynb #77f6fe8e
@@ -35,7 +35,7 @@ from ..models import LanguageModel
 from ..privacy import Mechanism, Randomness
 from .folder import read_json, same_package
 from ..sampling import (
-    Block, Choice, Decoder, MANY_ROWS, ROUNDS, STEPS, adapters_off, among_devices, boundaries, empty_slots)
+    Block, Choice, Decoder, MANY_ROWS, REFILLS, STEPS, adapters_off, among_devices, boundaries, empty_slots)
 from ..settings import DpsynthError, Settings, SettingsError, evaluation_settings, make_settings
 
 # %% ../../nbs/23_runs/11_cost.ipynb #d9fff319
@@ -100,30 +100,30 @@ def measure_training(
 
 # %% ../../nbs/23_runs/11_cost.ipynb #555700c5
 def play_block(lengths: Iterable[int], prompt: int, most: int, slots: int, rows: int) -> dict:
-    """dict of (slots, reach) to the number of looks that a block of rows needs whose lengths in tokens,
+    """dict of (slots, reach) to the number of rounds that a block of rows needs whose lengths in tokens,
     prompt included, are given.
     """
-    left, looks = [max(1, min(length, most) - prompt) for length in reversed(lengths)], {}
+    left, rounds = [max(1, min(length, most) - prompt) for length in reversed(lengths)], {}
     busy, position = np.zeros(slots, np.int64), np.full(slots, prompt)
     few = slots // 4
     while left or busy.any():
         if rows >= MANY_ROWS and len(busy) > few > 0 and not left and (busy > 0).sum() <= few:
             order = np.argsort(busy == 0, kind="stable")[:few]
             busy, position = busy[order], position[order]
-        needed = position.max() + STEPS * ROUNDS
+        needed = position.max() + STEPS * REFILLS
         shorter = (most // 4, most // 2) if rows >= MANY_ROWS and len(busy) == slots else ()
         kind = len(busy), next((reach for reach in shorter if needed <= reach), most)
-        looks[kind] = looks.get(kind, 0) + 1
-        for _ in range(ROUNDS):
+        rounds[kind] = rounds.get(kind, 0) + 1
+        for _ in range(REFILLS):
             for slot in np.flatnonzero(busy == 0)[: len(left)]:
                 busy[slot], position[slot] = left.pop(), prompt
             position = np.where(busy > STEPS, position + STEPS, prompt)
             busy = np.maximum(busy - STEPS, 0)
-    return looks
+    return rounds
 
 # %% ../../nbs/23_runs/11_cost.ipynb #cd6ab12f
-def looks_needed(settings: Settings, lengths: Iterable[int], prompt: int) -> dict:
-    """The looks of a whole sampling, as `play_block`; its rows take turns with the given lengths."""
+def rounds_needed(settings: Settings, lengths: Iterable[int], prompt: int) -> dict:
+    """The rounds of a whole sampling, as `play_block`; its rows take turns with the given lengths."""
     edges = [edge for edge in boundaries(settings.num_samples) if edge <= settings.num_samples]
     rows = max(np.diff(edges))
     block = play_block(
@@ -139,22 +139,22 @@ def looks_needed(settings: Settings, lengths: Iterable[int], prompt: int) -> dic
 def measure_sampling(
     model: LanguageModel, fmt: Format, settings: Settings, kinds: list[tuple[int, int]]
 ) -> tuple[list, float]:
-    """`(seconds, compiling)`: of each kind of look, a list of (slots, reach); and before the first ones."""
+    """`(seconds, compiling)`: of each kind of round, a list of (slots, reach); and before the first ones."""
     edges = [edge for edge in boundaries(settings.num_samples) if edge <= settings.num_samples]
     rows = int(max(np.diff(edges)))
     choice = Choice(settings.temperature, settings.top_p, settings.top_k, settings.repetition_penalty)
     decoder = Decoder(
         model, fmt.prompts, choice, seed=0, max_length=settings.sequence_length, slots=kinds[0][0], rows=rows
     )
-    found = [seconds_of(functools.partial(_look, decoder, rows, *kind), most=3) for kind in kinds]
+    found = [seconds_of(functools.partial(_round, decoder, rows, *kind), most=3) for kind in kinds]
     return [seconds for seconds, _ in found], sum(first for _, first in found)
 
 
-def _look(decoder, rows, slots, reach):
+def _round(decoder, rows, slots, reach):
     block = Block(0, rows, jax.numpy.zeros(rows, "int32"), decoder.key)
     slots = among_devices(empty_slots(decoder.row_cache, slots, rows, decoder.max_length, decoder.seen))
     with adapters_off(decoder.model):
-        jax.block_until_ready(decoder.look(decoder.weights, slots, block, decoder.prompts, reach))
+        jax.block_until_ready(decoder.decode_round(decoder.weights, slots, block, decoder.prompts, reach))
 
 # %% ../../nbs/23_runs/11_cost.ipynb #f557aaa5
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +164,8 @@ class Pace:
     Attributes:
         load: seconds of loading the model. microbatch: seconds by length. update: seconds of an update beside
             its microbatches.
-        looks: seconds of each look asked for, in order.
-        compiling: seconds before the first update. compiling_looks: before the first looks; fewer in a run
+        rounds: seconds of each round asked for, in order.
+        compiling: seconds before the first update. compiling_rounds: before the first rounds; fewer in a run
             that finds them compiled.
         memory: most bytes that the process held; device_memory: on a device, 0 where that is the same.
     """
@@ -173,9 +173,9 @@ class Pace:
     load: float
     microbatch: dict
     update: float
-    looks: list
+    rounds: list
     compiling: float
-    compiling_looks: float
+    compiling_rounds: float
     memory: int
     device_memory: int
 
@@ -190,15 +190,15 @@ def measure_here(
     microbatch, update, compiling = (
         measure_training(model, fmt, settings, bands, lengths) if lengths else ({}, 0.0, 0.0)
     )
-    looks, first = measure_sampling(model, fmt, settings, kinds) if kinds else ([], 0.0)
+    rounds, first = measure_sampling(model, fmt, settings, kinds) if kinds else ([], 0.0)
     device = jax.local_devices()[0].memory_stats() or {}
     return {
         "load": load,
         "microbatch": microbatch,
         "update": update,
-        "looks": looks,
+        "rounds": rounds,
         "compiling": compiling,
-        "compiling_looks": first,
+        "compiling_rounds": first,
         "device_memory": device.get("peak_bytes_in_use", 0),
         "memory": (
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -276,7 +276,7 @@ def measure(settings: Settings, bands: int, lengths: Iterable[int], kinds: list[
     make no difference to it.
 
     Args:
-        bands: of the mechanism. lengths: of the rows of the microbatches. kinds: of the looks, pairs (slots,
+        bands: of the mechanism. lengths: of the rows of the microbatches. kinds: of the rounds, pairs (slots,
             reach).
 
     Raises:
@@ -348,10 +348,10 @@ def held_out_seconds(pace: Pace, settings: Settings, rows: int) -> float:
     return 2 * math.ceil(min(settings.validation_size, rows) / size) * each
 
 
-def sampling_seconds(looks: dict, kinds: list[tuple[int, int]], pace: Pace) -> float:
-    """Seconds of so many looks of each kind; `kinds` are those that were measured, in order."""
-    seconds = dict(zip(kinds, pace.looks))
-    return pace.compiling_looks + float(sum(count * seconds[kind] for kind, count in looks.items()))
+def sampling_seconds(rounds: dict, kinds: list[tuple[int, int]], pace: Pace) -> float:
+    """Seconds of so many rounds of each kind; `kinds` are those that were measured, in order."""
+    seconds = dict(zip(kinds, pace.rounds))
+    return pace.compiling_rounds + float(sum(count * seconds[kind] for kind, count in rounds.items()))
 
 # %% ../../nbs/23_runs/11_cost.ipynb #edc1e96a
 KERNEL = 0.2 * 2**30  # bytes of what a run has beside a trial: a kernel and what evaluates its rows
@@ -369,16 +369,16 @@ def estimate(survey: Any, looked: bool = False) -> dict:
     settings = survey.settings
     records = survey.splits.train if looked else reference_rows(settings, survey.splits)
     rows, units = token_lengths(survey, records), lengths_of_units(survey, records)
-    needed = lambda lengths: looks_needed(settings, lengths, survey.prompt_length)
-    looks, most = needed(rows), needed(np.array([settings.sequence_length]))
-    kinds = list({**looks, **most})
+    needed = lambda lengths: rounds_needed(settings, lengths, survey.prompt_length)
+    rounds, most = needed(rows), needed(np.array([settings.sequence_length]))
+    kinds = list({**rounds, **most})
     tuned = settings.kind.fits
     bands = survey.mechanism.bands if survey.mechanism else 1
     pace = measure(settings, bands, bucket_lengths(settings.sequence_length) if tuned else [], kinds)
     each = float(update_seconds(pace, settings, units)) if tuned else 0.0
     around = pace.load + pace.compiling + held_out_seconds(pace, settings, len(records))
     training = around + (survey.mechanism.steps * each if survey.mechanism else 0.0)
-    sampling = sampling_seconds(looks, kinds, pace)
+    sampling = sampling_seconds(rounds, kinds, pace)
     return {
         "seconds": training + sampling if survey.mechanism or not tuned else None,
         "training": training,

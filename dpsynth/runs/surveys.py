@@ -93,14 +93,14 @@ def remember() -> Callable[[Settings], Splits]:
     """A `load` that remembers the last splits it gave."""
     last = {}
 
-    def look(settings):
+    def load_once(settings):
         key = tuple(getattr(settings, name) for name in DATA_SETTINGS)
         if key not in last:
             last.clear()
             last[key] = load(settings)
         return last[key]
 
-    return look
+    return load_once
 
 # %% ../../nbs/23_runs/08_surveys.ipynb #9ac58da5
 class Survey:
@@ -135,9 +135,9 @@ class Survey:
             other_texts(settings, name)
         self.mechanism = self._mechanism()
 
-    def _try(self, look):
+    def _try(self, load):
         try:
-            return look()
+            return load()
         except Unreachable as error:
             if not self.lenient:
                 raise

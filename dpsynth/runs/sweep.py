@@ -48,8 +48,8 @@ def preflight(experiments: list[Settings], out: str | pathlib.Path) -> list[str]
         from dpsynth.data import left_out
         from dpsynth.runs.budget import spending
         from dpsynth.runs.surveys import remember, survey
-    look = remember()
-    surveys = [survey(settings, load=look) for settings in experiments]
+    load_once = remember()
+    surveys = [survey(settings, load=load_once) for settings in experiments]
     lines = (left_out(found.splits.train) for found in surveys)
     return [*dict.fromkeys(filter(None, lines)), *spending(surveys, out)]
 
