@@ -709,10 +709,10 @@ def test_default_delta_is_a_tenth_of_a_unit_at_most(units, delta):
 
 
 def test_a_delta_above_a_tenth_of_a_unit_is_told():
-    assert privacy.told_delta(1e-4, 1000) == "" == privacy.told_delta(1e-5, 1000)
-    assert privacy.told_delta(1.5e-4, 1000).startswith("delta is 0.15/n")
+    assert privacy.delta_note(1e-4, 1000) == "" == privacy.delta_note(1e-5, 1000)
+    assert privacy.delta_note(1.5e-4, 1000).startswith("delta is 0.15/n")
     assert (
-        privacy.told_delta(2.5e-4, 1000)
+        privacy.delta_note(2.5e-4, 1000)
         == "delta is 0.25/n: so many units could be expected to be published outright"
     )
 

@@ -12,7 +12,7 @@ from dpsynth.privacy import (
     compute_epsilon,
     default_delta,
     make_mechanism,
-    told_delta,
+    delta_note,
 )
 from dpsynth.settings import PrivacyError, Settings, SettingsError
 
@@ -112,7 +112,7 @@ def test_small_noise_is_refused_quickly():
 )
 def test_the_default_delta_leaves_less_than_a_tenth_of_a_unit_to_be_published(units, delta):
     assert default_delta(units) == pytest.approx(delta) and default_delta(units) * units <= 0.1 * (1 + 1e-9)
-    assert told_delta(default_delta(units), units) == "" and default_delta(max(units, 2)) <= min(
+    assert delta_note(default_delta(units), units) == "" and default_delta(max(units, 2)) <= min(
         max(units, 2) ** -1.2, 1e-5, 0.1 / max(units, 2)
     )
 
@@ -121,7 +121,7 @@ def test_a_given_delta_above_a_tenth_of_one_over_n_is_used_and_told():
     made = make_mechanism(Settings(epsilon=8, delta=4e-4, batch_size=50, epochs=2), 1000)
     assert (
         made.delta == 4e-4
-        and told_delta(4e-4, 1000)
+        and delta_note(4e-4, 1000)
         == "delta is 0.4/n: so many units could be expected to be published outright"
     )
     with pytest.raises(SettingsError, match="not below 1/n"):

@@ -1,4 +1,4 @@
-"""What is told while one waits: on a clock, in steps of several updates, and nothing else computed from
+"""What is reported while one waits: on a clock, in steps of several updates, and nothing else computed from
 private rows."""
 
 import re
@@ -12,7 +12,7 @@ from parts import trainer
 from dpsynth import progress
 from dpsynth.cli import main
 from dpsynth.finetune import train
-from dpsynth.progress import GRAIN, Progress, in_words, progress_line, told
+from dpsynth.progress import GRAIN, Progress, in_words, progress_line, reported_steps
 from dpsynth.files import write_json
 from dpsynth.runs import metrics, prepare_folder, read_status, timed
 from dpsynth.settings import Settings
@@ -20,7 +20,7 @@ from dpsynth.settings import Settings
 
 @pytest.mark.parametrize("total, begun", [(40, 0), (43, 0), (43, 13), (7, 0), (1, 0), (100, 98)])
 def test_each_told_step_covers_several_updates_of_this_attempt(total, begun):
-    seen = [told(done, total, begun) for done in range(begun, total + 1)]
+    seen = [reported_steps(done, total, begun) for done in range(begun, total + 1)]
     assert (
         seen == sorted(seen)
         and seen[-1] == total
@@ -129,7 +129,7 @@ def test_no_terminal_gets_a_line_a_minute(capsys):
     bar = Progress("sample", 500, unit="rows", grain=1)
     for tick in range(14):
         bar.done = tick * 7
-        bar._tell(tick * 10.0)
+        bar._show_state(tick * 10.0)
     assert capsys.readouterr().err.splitlines() == [
         "sample, 42 of 500 rows, about 11 minutes left",
         "sample, 84 of 500 rows, about 10 minutes left",

@@ -894,7 +894,7 @@ BREAKS = [
     ),
     Break(
         3,
-        "a large δ is not told",
+        "a large δ is not reported",
         "privacy/making",
         "if delta * num_units > 0.1 * (1 + 1e-9)",
         "if delta * num_units > 1",
@@ -996,7 +996,7 @@ BREAKS = [
     ),
     Break(
         2,
-        "progress is told of single updates",
+        "progress reports single updates",
         "progress",
         "GRAIN = 8 ",
         "GRAIN = 1 ",

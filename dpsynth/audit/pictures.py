@@ -32,8 +32,8 @@ def plot_roc(report, epsilon=None, delta: float | None = None):
     grid = np.geomspace(lowest, 1, 200)
     if epsilon is not None:
         most = dp_region(grid, epsilon, delta or report.delta)
-        told = {"color": "tab:green", "alpha": 0.15, "lw": 0, "label": f"allowed at ε = {epsilon:g}"}
-        axes.fill_between(grid, most, lowest / 2, **told)
+        style = {"color": "tab:green", "alpha": 0.15, "lw": 0, "label": f"allowed at ε = {epsilon:g}"}
+        axes.fill_between(grid, most, lowest / 2, **style)
     axes.plot(grid, grid, color="gray", lw=1, ls="--", label="guessing")
     for kind, arrays in report.details.items():
         axes.step(*roc(*arrays["scores"]), where="post", label=f"membership score ({kind})")

@@ -238,7 +238,7 @@ def _common(frames, columns):
 def _left_out(frames, names):
     """Warning about columns that are not compared.
 
-    What is not a name in all three sets may be the text of a row, so its position is told instead.
+    What is not a name in all three sets may be the text of a row, so its position is given instead.
     """
     known = [c for c in frames["train"] if c not in names and all(c in frame for frame in frames.values())]
     own = {

@@ -236,31 +236,35 @@ def replay_checks(
     return Replay(tuple(checks), len(batches), noise_steps)
 
 # %% ../../nbs/22_audit/08_replay.ipynb #dee30050
-def differing(told, expected, tolerance: float, where: str = "") -> list[str]:
-    """Paths, such as `mechanism.steps`, of what is not told as expected; what is told beyond that is not
+def differing(stated, expected, tolerance: float, where: str = "") -> list[str]:
+    """Paths, such as `mechanism.steps`, of what is not stated as expected; what is stated beyond that is not
     looked at.
 
     Numbers that are expected with a point may differ by a relative `tolerance`.
     """
     below = lambda name: f"{where}.{name}" if where else str(name)
     each = lambda pairs: [path for name, *pair in pairs for path in differing(*pair, tolerance, below(name))]
-    if isinstance(told, dict) and isinstance(expected, dict):
-        return each((name, told.get(name), expected[name]) for name in expected)
-    if isinstance(told, (list, tuple)) and isinstance(expected, (list, tuple)) and len(told) == len(expected):
-        return each((i, *pair) for i, pair in enumerate(zip(told, expected)))
-    if isinstance(expected, float) and isinstance(told, (int, float)):
-        return [] if math.isclose(told, expected, rel_tol=tolerance) else [where]
-    return [] if told == expected else [where]
+    if isinstance(stated, dict) and isinstance(expected, dict):
+        return each((name, stated.get(name), expected[name]) for name in expected)
+    if (
+        isinstance(stated, (list, tuple))
+        and isinstance(expected, (list, tuple))
+        and len(stated) == len(expected)
+    ):
+        return each((i, *pair) for i, pair in enumerate(zip(stated, expected)))
+    if isinstance(expected, float) and isinstance(stated, (int, float)):
+        return [] if math.isclose(stated, expected, rel_tol=tolerance) else [where]
+    return [] if stated == expected else [where]
 
 # %% ../../nbs/22_audit/08_replay.ipynb #7fb281d6
-def agreement(what: str, told: dict, expected: dict, tolerance: float = 1e-6) -> Check:
-    """Is everything told as expected? A `Check` that names what is not; no chance involved: its p-value is 0
-    or 1.
+def agreement(what: str, stated: dict, expected: dict, tolerance: float = 1e-6) -> Check:
+    """A `Check` that everything is stated as expected, and that names what is not. No chance is involved:
+    its p-value is 0 or 1.
 
     Args:
-        told, expected: dicts, as `differing` compares them.
+        stated, expected: dicts, as `differing` compares them.
     """
-    wrong = differing(told, expected, tolerance)
+    wrong = differing(stated, expected, tolerance)
     named = f": {', '.join(wrong[:5])}{', …' if len(wrong) > 5 else ''}" if wrong else ""
     return Check(f"{what}{named}", len(wrong), 0, float(not wrong))
 

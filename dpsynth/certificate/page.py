@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from .curves import false_negatives, right_guesses
-from ..privacy import told_delta
+from ..privacy import delta_note
 from ..privacy.verify import COUNT
 
 # %% ../../nbs/15_certificate/05_page.ipynb #fdf502ec
@@ -53,14 +53,14 @@ def plain_words(c: dict) -> str:
 
 # %% ../../nbs/15_certificate/05_page.ipynb #fda1365e
 def _claim(c):
-    refuted, told = (
+    refuted, note = (
         "**REFUTED by its own audit.** " if refutation(c) else "",
-        told_delta(c["delta"], c["num_units"]),
+        delta_note(c["delta"], c["num_units"]),
     )
     return (
         f"{refuted}ε = **{c['epsilon']:.4g}**, δ = **{c['delta']:.3g}** for {c['unit_is']}, under"
         f" {c['adjacency']}; ε = {c['epsilon_replace_one']:.4g} under replace-one: one unit is replaced by"
-        " another." + (f" {told[0].upper()}{told[1:]}." if told else "")
+        " another." + (f" {note[0].upper()}{note[1:]}." if note else "")
     )
 
 # %% ../../nbs/15_certificate/05_page.ipynb #31c5bbfc

@@ -17,8 +17,8 @@ from .curves import group_guarantee, privacy_curve
 from .page import Certificate
 from ..imports import describe_import
 from ..privacy import (
-    Access, LABELS, LIKELIER, Mechanism, OVERLAPS, code_hash, discretization_interval, grid_bits, profile,
-    told_delta, versions)
+    Access, LABELS, LIKELIER, Mechanism, OVERLAPS, code_hash, delta_note, discretization_interval, grid_bits,
+    profile, versions)
 from ..settings import Settings, result_settings
 from ..privacy.verify import COUNT
 
@@ -260,12 +260,12 @@ def _unit(f):
 
 # %% ../../nbs/15_certificate/06_statement.ipynb #a47f9d0b
 def _tuned_on(data, looked):
-    told = f'chosen on "{data}", as the operator says' if data else "not stated where they were chosen"
+    note = f'chosen on "{data}", as the operator says' if data else "not stated where they were chosen"
     return (
-        f"{told}, after a look at the rows: what was counted in them has no noise, and no epsilon covers what"
+        f"{note}, after a look at the rows: what was counted in them has no noise, and no epsilon covers what"
         " was chosen by it"
         if looked
-        else told
+        else note
     )
 
 # %% ../../nbs/15_certificate/06_statement.ipynb #1011e763
@@ -392,8 +392,8 @@ def _base_model(base, counts):
 
 def _not_covered(f):
     """What the certificate does not cover, a list of texts."""
-    told = told_delta(f["delta"], f["num_units"])
-    return [*(item.format(**f["composed"]) for item in NOT_COVERED), *filter(None, [told])]
+    note = delta_note(f["delta"], f["num_units"])
+    return [*(item.format(**f["composed"]) for item in NOT_COVERED), *filter(None, [note])]
 
 # %% ../../nbs/15_certificate/06_statement.ipynb #dd1a4f13
 def complete(facts: dict) -> dict:

@@ -14,7 +14,7 @@ from .stages import held
 from ..settings import SettingsError
 
 # %% ../../nbs/26_cli/08_auditing.ipynb #2164e27b
-AUDIT_OPTIONS = {  # of the audit of files: what `add_argument` is told
+AUDIT_OPTIONS = {  # of the audit of files: what `add_argument` gets
     "columns": {
         "metavar": "NAMES",
         "type": names,

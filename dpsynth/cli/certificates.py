@@ -22,8 +22,8 @@ def verify(args: argparse.Namespace) -> None:
         " at delta {delta:.3g}".format(args.certificate, **found.claims)
     )
     print(found)
-    if found.told:
-        print(f"{args.certificate}: {found.told}")
+    if found.delta_note:
+        print(f"{args.certificate}: {found.delta_note}")
 
 # %% ../../nbs/26_cli/09_certificates.ipynb #f3e7136e
 def sign(args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from ..settings import DpsynthError, Settings
 # %% ../../nbs/26_cli/05_checking.ipynb #2080b129
 def mechanism_line(mechanism: Any, units: str = "rows") -> str:
     """The mechanism in a line."""
-    from dpsynth.privacy import told_delta
+    from dpsynth.privacy import delta_note
 
     updates = (
         f"{mechanism.steps} updates of {mechanism.expected_batch_size} expected {units} (q ="
@@ -26,10 +26,10 @@ def mechanism_line(mechanism: Any, units: str = "rows") -> str:
     )
     if not mechanism.private:
         return f"{updates}, no noise: not private"
-    told = told_delta(mechanism.delta, mechanism.num_units)
+    note = delta_note(mechanism.delta, mechanism.num_units)
     return (
         f"{updates}, noise multiplier {mechanism.noise_multiplier:.4g}, epsilon {mechanism.epsilon:.4g},"
-        f" delta {mechanism.delta:.3g}" + (f"; {told}" if told else "")
+        f" delta {mechanism.delta:.3g}" + (f"; {note}" if note else "")
     )
 
 # %% ../../nbs/26_cli/05_checking.ipynb #116800d0

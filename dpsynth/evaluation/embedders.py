@@ -352,8 +352,8 @@ class VertexEmbedder:
         batches = list(request_batches(texts))
         pool_of_threads = concurrent.futures.ThreadPoolExecutor(REQUESTS_AT_ONCE)
         with named_vertex_errors(self.name), pool_of_threads as threads:
-            told = {"total": len(batches), "desc": f"embed ({self.name})", "disable": not progress}
-            replies = tqdm(threads.map(self._request, batches), **told)
+            bar = {"total": len(batches), "desc": f"embed ({self.name})", "disable": not progress}
+            replies = tqdm(threads.map(self._request, batches), **bar)
             return np.array([vector for reply in replies for vector in reply], np.float32), self.pooling
 
 # %% ../../nbs/20_evaluation/03_embedders.ipynb #febe073c

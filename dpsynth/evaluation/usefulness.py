@@ -121,9 +121,9 @@ def _old_verdict(metrics):
     if value is None or floor is None or not rows:
         return None
     half = STANDARD_ERRORS * math.sqrt(value * (1 - value) / rows)
-    told = f"accuracy {value:.3f} ± {half:.3f}; naming the commonest label always reaches {floor:.3f}"
+    note = f"accuracy {value:.3f} ± {half:.3f}; naming the commonest label always reaches {floor:.3f}"
     learnt = guessing(value, value - half, floor)
-    return f"from these rows a classifier learns {learnt} about the label: {told}" if learnt else None
+    return f"from these rows a classifier learns {learnt} about the label: {note}" if learnt else None
 
 # %% ../../nbs/20_evaluation/01_usefulness.ipynb #c4b8c184
 def utility_verdict(metrics: dict) -> str | None:
@@ -139,22 +139,22 @@ def utility_verdict(metrics: dict) -> str | None:
     learnt, auc = guessing(value, low, floor), metrics.get("utility_auc")
     if not learnt:
         return None
-    told = (
+    note = (
         f"balanced accuracy {value:.3f}, 95 % interval {low:.3f} to {high:.3f}; naming one label always"
         f" reaches {floor:.3f}"
     )
     if auc is not None and not guessing(auc, metrics["utility_auc_interval"][0], 0.5):
         return (
             f"a classifier trained on these rows ranks the labels (AUC {auc:.3f}) and is no better than"
-            f" guessing at naming them: {told}"
+            f" guessing at naming them: {note}"
         )
-    told += "" if auc is None else f", and AUC is {auc:.3f}"
+    note += "" if auc is None else f", and AUC is {auc:.3f}"
     if high - floor > 0.5 * (1 - floor):
         return (
             f"{metrics['utility_num_test']} test rows are too few to tell whether a classifier learns"
-            f" anything about the label from these rows: {told}"
+            f" anything about the label from these rows: {note}"
         )
-    return f"from these rows a classifier learns {learnt} about the label: {told}"
+    return f"from these rows a classifier learns {learnt} about the label: {note}"
 
 # %% ../../nbs/20_evaluation/01_usefulness.ipynb #be7c5c16
 LOW_CEILING = 0.8  # of the MAUVE of real rows against real rows; below it a comparison says little

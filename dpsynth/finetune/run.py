@@ -249,7 +249,7 @@ def release_run(training: Training, mechanism: Mechanism, counts: dict, base: di
 
 # %% ../../nbs/18_finetune/07_run.ipynb #e45bec24
 def figures_of(training, mechanism) -> dict:
-    """What is told of a trained run beside its certificate."""
+    """What is reported of a trained run beside its certificate."""
     model, splits, settings = training.model, training.splits, training.settings
     loss = lambda *weights: held_out_loss(model, splits.test, training.format, settings, *weights)
     return {

@@ -20,7 +20,7 @@ def sample_model(model: LanguageModel, run) -> dict:
 
 
 class Prompted(Generator):
-    """The base model as it is. Its prompt may quote rows: nothing bounds what it then tells about them."""
+    """The base model as it is. Its prompt may quote rows: nothing bounds what it then reveals about them."""
 
     def base_model(self) -> LanguageModel:
         """The model before anything is learnt."""

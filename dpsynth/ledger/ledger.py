@@ -317,7 +317,7 @@ class _SpendingLedger(_ReleaseLedger):
         """
         return self._read(_released_as, name, unit, delta)
 
-    def told(self, dataset: str | Dataset):
+    def stated(self, dataset: str | Dataset):
         """What certificates may say of the data set: DataFrame with a line for each name and unit under which
         its units were charged.
 

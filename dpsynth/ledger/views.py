@@ -162,8 +162,8 @@ def _differences(ledger, dataset):
     """Lines on what certificates say of these releases, and why the ledger may say more; none before the
     first release.
     """
-    told, spent = ledger.told(dataset), ledger.spent(dataset)
-    if not len(told):
+    stated, spent = ledger.stated(dataset), ledger.spent(dataset)
+    if not len(stated):
         return []
     lines = [
         "",
@@ -171,9 +171,9 @@ def _differences(ledger, dataset):
             "what certificates say of what was released under one name to protect one kind of unit (here at"
             f" delta {dataset.delta:.3g}, there at their own):"
         ),
-        _text(told, ""),
+        _text(stated, ""),
     ]
-    if spent > MORE * min(told["epsilon"]) or told["without_privacy"].any():
+    if spent > MORE * min(stated["epsilon"]) or stated["without_privacy"].any():
         lines.append(f"the worst unit of {dataset.name} has spent {spent:.4g}: {WHY_MORE}")
     return lines
 

@@ -18,7 +18,7 @@ from ..files import replacing
 from .comparing import check_file, statement
 from .entries import MANIFEST, read_manifest, release_remedy, signature_of
 from .keys import check_signatures, read_private_key, read_public_key
-from ..privacy import told_delta
+from ..privacy import delta_note
 from ..settings import DataError, SettingsError
 
 # %% ../../nbs/16_manifest/04_release.ipynb #30c22587
@@ -31,7 +31,7 @@ class Verified:
             of, that lie there and that do not.
         uncovered: names of the files that lie there and that none speaks of. signed: names of the manifests
             whose signature was checked.
-        told: what is to be said of a large δ, see `told_delta`; mostly empty.
+        delta_note: what is to be said of a large δ, see `delta_note`; mostly empty.
     """
 
     claims: dict
@@ -39,7 +39,7 @@ class Verified:
     absent: tuple
     uncovered: tuple
     signed: tuple
-    told: str = ""
+    delta_note: str = ""
 
     def __str__(self):
         lists = {
@@ -93,8 +93,8 @@ def compare_release(
                 f" {release_remedy(manifest)}"
             )
         listed |= {
-            manifest.parent / name: (told["sha256"], manifest.name)
-            for name, told in content["files"].items()
+            manifest.parent / name: (stated["sha256"], manifest.name)
+            for name, stated in content["files"].items()
             if name not in certificate["files"]
         }
     for path, (known, where) in listed.items():
@@ -152,7 +152,7 @@ def verify_release(path: str | pathlib.Path, key: str | pathlib.Path | None = No
             tuple(sorted(there.relative_to(release).as_posix() for there in paths))
             for paths in (covered, {*listed} - {*covered}, others, signed)
         ),
-        told=told_delta(claims["delta"], certificate["num_units"]),
+        delta_note=delta_note(claims["delta"], certificate["num_units"]),
     )
 
 # %% ../../nbs/16_manifest/04_release.ipynb #0b97f0d6

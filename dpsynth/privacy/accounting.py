@@ -19,7 +19,7 @@ from .verify import privacy_profile
 # %% ../../nbs/09_privacy/02_accounting.ipynb #a5a29922
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """One paid access to private rows, as the accountant is told of it.
+    """One paid access to private rows, as the accountant gets it.
 
     `mechanism` is `dp_sgd` or `discrete_laplace`; `noise_multiplier` the standard deviation of the noise, or
     for counts the scale, over the sensitivity; `added` says of a count that others were chosen after it: its

@@ -116,7 +116,7 @@ def run_identity(result_settings: str, fingerprint: str, base_model_hash: str, c
 
 # %% ../../nbs/09_privacy/09_identity.ipynb #7bada699
 def run_id(identity: dict) -> str:
-    """What tells a run from all others: SHA-256 of its identity."""
+    """What distinguishes a run from all others: SHA-256 of its identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

@@ -27,12 +27,12 @@ from ..settings import PrivacyError, Settings
 
 # %% ../../nbs/23_runs/04_account.ipynb #10a229eb
 def training_event(mechanism: Mechanism) -> list:
-    """What the ledger is told of a training, a list of events."""
+    """What a run reports of a training to the ledger, a list of events."""
     return accesses_event([mechanism.training(mechanism.steps)]) if mechanism.private else [EXPOSED]
 
 
 def events_of(mechanism: Mechanism) -> dict:
-    """All that the ledger is told of a run: `counts` and `training`, lists of events; `counts` may be
+    """All that a run reports to the ledger: `counts` and `training`, lists of events; `counts` may be
     empty.
     """
     return {"counts": accesses_event(mechanism.others), "training": training_event(mechanism)}
@@ -125,7 +125,7 @@ class Charging:
 
 # %% ../../nbs/23_runs/04_account.ipynb #c8fed77f
 class Account(Charging):
-    """What one run charges to its rows in the ledger, and what is told of that."""
+    """What one run charges to its rows in the ledger, and what is reported of that."""
 
     def announcement(self, settings: Settings, mechanism: Mechanism | None) -> str:
         """What a run is about to charge to which data, in words that follow from no row; empty where it was
@@ -197,7 +197,7 @@ def untold_spending(ledger: Ledger, run_id: str, composed: dict) -> str:
     """What the worst row of a run has spent, in a line, where that is more than the `composed` entry of its
     certificate says; empty otherwise.
 
-    Private: it tells that rows are shared with other data.
+    Private: it reveals that rows are shared with other data.
     """
     release = ledger.release(f"{run_id} training")
     if release is None or not release.charged:

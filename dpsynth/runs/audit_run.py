@@ -176,18 +176,18 @@ def _certify(found, release):
     the larger bound from canaries.
     """
     worst, certificate = _worst(found.canaries), read_certificate(release / "certificate.json")
-    told = (
+    larger = (
         json.loads(json.dumps(dataclasses.asdict(worst))) if worst else {}
     )  # as it will be read: lists for tuples
     replay = found.replay
     certificate["audit"] = audit_entry(
-        found.refuted, len(replay.checks), len(replay.broken), list(replay.notes), **told
+        found.refuted, len(replay.checks), len(replay.broken), list(replay.notes), **larger
     )
     write_release(certificate, release, {})
 
 # %% ../../nbs/23_runs/21_audit_run.ipynb #f61b70e6
 def audit_stage(run: Run, splits: Splits, model: LanguageModel | None = None) -> Findings:
-    """Attack a `Run`; returns `Findings`, also written to `private/findings.json`; the part that may be told
+    """Attack a `Run`; returns `Findings`, also written to `private/findings.json`; the part that may be shown
     goes into the certificate.
 
     `model` is the trained one, that of the generator that `fit_stage` or `load_generator` gives; None where

@@ -103,11 +103,11 @@ def ending(work: Callable, timeout: float | None) -> tuple[str, str]:
 def watched(
     folder: pathlib.Path, started: str, title: str = "", say: Callable[[str], Any] | None = None
 ) -> Iterator[None]:
-    """Inside, status.json has the completed updates, and `say`, if given, is told how far the run is; `title`
+    """Inside, status.json has the completed updates, and `say`, if given, gets how far the run is; `title`
     begins the line.
 
     On a terminal one line changes at each tick; elsewhere `say` gets a line a minute. All it knows is what
-    the run tells on its own clock.
+    the run reports on its own clock.
     """
     ended, live = threading.Event(), say is not None and sys.stdout.isatty()
 

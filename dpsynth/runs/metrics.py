@@ -51,7 +51,7 @@ def forget_scores(folder: str | pathlib.Path) -> None:
 
 # %% ../../nbs/23_runs/02_metrics.ipynb #dee95b28
 def report_progress(folder: pathlib.Path, stage: str, state: dict | None = None) -> None:
-    """Write .progress.json: the stage and what is told of it, and under `updates` the completed updates
+    """Write .progress.json: the stage and what is reported of it, and under `updates` the completed updates
     `done` and `total` of the training.
     """
     path = folder / ".progress.json"
@@ -109,7 +109,7 @@ def timed(folder: str | pathlib.Path, stage: str) -> Iterator[None]:
     make and to score the rows.
 
     Meanwhile they are written down every `BEAT` seconds, and what a killed process wrote is added by the next
-    block. How far the stage is is written as `Progress` tells it.
+    block. How far the stage is is written as `Progress` reports it.
     """
     folder = pathlib.Path(folder)
     clock, began, ended = folder / ".clock.json", time.monotonic(), threading.Event()

@@ -19,7 +19,7 @@ from ..privacy import Mechanism, default_delta, make_mechanism, noise_filter, wi
 from ..settings import Settings, SettingsError
 
 # %% ../../nbs/23_runs/12_plan.ipynb #136dc88b
-RATE = 0.01  # false positives of the attacker that is told of
+RATE = 0.01  # false positives of the attacker that is described
 
 
 def found_at_most(mechanism: Mechanism, rate: float = RATE) -> float:

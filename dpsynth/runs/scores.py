@@ -36,7 +36,7 @@ CUT, UTILITY, MAJORITY, OLD, LOSS = (
 
 # %% ../../nbs/23_runs/16_scores.ipynb #9372d497
 def score_columns(rows: list[dict]) -> dict:
-    """header -> what tells the embedder of that column from others: (name, length, pooling).
+    """header -> what distinguishes the embedder of that column from others: (name, length, pooling).
 
     Those of `tiny` come last.
     """

@@ -31,7 +31,7 @@ def on_terminal(line: str) -> None:
 def write_status(
     folder: str | pathlib.Path, state: str, reason: str = "", started: str | None = None
 ) -> None:
-    """Write status.json, with the updates that are told of; `started` is the time of an earlier `running`."""
+    """Write status.json, with the reported updates; `started` is the time of an earlier `running`."""
     ended, updates = {} if state == "running" else {"finished": now()}, read_progress(folder).get("updates")
     write_json(
         pathlib.Path(folder) / "status.json",

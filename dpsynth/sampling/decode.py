@@ -285,7 +285,7 @@ class Decoder:
 
 # %% ../../nbs/19_sampling/03_decode.ipynb #b2f40ce7
 def progress_bar(total, done, show):
-    """A bar of rows, with the time left. No private row is read while rows are made, so each may be told."""
+    """A bar of rows, with the time left. No private row is read meanwhile, so each may be counted."""
     return Progress("sample", total, done, unit="rows", grain=1, tick=2.0, show=show)
 
 # %% ../../nbs/19_sampling/03_decode.ipynb #c07df3df

@@ -169,7 +169,7 @@ class Settings(*reversed(THEMES)):  # pydantic takes the fields of the last base
 
     @property
     def kind(self) -> Kind:
-        """What the name of the generator tells about it."""
+        """What follows from the name of the generator."""
         return KINDS[self.generator]
 
     @property
