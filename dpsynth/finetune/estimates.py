@@ -29,7 +29,7 @@ def check_counts(settings, path: pathlib.Path, begun: bool) -> None:
 
 # %% ../../nbs/18_finetune/06_estimates.ipynb #1d204e9a
 def estimate_counts(settings, records, units, state, model, fmt) -> dict[str, list[int]]:
-    """The counts that the settings ask for, estimated out of ε: a list of int by name.
+    """The counts that the settings ask for, privately estimated: a list of int by name.
 
     Each unit counts once; its label is that of its first row that takes part. Drawn once, then read from the
     run's `State`.

@@ -29,7 +29,7 @@ def preset_path(name: str) -> str:
 # %% ../../nbs/13_models/02_presets.ipynb #46f99fbc
 def base_name(settings: Settings) -> str:
     """The name of the base model of an experiment: `model`, and after a colon `vocabulary` where only a part
-    of its pieces is kept.
+    of its tokens is kept.
     """
     return settings.model if settings.vocabulary == "full" else f"{settings.model}:{settings.vocabulary}"
 

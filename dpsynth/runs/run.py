@@ -132,8 +132,8 @@ class Run(Place):
         return read_rows(self.rows_file)
 
     def with_prior(self) -> Settings:
-        """The settings with the shares of the labels that the run estimated out of ε, where they ask for
-        that.
+        """The settings with the shares of the labels that the run privately estimated, where they ask
+        for that.
         """
         if self.settings.label_prior != "private":
             return self.settings

@@ -48,7 +48,7 @@ def shares_of(text: str, labels: tuple[str, ...]) -> tuple[float, ...]:
     ):
         example = ",".join(["1"] * len(labels))
         raise ValueError(
-            "label_prior: expected `uniform`, `private` (estimated out of ε), "
+            "label_prior: expected `uniform`, `private` (privately estimated), "
             f"or {len(labels)} shares such as {example}"
         )
     return tuple(s / sum(shares) for s in shares)
@@ -58,7 +58,7 @@ def _model_fits(settings):
     if settings.vocabulary == "english" and settings.model != "gemma3_270m":
         raise ValueError(
             "vocabulary: `english` is for model gemma3_270m; "
-            "`dpsynth model import` makes a folder with the pieces of public texts of any other"
+            "`dpsynth model import` makes one with the tokens of public texts from any other"
         )
 
 # %% ../../nbs/02_settings/04_flat.ipynb #766c2892
@@ -82,7 +82,7 @@ def _noise_fits(settings):
 def _audit_fits(settings):
     for name in ("contamination_corpus", "contamination_reference"):
         if getattr(settings, name) and not settings.private:
-            raise ValueError(f"{name}: what it finds is estimated out of ε, and this experiment spends none")
+            raise ValueError(f"{name}: what it finds is privately estimated, and this experiment spends no ε")
     if 0 < settings.canaries < 40:
         raise ValueError(f"canaries: {settings.canaries} are too few to show anything; use at least 40")
     if settings.private and settings.canaries and settings.canary_copies > 1:
@@ -99,7 +99,7 @@ def _bands_fit(settings):
 def _counts_fit(settings):
     if not settings.private and "private" in (settings.label_prior, settings.unit_count):
         name = "label_prior" if settings.label_prior == "private" else "unit_count"
-        raise ValueError(f"{name}: `private` estimates a count out of ε, and this experiment spends none")
+        raise ValueError(f"{name}: a private estimate costs a part of ε, and this experiment spends none")
     if settings.unit_count == "private" and not settings.delta:
         raise ValueError(
             "delta: give one, well below 1/n; the default follows from the number of units, which"

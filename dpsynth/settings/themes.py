@@ -171,7 +171,7 @@ class BaseModel(Theme):
     )
     vocabulary: Literal["full", "english"] = field(
         "full",
-        "pieces that are kept of the model's vocabulary: all, or for English rows those of dpsynth's list,"
+        "tokens that are kept of the model's vocabulary: all, or for English rows those of dpsynth's list,"
         " made from public texts (`gemma3_270m` from its packages)",
     )
     dtype: Literal["float32", "bfloat16"] = field(
@@ -271,7 +271,8 @@ class Counts(Theme):
     """Which facts about the training rows are public, and what the others cost."""
 
     unit_count: Literal["public", "private"] = field(
-        "public", "whether the number of units may be known, or is estimated out of ε"
+        "public",
+        "whether the number of units may be known, or is privately estimated (a part of ε pays for it)",
     )
     access_share: float = field(
         0.02, "share of ε for each count that is estimated (labels, units, overlaps)", gt=0, lt=1
@@ -307,13 +308,13 @@ class Audit(Theme):
     )
     contamination_corpus: str = field(
         "",
-        "file of texts that the base model may have read; how many units share 50 words with one is estimated"
-        " out of ε",
+        "file of texts that the base model may have read; how many units share 50 words with one is"
+        " privately estimated",
     )
     contamination_reference: str = field(
         "",
         "file of comparable texts that the base model cannot have read; whether it finds the rows likelier is"
-        " estimated out of ε",
+        " privately estimated",
     )
 
 
@@ -362,7 +363,7 @@ class Sampling(Theme):
     )
     label_prior: str = field(
         "uniform",
-        "shares of the labels among the samples: `uniform`, `private` (estimated out of ε), or numbers"
+        "shares of the labels among the samples: `uniform`, `private` (privately estimated), or numbers"
         " separated by commas",
     )
 
