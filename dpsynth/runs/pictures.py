@@ -9,7 +9,16 @@ __all__ = ['COLORS', 'HATCHES', 'plot_results']
 import textwrap
 from typing import Any
 
-from .scores import MAJORITY, OLD, SCORES, _is_real, is_old, majority, score_columns, score_of
+from dpsynth.runs.scores import (
+    GUESSING,
+    OLD,
+    SCORES,
+    _is_real,
+    guessing_score,
+    is_old,
+    score_columns,
+    score_of,
+)
 
 # %% ../../nbs/23_runs/18_pictures.ipynb #1e5aed01
 COLORS = {"private": "C0", "not private": "C7"}
@@ -51,7 +60,7 @@ def _draw_scores(axes, place, row, columns):
 def _draw_utility(axes, place, row):
     """The utility of a run with its interval; a plain accuracy of an earlier version has a red frame.
 
-    And what naming one label reaches.
+    And what guessing reaches.
     """
     value = row.get("utility_accuracy" if is_old(row) else "utility_balanced_accuracy")
     if value is None:
@@ -66,8 +75,8 @@ def _draw_utility(axes, place, row):
         capsize=3,
         **({"edgecolor": "C3", "linewidth": 1.5} if is_old(row) else {}),
     )
-    if majority(row) is not None:
-        axes.plot([majority(row)] * 2, [place - 0.5, place + 0.5], color="black", linestyle="--")
+    if guessing_score(row) is not None:
+        axes.plot([guessing_score(row)] * 2, [place - 0.5, place + 0.5], color="black", linestyle="--")
 
 # %% ../../nbs/23_runs/18_pictures.ipynb #75925256
 def _draw_lines(axes, rows, columns):
@@ -102,7 +111,7 @@ def _legend(rows, columns):
     old = [Patch(facecolor="white", edgecolor="C3", label=OLD)] if any(map(is_old, rows)) else []
     lines = [
         Line2D([], [], color="black", linestyle=style, label=label)
-        for style, label in (("--", MAJORITY), (":", "real rows"))
+        for style, label in (("--", GUESSING), (":", "real rows"))
     ]
     return colors + scores + old + lines
 
@@ -111,7 +120,7 @@ def plot_results(rows: list[dict]) -> Any:
     """MAUVE through each embedder and the utility of each run, as a matplotlib Figure; runs without a score
     are named with their reason.
 
-    Dashed: the utility of naming one label always. Dotted: the ceiling, what real rows reach.
+    Dashed: the utility of guessing. Dotted: the ceiling, what real rows reach.
     """
     import matplotlib.pyplot as plt
 

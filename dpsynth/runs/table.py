@@ -12,7 +12,7 @@ import json
 
 from ..evaluation.usefulness import LOW_CEILING, no_evidence, utility_verdict
 from dpsynth.runs.scores import (
-    CUT, LOSS, MAJORITY, OLD, SCORES, UTILITY, _is_real, embedder_name, is_old, majority, score_columns,
+    CUT, GUESSING, LOSS, OLD, SCORES, UTILITY, _is_real, embedder_name, guessing_score, is_old, score_columns,
     score_of)
 from ..settings import SettingsError
 
@@ -37,7 +37,7 @@ def _cells(row, columns):
         **{header: _spread(row, score_of(row, embedder)) for header, embedder in columns.items()},
         UTILITY: _number(row.get("utility_balanced_accuracy"), ".3f", learnt),
         OLD: _number(row["utility_accuracy"], ".3f", learnt) if old else "",
-        MAJORITY: _number(majority(row), ".3f"),
+        GUESSING: _number(guessing_score(row), ".3f"),
         "macro-F1": _number(row.get("utility_macro_f1"), ".3f"),
         "AUC": _number(row.get("utility_auc"), ".3f"),
         LOSS: _number(ours, ".3f", _number(before, ".3f") and f" ({before:.3f})"),
@@ -100,7 +100,7 @@ MEANINGS = {
         " earlier version, and not to be compared with a utility: it is high wherever one label is common."
         " `dpsynth evaluate` measures anew"
     ),
-    MAJORITY: "the same of a classifier that always names the commonest label",
+    GUESSING: "the same of a classifier that always names the commonest label",
     LOSS: "nats per token of test rows, and in brackets that of the model before it was tuned",
 }
 
@@ -153,7 +153,7 @@ def worth(row: dict) -> str:
         if value is None
         else (
             f"balanced accuracy {value:.3f} of a classifier that is trained on them; naming one label always"
-            f" reaches {majority(row):.3f}"
+            f" reaches {guessing_score(row):.3f}"
         )
     )
     return f"* **Privacy**: {row['guarantee']}\n* **Use**: {verdict or taught}"
