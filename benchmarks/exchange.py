@@ -29,7 +29,7 @@ import time
 
 import numpy as np
 
-from dpsynth.backend import cache_folder
+from dpsynth.keras_library import cache_folder
 from dpsynth.demo import reviews
 from dpsynth.export import TARGETS, export_run, hugging_face_name, write_transformers
 from dpsynth.finetune import prepare_model

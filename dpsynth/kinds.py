@@ -16,26 +16,26 @@ class Kind:
     Attributes:
         fits: it learns from the training rows; that is private where ε is finite.
         uses_model: its rows are sampled from a language model.
-        copies: `train` or `test` where its rows are real ones, of the training or the test rows.
+        real_rows: `train` or `test` where its rows are real ones, of the training or the test rows.
         not_private: what `NOT_PRIVATE.md` says beside rows that no guarantee covers.
     """
 
     fits: bool
     uses_model: bool
-    copies: str
+    real_rows: str
     not_private: str
 
     @property
     def real(self) -> bool:
         """Whether its rows are real ones, which do not leave the machine."""
-        return bool(self.copies)
+        return bool(self.real_rows)
 
 # %% ../nbs/01_kinds.ipynb #93c5b79f
 KINDS = {
     "finetune": Kind(
         fits=True,
         uses_model=True,
-        copies="",
+        real_rows="",
         not_private=(
             "The model in this folder was trained without differential privacy (`epsilon: inf`). The adapter"
             " and every row made with it may hold private rows word for word: treat them as you treat the"
@@ -45,7 +45,7 @@ KINDS = {
     "prompt": Kind(
         fits=False,
         uses_model=True,
-        copies="",
+        real_rows="",
         not_private=(
             "The rows in this folder come from a prompted model. Nothing bounds what they tell about anybody"
             " whose text the prompt quotes: if that was private, so are they."
@@ -54,13 +54,13 @@ KINDS = {
     "real_train": Kind(
         fits=False,
         uses_model=False,
-        copies="train",
+        real_rows="train",
         not_private="The rows in this folder are real training rows.",
     ),
     "real_test": Kind(
         fits=False,
         uses_model=False,
-        copies="test",
+        real_rows="test",
         not_private="The rows in this folder are real test rows.",
     ),
 }

@@ -78,7 +78,7 @@ def test_every_module_that_decides_a_release_is_in_the_identity_of_a_run():
             "files",
             "manifest/entries",
             "settings/flat",
-            "ledger/ledger",
+            "ledger/store",
             "runs/folder",
             "runs/stages",
             "runs/surveys",

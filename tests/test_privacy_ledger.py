@@ -857,7 +857,7 @@ def test_newcomers_are_asked_about_like_registered_rows(ledger, film):
 def test_answers_are_remembered_where_there_is_a_ledger(ledger, monkeypatch):
     newcomer = NewDataset("film", rows(range(10)), DELTA)
     asked = ledger.totals_after([(newcomer, pure(0.25))])
-    monkeypatch.setattr("dpsynth.ledger.ledger._answers", lambda question: pytest.fail("asked again"))
+    monkeypatch.setattr("dpsynth.ledger.store._answers", lambda question: pytest.fail("asked again"))
     assert ledger.totals_after([(newcomer, pure(0.25))]) == asked
 
 

@@ -1061,7 +1061,7 @@ BREAKS = [
     Break(
         10,
         "a ledger that is gone is made anew",
-        "ledger/ledger",
+        "ledger/store",
         "        if used:\n            raise",
         "        if False:\n            raise",
         "test_privacy_ledger.py::test_a_ledger_whose_making_was_cut_short_is_made",
@@ -1751,7 +1751,7 @@ BREAKS = [
     Break(
         14,
         "an exported model without privacy does not say so",
-        "export/papers",
+        "export/model_card",
         "if certificate else NOT_PRIVATE",
         'if certificate else ""',
         "test_export.py::test_a_model_without_privacy_says_so_on_its_first_page",

@@ -154,7 +154,7 @@ def check_sending(settings) -> None:
     service = next(
         (e for e in (settings.embedder, settings.second_embedder) if e.startswith("vertex:")), None
     )
-    if service and settings.kind.copies == "train" and not settings.send_training_rows:
+    if service and settings.kind.real_rows == "train" and not settings.send_training_rows:
         raise SettingsError(
             f"setting send_training_rows: real_train would send training rows to the service {service!r};"
             " choose another embedder, or set it to true"

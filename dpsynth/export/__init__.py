@@ -2,7 +2,7 @@
 
 from .families import *
 from .folder import *
-from .papers import *
+from .model_card import *
 from .projections import *
 from .to_keras import *
 from .to_peft import *

@@ -27,7 +27,7 @@ def real_rows(settings: Settings, splits: Splits) -> Records:
     rows.
     """
     halves = lambda: disjoint_halves(splits.test, settings.seed)
-    source = splits.train if settings.kind.copies == "train" else halves()[0]
+    source = splits.train if settings.kind.real_rows == "train" else halves()[0]
     order = np.random.default_rng([settings.seed, 14]).permutation(len(source))
     rows = source.take(np.sort(order[: settings.num_samples]))
     return cut_rows(rows, settings) if settings.cut_real_rows else rows
@@ -35,7 +35,7 @@ def real_rows(settings: Settings, splits: Splits) -> Records:
 
 def reference_rows(settings: Settings, splits: Splits) -> Records:
     """`Records` of real rows to compare with; none of them is among the rows of the run."""
-    if settings.kind.copies == "test":
+    if settings.kind.real_rows == "test":
         return disjoint_halves(splits.test, settings.seed)[1]
     return splits.test
 

@@ -16,7 +16,7 @@ import shutil
 
 import numpy as np
 
-from ..backend import keras_hub
+from ..keras_library import keras_hub
 from ..files import whole_folder
 from .architectures import assign_weights, family_of
 from .gguf_file import Gguf

@@ -16,7 +16,7 @@ import tempfile
 
 import numpy as np
 
-from ..backend import cache_folder
+from ..keras_library import cache_folder
 from ..files import lock_file
 from .conversion import import_gguf
 from .gguf_file import gguf_package

@@ -6,7 +6,7 @@
 __all__ = ['sentencepiece_model', 'make_tokenizer']
 
 # %% ../../nbs/12_imports/04_tokenizers.ipynb #b6004d4f
-from ..backend import keras_hub, register_tokenizer
+from ..keras_library import keras_hub, register_tokenizer
 from .vocabulary import BLANK, UNKNOWN, USER_DEFINED, Vocabulary
 from ..settings import ModelError, quiet_libraries
 

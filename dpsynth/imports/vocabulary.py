@@ -13,7 +13,7 @@ import re
 
 import numpy as np
 
-from ..backend import GPT2_SPLIT
+from ..keras_library import GPT2_SPLIT
 from .architectures import family_of
 from .gguf_file import Gguf
 from ..settings import ModelError

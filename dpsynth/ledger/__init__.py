@@ -4,7 +4,7 @@ from .composition import *
 from .datasets import *
 from .events import *
 from .file import *
-from .ledger import *
 from .releases import *
 from .spending import *
+from .store import *
 from .views import *

@@ -13,7 +13,7 @@ import pathlib
 
 from .datasets import Dataset, HIDDEN
 from .events import known_names
-from .ledger import Ledger
+from .store import Ledger
 from ..settings import SettingsError
 
 # %% ../../nbs/14_ledger/08_views.ipynb #bbf80e7a

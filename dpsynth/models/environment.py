@@ -8,7 +8,7 @@ __all__ = ['PROGRAM_SECONDS', 'PROGRAMS', 'check_environment', 'keep_programs']
 # %% ../../nbs/13_models/01_environment.ipynb #9655e8ae
 import os
 
-from ..backend import cache_folder
+from ..keras_library import cache_folder
 from ..settings import SettingsError, check_backend
 
 # %% ../../nbs/13_models/01_environment.ipynb #f5baf54b

@@ -10,7 +10,7 @@ __all__ = ['PROBE_SECONDS', 'NETWORK_WORDS', 'REFUSAL_WORDS', 'Unreachable', 'fi
 import os
 import pathlib
 
-from ..backend import keras_hub
+from ..keras_library import keras_hub
 from ..imports import packaged
 from .presets import has_weights
 from ..settings import ModelError

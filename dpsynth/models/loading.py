@@ -17,7 +17,7 @@ import types
 import jax
 import keras
 
-from ..backend import keras_hub
+from ..keras_library import keras_hub
 from ..imports import BUNDLES, HOW_TO_INSTALL
 from .adapters import setup_tuning
 from .environment import check_environment
