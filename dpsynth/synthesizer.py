@@ -18,7 +18,7 @@ from numbers import Integral
 from .certificate import read_certificate
 from .data import Records, as_frame, as_lines, from_frame, left_out, load, refuse_left_out
 from .evaluation import evaluate
-from .manifest import statement_of
+from .manifest import certificate_hash_of
 from .models import check_environment
 from .runs.budget import announce, warn_of_untold
 from .runs.run import Run
@@ -252,8 +252,10 @@ class Synthesizer:
             "" if label is None else f"-label{settings.labels.index(label)}"
         )
         with _place_of_rows(self.folder / "release" / name) as folder:
-            belongs_to = statement_of(run.release_folder)
-            figures = sample_to_file(model, settings, run.format, folder, progress, statement=belongs_to)
+            belongs_to = certificate_hash_of(run.release_folder)
+            figures = sample_to_file(
+                model, settings, run.format, folder, progress, certificate_hash=belongs_to
+            )
             made = pd.read_parquet(folder / "synthetic.parquet")
         _warn_of_cut(figures["unfinished"], settings)
         names = _columns(self.settings)

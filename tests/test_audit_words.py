@@ -101,7 +101,7 @@ def test_two_and_a_half_percent_fresh_rows_with_a_training_rows_name_and_number_
 
 def test_three_percent_copies_with_each_fifth_word_replaced_fail(reports):
     report = reports["rewritten"]
-    assert attack(report, "verbatim").statistic == 0 and attack(report, "50 words").statistic == 0
+    assert attack(report, "verbatim").statistic == 0 and attack(report, "50-grams").statistic == 0
     assert report.verdict == "fails" and attack(report, "near copies") in report.failed
 
 

@@ -19,7 +19,7 @@ from dpsynth.manifest import (
     check_listed,
     entry,
     read_manifest,
-    statement_of,
+    certificate_hash_of,
     verify_release,
 )
 from dpsynth.runs import (
@@ -126,7 +126,7 @@ def test_a_release_says_what_it_covers_and_what_lies_there_uncovered(run, dpsynt
 def enter(release, *names):
     """Write the hashes of changed files anew, as whoever changed them can."""
     add_to_manifest(
-        release / MANIFEST, statement_of(release), {name: entry(release / name) for name in names}
+        release / MANIFEST, certificate_hash_of(release), {name: entry(release / name) for name in names}
     )
 
 
@@ -159,7 +159,7 @@ def test_the_manifest_tells_rows_seeds_and_hashes_of_what_is_released_only(run):
             "rows": rows,
             "seed": seed,
         }
-        assert told["statement"] == statement_of(release)
+        assert told["statement"] == certificate_hash_of(release)
     hashes = {file_hash(path) for path in (run / "private").rglob("*") if path.is_file()}
     assert hashes and not any(
         digest in path.read_text(encoding="utf-8") for digest in hashes for path in release.rglob("*.json*")
@@ -408,14 +408,14 @@ def test_a_release_is_signed_and_whoever_changes_it_is_found_out(run, dpsynth, r
 def test_an_audit_enters_its_result_into_the_manifest_and_takes_the_signature_away(run, dpsynth, tmp_path):
     dpsynth("sign", "--new-key", tmp_path / "key")
     dpsynth("sign", run, "--key", tmp_path / "key")
-    before = statement_of(run / "release")
+    before = certificate_hash_of(run / "release")
     with pytest.warns(
         UserWarning, match="its signature was removed, for it lists other files now; `dpsynth sign"
     ):
         audit_stage(Run(SETTINGS, run), splits(settings=SETTINGS), load_generator(Run(SETTINGS, run)).model)
     assert (
         read_certificate(run / "release" / "certificate.json")["audit"]
-        and statement_of(run / "release") == before
+        and certificate_hash_of(run / "release") == before
     )
     found = verify_release(run)
     assert {"certificate.json", "certificate.md", "sample-5-2/synthetic.jsonl", "synthetic-7.jsonl"} <= set(

@@ -35,7 +35,7 @@ REASONS = {"prompt": "a prompted model", "real_train": "real training rows", "re
 
 @pytest.mark.parametrize("generator", REASONS)
 def test_rows_that_no_guarantee_covers_are_marked_with_their_reason(tmp_path, monkeypatch, generator):
-    def sampled(model, settings, fmt, folder, statement):
+    def sampled(model, settings, fmt, folder, certificate_hash):
         (folder / "synthetic.jsonl").write_text(json.dumps({"text": "a row", "label": "positive"}) + "\n")
         return {"rejected": {}}
 
@@ -59,7 +59,7 @@ def test_rows_of_a_fine_tuned_model_are_marked_if_it_was_trained_without_privacy
     monkeypatch.setattr(
         generators.prompted,
         "sample_to_file",
-        lambda model, settings, fmt, folder, statement: [
+        lambda model, settings, fmt, folder, certificate_hash: [
             (folder / "synthetic.jsonl").write_text('{"text": "a row"}\n'),
             {"rejected": {}},
         ][1],

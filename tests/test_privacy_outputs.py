@@ -12,7 +12,7 @@ from dpsynth import evaluation
 from dpsynth.data import from_frame
 from dpsynth.finetune import finetune_run, prepare_model, row_losses, some_rows
 from dpsynth.formats import make_format
-from dpsynth.manifest import statement_of
+from dpsynth.manifest import certificate_hash_of
 from dpsynth.runs import evaluate_stage, fit_stage, load_stage, sample_stage
 from dpsynth.runs.run import Run
 from dpsynth.settings import DataError
@@ -28,7 +28,7 @@ def without_hashes(file):
     if release.name == "release":
         known = [
             *map(file_hash, release.iterdir()),
-            statement_of(release),
+            certificate_hash_of(release),
             json.loads((release / "manifest.json").read_text())["sha256"],
         ]
         for digest in known:

@@ -313,7 +313,7 @@ def named(caught, monkeypatch, tmp_path):
     """
     rows = pd.DataFrame({"id": range(50), "review": table()["text"], "stars": ["bad", "good"] * 25})
 
-    def pretend(model, settings, fmt, folder, progress, statement):
+    def pretend(model, settings, fmt, folder, progress, certificate_hash):
         folder.mkdir(parents=True, exist_ok=True)
         made = pd.DataFrame({"index": rows["id"], "label": rows["stars"], "text": rows["review"]})
         made.drop(columns=[] if settings.label_column else "label").to_parquet(

@@ -89,7 +89,7 @@ def _costs(mechanism):
     ]
 
 # %% ../../nbs/15_certificate/06_statement.ipynb #355a1f68
-def _together(mechanism, composed):
+def _earlier_releases(mechanism, composed):
     """The facts on earlier releases: what a ledger said, or None for a run that is the only one known."""
     epsilon = mechanism.epsilon
     alone = {
@@ -147,7 +147,7 @@ def collect_facts(
         "groups": [group_guarantee(mechanism, k) for k in GROUPS],
         "mechanism": mechanism.describe(),
         "accesses": _costs(mechanism),
-        "composed": _together(mechanism, composed),
+        "composed": _earlier_releases(mechanism, composed),
         "base_model": base,
         "versions": versions(),
         "code_hash": code_hash(),
@@ -375,7 +375,7 @@ def _implementation(f):
     }
 
 # %% ../../nbs/15_certificate/06_statement.ipynb #53de4a56
-def _earlier(f):
+def _composed_entry(f):
     """The `composed` entry: what the ledger holds of data of this name."""
     basis = "what the ledger holds; it cannot be recomputed from this certificate alone"
     return {**f["composed"], "delta": f["delta"], "basis": basis}
@@ -419,7 +419,7 @@ def complete(facts: dict) -> dict:
         },
         "accountant": _accountant(f),
         "accesses": f["accesses"],
-        "composed": _earlier(f),
+        "composed": _composed_entry(f),
         "hyper_parameters": _tuned_on(f["choices"]["tuned_on"], f["composed"]["looked"]),
         "base_model": _base_model(f["base_model"], counts),
         "randomness": _randomness(f, counts),

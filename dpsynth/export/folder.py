@@ -24,10 +24,10 @@ from dpsynth.manifest import (
     EXPORTED,
     MANIFEST,
     add_to_manifest,
+    certificate_hash,
+    certificate_hash_of,
     check_listed,
     entry,
-    statement,
-    statement_of,
 )
 from ..models import LanguageModel, preset_hash, tuning_mode
 from ..runs.run import Run, mark_not_private
@@ -59,7 +59,7 @@ def released(settings: Settings, run: str | os.PathLike) -> Certificate | None:
     release = pathlib.Path(run) / "release"
     if not settings.private:
         return None
-    check_listed([release / name for name in CERTIFICATE], statement_of(release))
+    check_listed([release / name for name in CERTIFICATE], certificate_hash_of(release))
     certificate = read_certificate(release / CERTIFICATE[0])
     verify(certificate)
     return certificate
@@ -109,7 +109,7 @@ def write_documents(model, settings, run, folder, to, certificate):
     write_json(folder / EXPORTED, export_facts(model, settings, to, entry(release / "adapter.npz")["sha256"]))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     listed = {path.relative_to(folder).as_posix(): entry(path) for path in files}
-    add_to_manifest(folder / MANIFEST, certificate and statement(certificate), listed)
+    add_to_manifest(folder / MANIFEST, certificate and certificate_hash(certificate), listed)
 
 # %% ../../nbs/25_export/08_folder.ipynb #6ea0208b
 def export_run(

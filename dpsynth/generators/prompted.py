@@ -8,7 +8,7 @@ __all__ = ['sample_model', 'Prompted']
 # %% ../../nbs/21_generators/03_prompted.ipynb #a1511ef1
 from ..data import Splits
 from .generator import Generator
-from ..manifest import statement_of
+from ..manifest import certificate_hash_of
 from ..models import LanguageModel, base_name, load_model
 from ..sampling import sample_to_file
 
@@ -16,7 +16,9 @@ from ..sampling import sample_to_file
 def sample_model(model: LanguageModel, run) -> dict:
     """Sample the rows of a `Run` from its model into `release/`; returns what `sample_to_file` does."""
     folder = run.rows_file.parent
-    return sample_to_file(model, run.with_prior(), run.format, folder, statement=statement_of(folder))
+    return sample_to_file(
+        model, run.with_prior(), run.format, folder, certificate_hash=certificate_hash_of(folder)
+    )
 
 
 class Prompted(Generator):

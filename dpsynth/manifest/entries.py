@@ -102,7 +102,7 @@ def _remedy_in_a_run(path, folder):
 
 # %% ../../nbs/16_manifest/01_entries.ipynb #8829ecdd
 def read_manifest(path: pathlib.Path) -> dict:
-    """The content of a manifest: `statement` and `files`.
+    """The content of a manifest: `statement`, which is the hash of the certificate, and `files`.
 
     Raises DataError where it is missing, damaged or none.
     """
@@ -133,16 +133,16 @@ def entry(path: str | pathlib.Path, **facts) -> dict:
     return {"sha256": file_hash(path), **facts}
 
 # %% ../../nbs/16_manifest/01_entries.ipynb #5c30d4c0
-def add_to_manifest(path: pathlib.Path, statement: str | None, files: dict[str, dict]) -> None:
+def add_to_manifest(path: pathlib.Path, certificate_hash: str | None, files: dict[str, dict]) -> None:
     """Enter files, a dict of names to `entry`, into a manifest, which is made if need be; what it said of
-    another statement is dropped.
+    another certificate is dropped.
 
     Its signature no longer fits then, and is removed with a warning. Raises DataError where there is a
     manifest that is damaged.
     """
-    known = read_manifest(path) if path.exists() else {"statement": statement, "files": {}}
-    kept = known["files"] if known["statement"] == statement else {}
-    content = {"format": 1, "statement": statement, "files": dict(sorted({**kept, **files}.items()))}
+    known = read_manifest(path) if path.exists() else {"statement": certificate_hash, "files": {}}
+    kept = known["files"] if known["statement"] == certificate_hash else {}
+    content = {"format": 1, "statement": certificate_hash, "files": dict(sorted({**kept, **files}.items()))}
     if content != known and signature_of(path).exists():
         signature_of(path).unlink()
         warnings.warn(

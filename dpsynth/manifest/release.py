@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from ..certificate import read_certificate, verify
 from ..files import replacing
-from .comparing import check_file, statement
+from .comparing import certificate_hash, check_file
 from .entries import MANIFEST, read_manifest, release_remedy, signature_of
 from .keys import check_signatures, read_private_key, read_public_key
 from ..privacy import delta_note
@@ -87,7 +87,7 @@ def compare_release(
     listed = {release / name: (known, "certificate.json") for name, known in certificate["files"].items()}
     for manifest in found:
         content = read_manifest(manifest)
-        if content["statement"] != statement(certificate):
+        if content["statement"] != certificate_hash(certificate):
             raise DataError(
                 f"{manifest}: belongs to another certificate than {release / 'certificate.json'};"
                 f" {release_remedy(manifest)}"
@@ -170,7 +170,8 @@ def sign_release(path: str | pathlib.Path, key: str | pathlib.Path) -> list[path
     verify_release(release)
     if not (release / MANIFEST).exists():
         raise DataError(
-            f"{release / MANIFEST}: is missing, so there is nothing to sign; {release_remedy(release / MANIFEST)}"
+            f"{release / MANIFEST}: is missing, so there is nothing to sign;"
+            f" {release_remedy(release / MANIFEST)}"
         )
     signatures = {
         signature_of(manifest): private.sign(manifest.read_bytes()) for manifest in manifests(release)

@@ -26,7 +26,7 @@ from ..certificate import audit_entry, read_certificate
 from ..data import Records, Splits, TokenStore
 from ..finetune import prepare_model, row_losses
 from ..formats import Format, rows_of
-from ..manifest import CERTIFICATE, compare_release, manifests, statement_of, write_release
+from ..manifest import CERTIFICATE, certificate_hash_of, compare_release, manifests, write_release
 from ..models import LanguageModel, adapted_layers
 from ..privacy import bind_run, default_delta, differing_parts, load_secret, read_identity
 from .findings import BOUND_ERROR, Findings, ROWS_ERROR
@@ -72,7 +72,7 @@ def check_release(run: Run) -> None:
     """
     release = run.release_folder
     if run.settings.private and (release / "certificate.json").exists():
-        statement_of(release)  # it can be read
+        certificate_hash_of(release)  # it can be read
         compare_release(
             release, read_certificate(release / "certificate.json"), manifests(release), but=CERTIFICATE
         )

@@ -15,7 +15,7 @@ from typing import Self
 from ..files import write_text
 from ..formats import Format, make_format
 from ..ledger import RUNS_LEDGER, Ledger, release_id
-from ..manifest import check_listed, checked_fit, release_remedy, statement_of
+from ..manifest import certificate_hash_of, check_listed, checked_fit, release_remedy
 from ..privacy import load_secret, stored_run
 from .account import Account
 from .folder import locked, prepare_folder, read_json, read_settings
@@ -128,7 +128,7 @@ class Run(Place):
         Raises DataError where it is not the file that was made, SettingsError where there is none.
         """
         if self.rows_file.exists():
-            check_listed([self.rows_file], statement_of(self.rows_file.parent))
+            check_listed([self.rows_file], certificate_hash_of(self.rows_file.parent))
         return read_rows(self.rows_file)
 
     def with_prior(self) -> Settings:

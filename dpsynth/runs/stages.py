@@ -17,7 +17,7 @@ from ..data import Splits, load
 from ..evaluation import evaluate, private_folder
 from ..files import move, write_private
 from ..generators import Generator, make_generator, reference_rows
-from ..manifest import add_to_manifest, entry, manifest_of, read_checked, statement_of
+from ..manifest import add_to_manifest, certificate_hash_of, entry, manifest_of, read_checked
 from ..models import check_environment
 from .metrics import forget_scores
 from .run import Run, read_rows
@@ -118,13 +118,13 @@ def sample_again(run: Run, rows: int, seed: int) -> pathlib.Path:
         raise SettingsError(f"{target}: is there already; choose another --seed or remove it")
     model = load_generator(run).model
     again = run.with_prior().model_copy(update={"num_samples": rows, "seed": seed})
-    state, belongs_to = scratch / "sampling.json", statement_of(release)
+    state, belongs_to = scratch / "sampling.json", certificate_hash_of(release)
     if state.exists():
         begun = read_checked(state, f"remove the folder {scratch} and run again")["settings"]
         if begun.get("num_samples") != rows:
             shutil.rmtree(scratch)  # an interrupted call for another number of rows
     scratch.mkdir(exist_ok=True)
-    sample_to_file(model, again, run.format, scratch, statement=belongs_to)
+    sample_to_file(model, again, run.format, scratch, certificate_hash=belongs_to)
     made = {target.name: entry(scratch / "synthetic.jsonl", rows=rows, seed=seed)}
     add_to_manifest(manifest_of(target), belongs_to, made)
     move(scratch / "synthetic.jsonl", target)

@@ -21,8 +21,16 @@ import pandas as pd
 
 from ..files import append, move, replacing
 from ..formats import Rejected
-from ..manifest import (
-    SAMPLED, add_to_manifest, check_listed, entry, manifest_of, read_checked, statement_of, with_checksum)
+from dpsynth.manifest import (
+    SAMPLED,
+    add_to_manifest,
+    certificate_hash_of,
+    check_listed,
+    entry,
+    manifest_of,
+    read_checked,
+    with_checksum,
+)
 from .choice import Choice, assign_prompts
 from .decode import Decoder, boundaries, progress_bar
 from ..settings import DataError, result_settings
@@ -229,7 +237,7 @@ def sample_blocks(decoder, fmt, num_samples: int, assignment, files, state, bar)
         save_state(files, state)
 
 # %% ../../nbs/19_sampling/04_rows.ipynb #866e909f
-def finish(files, state, settings, statement) -> None:
+def finish(files, state, settings, certificate_hash) -> None:
     """Cut the rows to `num_samples`, write Parquet and manifest, and rename the files; the rows last."""
     (rows, rejected), parquet = files.parts, files.rows.with_suffix(".parquet")
     os.truncate(rows, whole_lines(rows)[settings.num_samples - 1][1])
@@ -243,7 +251,9 @@ def finish(files, state, settings, statement) -> None:
         **{path: entry(path) for path in (files.state, parquet)},
         files.rejected: entry(rejected),
     }
-    add_to_manifest(manifest_of(files.rows), statement, {path.name: told for path, told in written.items()})
+    add_to_manifest(
+        manifest_of(files.rows), certificate_hash, {path.name: told for path, told in written.items()}
+    )
     move(rows, files.rows)
     move(rejected, files.rejected)
 
@@ -295,13 +305,13 @@ def sample_rows(model, settings, fmt, files, state, progress: bool) -> None:
         )
 
 # %% ../../nbs/19_sampling/04_rows.ipynb #318cfa30
-def sample_to_file(model, settings, fmt, folder, progress: bool = True, statement=None) -> dict:
+def sample_to_file(model, settings, fmt, folder, progress: bool = True, certificate_hash=None) -> dict:
     """Make `settings.num_samples` rows: folder/synthetic.jsonl and .parquet, rejections in rejected.jsonl.
 
     Rows are {index, label, text} in the order of indices; without a label column there is no label. While it
     runs, the files end in `.part`; a killed run continues, and ends with the same bytes. A complete folder is
     compared with its `manifest.json` and left as it is; the manifest says that the rows belong to
-    `statement`, the one of a release (`dpsynth.manifest`); None: that of the certificate in the folder, if
+    `certificate_hash`, as `certificate_hash_of` gives it; None: that of the certificate in the folder, if
     one is there.
 
     Returns: dict(rows, rejected {reason: n}, seconds, tokens, tokens_per_second, unfinished: share of rows
@@ -315,12 +325,12 @@ def sample_to_file(model, settings, fmt, folder, progress: bool = True, statemen
     """
     files = files_in(folder)
     files.state.parent.mkdir(parents=True, exist_ok=True)
-    statement = statement or statement_of(files.state.parent)
+    certificate_hash = certificate_hash or certificate_hash_of(files.state.parent)
     state = open_state(files, settings, model)
     if not files.rows.exists():
         sample_rows(model, settings, fmt, files, state, progress)
-        finish(files, state, settings, statement)
+        finish(files, state, settings, certificate_hash)
     elif files.parts[1].exists():
         move(files.parts[1], files.rejected)
-    check_listed([files.rows.with_name(name) for name in SAMPLED], statement)
+    check_listed([files.rows.with_name(name) for name in SAMPLED], certificate_hash)
     return summary(state)
