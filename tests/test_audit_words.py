@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dpsynth import audit, words
+from dpsynth import audit
+from dpsynth.audit import words
 from dpsynth.demo import reviews
 from dpsynth.settings import DataError
 

@@ -16,7 +16,8 @@ import pytest
 from scipy import stats
 
 from parts import RUN, SETTINGS, splits
-from dpsynth import audit, canaries, words
+from dpsynth import audit, canaries
+from dpsynth.audit import words
 from dpsynth.data import Records, TokenStore, from_frame
 from dpsynth.demo import reviews
 from dpsynth.privacy import Mechanism, Randomness, Session, stored_run
