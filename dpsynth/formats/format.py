@@ -38,7 +38,9 @@ class Format(Protocol):
         """The columns that a response states; `Rejected` where it is not a row."""
 
     def grammar(self):
-        """The rules that every response follows; None where anything can be a response."""
+        """The rules that every response follows; None where anything can be a response. Planned for tables:
+        nothing uses it yet, and it has nothing to do with the grammar of the demo.
+        """
 
 # %% ../../nbs/07_formats/01_format.ipynb #41feafac
 def rows_of(records: Records) -> Iterator[dict]:

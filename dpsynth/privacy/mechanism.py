@@ -30,7 +30,7 @@ def _groups(randomness, count, bands):
 
 # %% ../../nbs/09_privacy/03_mechanism.ipynb #b3179a1c
 def check_batch_and_delta(num_units: int, batch_size: int, delta: float) -> None:
-    """Raise SettingsError where N, the expected batch and δ do not fit together."""
+    """Raise SettingsError where n, the expected batch and δ do not fit together."""
     if not 1 <= batch_size <= num_units:
         raise SettingsError(f"setting batch_size: {batch_size} is more than the {num_units} training units")
     if not 0 < delta < 1 / num_units:

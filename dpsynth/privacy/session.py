@@ -18,8 +18,8 @@ from ..settings import PrivacyError
 
 # %% ../../nbs/09_privacy/08_session.ipynb #dfe6ebc6
 def grid_bits(expected_batch_size: int, noise_multiplier: float = 0.0) -> int:
-    """b such that twice the expected batch at full norm, and 16 standard deviations of the noise, fit into
-    int32; at most 20.
+    """k bits, such that twice the expected batch at full norm, and 16 standard deviations of the noise, fit
+    into int32; at most 20.
     """
     return min(20, 30 - math.ceil(math.log2(max(expected_batch_size, 8 * noise_multiplier, 1))))
 

@@ -263,7 +263,9 @@ class Privacy(Theme):
         le=1e6,
     )
     bands: str = field(
-        "1", "updates over which the noise is correlated: 1 is DP-SGD, `auto` chooses by the analytic error"
+        "1",
+        "updates over which the noise is correlated: 1 is ordinary DP-SGD, `auto` chooses by the analytic"
+        " error",
     )
 
 # %% ../../nbs/02_settings/03_themes.ipynb #4f544b16
