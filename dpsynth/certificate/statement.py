@@ -89,8 +89,8 @@ def _costs(mechanism):
     ]
 
 # %% ../../nbs/15_certificate/06_statement.ipynb #355a1f68
-def _earlier_releases(mechanism, composed):
-    """The facts on earlier releases: what a ledger said, or None for a run that is the only one known."""
+def _earlier_releases(mechanism, earlier):
+    """The `composed` entry, facts on earlier releases: what a ledger said, or None for a run that is the only one known."""
     epsilon = mechanism.epsilon
     alone = {
         "epsilon": epsilon,
@@ -100,9 +100,9 @@ def _earlier_releases(mechanism, composed):
         "without_privacy": 0,
         "ledger": ALONE,
     }
-    composed = {"looked": False, **(composed or alone)}
-    least = epsilon * (1 + 1e-6) if composed["releases"] > 1 else epsilon
-    return {**composed, "epsilon": max(composed["epsilon"], least)}
+    earlier = {"looked": False, **(earlier or alone)}
+    least = epsilon * (1 + 1e-6) if earlier["releases"] > 1 else epsilon
+    return {**earlier, "epsilon": max(earlier["epsilon"], least)}
 
 # %% ../../nbs/15_certificate/06_statement.ipynb #b344d783
 FACTS = (
