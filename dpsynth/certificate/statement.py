@@ -90,7 +90,7 @@ def _costs(mechanism):
 
 # %% ../../nbs/15_certificate/06_statement.ipynb #355a1f68
 def _earlier_releases(mechanism, earlier):
-    """The `composed` entry, facts on earlier releases: what a ledger said, or None for a run that is the only one known."""
+    """The `composed` entry: what a ledger said of earlier releases, None for the only known run."""
     epsilon = mechanism.epsilon
     alone = {
         "epsilon": epsilon,
