@@ -43,8 +43,8 @@ def _check(settings, chooses_batch):
     """Raise SettingsError for settings that a Synthesizer cannot work with."""
     if not (settings.kind.fits and settings.kind.uses_model):
         raise SettingsError(
-            f"setting generator: a Synthesizer fine-tunes, it cannot {settings.generator}; "
-            "use `dpsynth run` with a configuration for that"
+            f"setting generator: a Synthesizer fine-tunes; for {settings.generator} use `dpsynth run` with a"
+            " configuration"
         )
     if chooses_batch and settings.unit_count == "private":
         raise SettingsError(

@@ -68,7 +68,7 @@ def read_certificate(path: str | os.PathLike) -> Certificate:
             f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})"
         ) from None
     except json.JSONDecodeError as error:
-        raise SettingsError(f"{path}, line {error.lineno}: not valid JSON") from None
+        raise SettingsError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
     except jsonschema.ValidationError as error:
         raise SettingsError(f"{path}: not a certificate ({_where(error)})") from None
     return Certificate(content)

@@ -33,7 +33,8 @@ class MauveResult:
     seconds: float
 
     def __str__(self):
-        return f"{self.mean:.3f} ± {self.std:.3f} ({self.trials} trials of {self.size} texts)"
+        spread, trials = f" ± {self.std:.3f}", f"{self.trials} trials"
+        return f"{self.mean:.3f}" + (f"{spread} ({trials}" if self.trials > 1 else " (1 trial") + f" of {self.size} texts)"
 
 # %% ../../nbs/20_evaluation/05_mauve.ipynb #9cfae2e6
 def mauve_score(p_features, q_features, seed: int) -> float:
