@@ -46,11 +46,6 @@ def read_audit_rows(source, what: str = "rows") -> pd.DataFrame:
     refuse_twice(source.columns, what)
     return source.reset_index(drop=True).set_axis(list(map(str, source.columns)), axis=1)
 
-# %% ../../nbs/22_audit/02_pool.ipynb #fed408b0
-TEXT_WORDS = 5
-CATEGORIES = 50
-TEXT_OPTION = "text_column (--text-column)"  # as Python and the command line call it
-
 # %% ../../nbs/22_audit/02_pool.ipynb #fb02fa33
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pool:
@@ -86,6 +81,11 @@ class Pool:
         return [*self.numbers, *self.categories]
 
 # %% ../../nbs/22_audit/02_pool.ipynb #8e6ca36a
+TEXT_WORDS = 5
+CATEGORIES = 50
+TEXT_OPTION = "text_column (--text-column)"  # as Python and the command line call it
+
+
 def _is_text(column):
     """Whether a column holds running text: more than `TEXT_WORDS` words in the median."""
     if pd.api.types.is_numeric_dtype(column) or pd.api.types.is_datetime64_any_dtype(column):

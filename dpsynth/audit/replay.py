@@ -268,10 +268,10 @@ def agreement(what: str, stated: dict, expected: dict, tolerance: float = 1e-6) 
     named = f": {', '.join(wrong[:5])}{', …' if len(wrong) > 5 else ''}" if wrong else ""
     return Check(f"{what}{named}", len(wrong), 0, float(not wrong))
 
-# %% ../../nbs/22_audit/08_replay.ipynb #28d6cb06
+# %% ../../nbs/22_audit/08_replay.ipynb #7e9720f7
 EXTREME = 50.0  # how many times as large the trained weights are made
 
-# %% ../../nbs/22_audit/08_replay.ipynb #7e9720f7
+
 def _invented_units(vocabulary, lengths, rows):
     """Pairs of prompt and response ids: of each length three units of so many rows, two of random tokens and
     one that repeats a token.

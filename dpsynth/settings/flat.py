@@ -78,6 +78,11 @@ def _noise_fits(settings):
             " privacy"
         )
 
+
+def _bands_fit(settings):
+    if settings.bands != "auto" and not (settings.bands.isdigit() and int(settings.bands) >= 1):
+        raise ValueError(f"bands: expected `auto` or a whole number from 1, got {settings.bands!r}")
+
 # %% ../../nbs/02_settings/04_flat.ipynb #76a937bb
 def _audit_fits(settings):
     for name in ("contamination_corpus", "contamination_reference"):
@@ -90,11 +95,6 @@ def _audit_fits(settings):
             "canary_copies: copies of a canary are one row several times; they need `epsilon: inf`"
         )
 
-
-def _bands_fit(settings):
-    if settings.bands != "auto" and not (settings.bands.isdigit() and int(settings.bands) >= 1):
-        raise ValueError(f"bands: expected `auto` or a whole number from 1, got {settings.bands!r}")
-
 # %% ../../nbs/02_settings/04_flat.ipynb #0fb4ec07
 def _counts_fit(settings):
     if not settings.private and "private" in (settings.label_prior, settings.unit_count):
@@ -106,7 +106,7 @@ def _counts_fit(settings):
             " `unit_count: private` hides"
         )
 
-
+# %% ../../nbs/02_settings/04_flat.ipynb #b1e52816
 def _samples_fit(settings):
     if settings.num_mauve_samples > settings.num_samples:
         raise ValueError(

@@ -148,7 +148,7 @@ class Units(Theme):
         ge=1,
     )
 
-
+# %% ../../nbs/02_settings/03_themes.ipynb #6865f917
 class Validation(Theme):
     """What is measured while the model is trained."""
 
