@@ -67,11 +67,11 @@ def fitted(tmp_path_factory, corpus):
 
 @pytest.mark.parametrize("generator", ["prompt", "real_train", "real_test"])
 def test_other_generators_are_refused(generator, tmp_path):
-    with pytest.raises(SettingsError, match=f"cannot {generator}"):
+    with pytest.raises(SettingsError, match=f"for {generator} use `dpsynth run`"):
         Synthesizer(tmp_path / "run", generator=generator, epsilon=8)
     (tmp_path / "run").mkdir()
     dump_settings(Settings(generator=generator), tmp_path / "run" / "settings.yaml")
-    with pytest.raises(SettingsError, match=f"cannot {generator}"):
+    with pytest.raises(SettingsError, match=f"for {generator} use `dpsynth run`"):
         Synthesizer.load(tmp_path / "run")
 
 
