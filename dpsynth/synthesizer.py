@@ -38,7 +38,7 @@ def changed_settings(settings: Settings, **changes) -> Settings:
     """Settings with others for some, checked together. Raises SettingsError."""
     return make_settings({**settings.model_dump(), **changes})
 
-
+# %% ../nbs/24_synthesizer.ipynb #h0000002
 def _check(settings, chooses_batch):
     """Raise SettingsError for settings that a Synthesizer cannot work with."""
     if not (settings.kind.fits and settings.kind.uses_model):

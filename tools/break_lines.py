@@ -1007,7 +1007,7 @@ BREAKS = [
         "progress is written at each update",
         "progress",
         "        self.done += steps\n",
-        "        self.done += steps\n        self._tell(0.0)\n",
+        "        self.done += steps\n        self._show_state(0.0)\n",
         "test_progress.py::test_files_of_a_run_are_written_at_ticks_only",
     ),
     Break(

@@ -251,7 +251,7 @@ def _notices(pool, parts):
             )
     return tuple(lines)
 
-
+# %% ../../nbs/22_audit/05_report.ipynb #h0000006
 def _twins(pool):
     """How many held-out rows have the content of a training row."""
     rows = pd.util.hash_pandas_object(pool.real, index=False).to_numpy()

@@ -34,7 +34,8 @@ class MauveResult:
 
     def __str__(self):
         spread, trials = f" ± {self.std:.3f}", f"{self.trials} trials"
-        return f"{self.mean:.3f}" + (f"{spread} ({trials}" if self.trials > 1 else " (1 trial") + f" of {self.size} texts)"
+        counted = f"{spread} ({trials}" if self.trials > 1 else " (1 trial"
+        return f"{self.mean:.3f}{counted} of {self.size} texts)"
 
 # %% ../../nbs/20_evaluation/05_mauve.ipynb #9cfae2e6
 def mauve_score(p_features, q_features, seed: int) -> float:

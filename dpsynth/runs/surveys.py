@@ -178,7 +178,7 @@ def written_differently(survey: Survey) -> list[str]:
         list(survey.splits.train.texts), list(survey.splits.test.texts), ("training rows", "test rows")
     )
 
-
+# %% ../../nbs/23_runs/08_surveys.ipynb #h0000004
 def describe_embedders(settings: Settings) -> list[str]:
     """A line for each embedder: what `auto` stands for here, or that its scores will be no evidence."""
     names = [
