@@ -289,12 +289,16 @@ def resumed(folder):
     return {path.name: path.read_bytes() for path in (folder / "release").iterdir()}
 
 
+def charged(*_):
+    raise AssertionError("it was charged")
+
+
 def test_whatever_is_damaged_is_named_before_anything_is_charged_and_what_can_be_made_again_is(
     begun, tmp_path, monkeypatch
 ):
     folder, loaded = begun
     monkeypatch.setattr(dpsynth.finetune.run, "prepare_with_hash", lambda settings: loaded)
-    monkeypatch.setattr(dpsynth.runs.Account, "charge", None)
+    monkeypatch.setattr(dpsynth.runs.Account, "charge", charged)
     for name in sorted(KEPT):
         for how in ("half", "flipped", "foreign"):
             copy = shutil.copytree(folder, tmp_path / f"{name} {how}" / "dp")

@@ -2,5 +2,6 @@
 
 from .choice import *
 from .decode import *
+from .products import *
 from .prompts import *
 from .rows import *
